@@ -1,0 +1,27 @@
+"""fastattn: fused attention, layer-norm and FFN kernels for PyTorch, training included."""
+
+from fastattn._library import isa
+from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kernel
+from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.ffn import ffn, linear
+from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.registry import explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Choice",
+    "UnavailableKernelError",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "backends",
+    "explain",
+    "ffn",
+    "isa",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "use_kernel",
+]

@@ -1,0 +1,403 @@
+"""Attention: softmax(query key^T * scale + bias) value, with all that the models add to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import checks, dispatch, registry
+from fastattn.ops.attention import reference
+
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? alibi_slopes,"
+    " Tensor? sinks, Tensor? seed, {outputs}SymInt offset, SymInt? left, SymInt? right,"
+    " float scale, float softcap, float dropout_p"
+)
+QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
+TENSORS = 8
+
+
+def _refusals(*args: Any) -> list[str]:
+    query, value = args[QUERY], args[VALUE]
+    reasons = dispatch.cpu_refusals(*args[:3], args[BIAS], args[SLOPES], args[SINKS])
+    if args[SLOPES] is not None and args[SLOPES].requires_grad:
+        reasons.append("alibi_slopes requires a gradient")
+    if 0 in query.shape or 0 in value.shape:
+        reasons.append("a tensor is empty")
+    return reasons
+
+
+def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
+    found = ATTENTION.backward(
+        *grads, *args[:TENSORS], *outs, *args[TENSORS:], needs[BIAS], needs[SINKS]
+    )
+    by_position = dict(zip((QUERY, KEY, VALUE, BIAS, SINKS), found, strict=True))
+    return tuple(by_position.get(i) if needs[i] else None for i in range(len(args)))
+
+
+def _backward_arguments(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple:
+    forward_args = (*rest[:TENSORS], *rest[TENSORS + 2 : -2])
+    return forward_args, (grad_out, grad_lse), (QUERY, KEY, VALUE, BIAS, SINKS)
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_bias, need_sinks = rest[-2:]
+    query, key, value = rest[:3]
+    return (
+        *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)),
+        *(
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            if need and t is not None
+            else query.new_empty(0)
+            for need, t in ((need_bias, rest[BIAS]), (need_sinks, rest[SINKS]))
+        ),
+    )
+
+
+ATTENTION = registry.op(
+    f"attention_fwd({SCHEMA.format(outputs='')}) -> (Tensor out, Tensor lse)",
+    "attention_bwd(Tensor? grad_out, Tensor? grad_lse, "
+    f"{SCHEMA.format(outputs='Tensor out, Tensor lse, ')}, bool need_bias, bool need_sinks)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias,"
+    " Tensor grad_sinks)",
+    reference=reference.attention,
+    backward_arguments=_backward_arguments,
+    backward_fake=_backward_fake,
+    derivative=_derivative,
+    kernels={"cpu": _refusals},
+    differentiable=2,
+    keep=(0, 1),
+)
+
+
+def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    checks.floating("query", query)
+    if query.dim() != 4:
+        raise ValueError(f"query must be (B, H, Sq, D), got {query.dim()} dimensions")
+    batch, heads, _, width = query.shape
+    for name, tensor in (("key", key), ("value", value)):
+        checks.same(name, tensor, "query", query, shape=False)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (B, Hkv, Sk, head_dim), got {tensor.dim()} dimensions")
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} must have query's batch {batch}, got {tensor.shape[0]}")
+    if key.shape[3] != width:
+        raise ValueError(f"key must have query's head_dim {width}, got {key.shape[3]}")
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"value must have key's (Hkv, Sk) {list(key.shape[1:3])}, got {list(value.shape[1:3])}"
+        )
+    if key.shape[1] == 0 and heads or key.shape[1] and heads % key.shape[1]:
+        raise ValueError(
+            f"key must have a number of heads that divides query's {heads}, got {key.shape[1]}"
+        )
+
+
+def _broadcast(name: str, tensor: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """View `tensor` as four dimensions, each 1 or that of the scores [B, H, Sq, Sk]."""
+    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(tensor.shape)}"
+        )
+    return tensor if tensor.dim() == 4 else tensor.reshape(shape)
+
+
+def _bounds(
+    causal: bool, window: tuple[int | None, int | None] | None
+) -> tuple[int | None, int | None]:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    left = right = None
+    if window is not None:
+        try:
+            left, right = (None if bound in (None, -1) else bound for bound in window)
+        except (TypeError, ValueError):
+            raise TypeError(f"window must be None or a pair (left, right), got {window!r}") from None
+        for bound in (left, right):
+            if bound is None:
+                continue
+            if isinstance(bound, (bool, float)):
+                raise TypeError(f"window must hold integers or None, got {window!r}")
+            if bound < 0:
+                raise ValueError(f"window must hold sizes >= 0, None or -1, got {window!r}")
+    return left, 0 if causal else right
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must hold one int64 on {device}, got {seed.numel()} of {seed.dtype} "
+                f"on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _attention_args(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str = "bottom_right",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple:
+    _checked_tensors(query, key, value)
+    batch, heads, q_len, width = query.shape
+    kv_len = key.shape[2]
+    if align not in ("bottom_right", "top_left"):
+        raise ValueError(f'align must be "bottom_right" or "top_left", got {align!r}')
+    left, right = _bounds(causal, window)
+    if mask is not None:
+        checks.on_device("mask", mask, "query", query)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}; use bias")
+        mask = _broadcast("mask", mask, (batch, heads, q_len, kv_len))
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.on_device("bias", bias, "query", query)
+        if bias.dtype not in (query.dtype, torch.float32):
+            raise TypeError(f"bias must be {query.dtype} or torch.float32, got {bias.dtype}")
+        bias = _broadcast("bias", bias, (batch, heads, q_len, kv_len))
+    if alibi_slopes is not None:
+        checks.floating("alibi_slopes", alibi_slopes)
+        checks.on_device("alibi_slopes", alibi_slopes, "query", query)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must be (H,) or (B, H) = {[batch, heads]}, "
+                f"got {list(alibi_slopes.shape)}"
+            )
+        alibi_slopes = alibi_slopes.float().expand(batch, heads).contiguous()
+    if sinks is not None:
+        checks.floating("sinks", sinks)
+        checks.on_device("sinks", sinks, "query", query)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must be (H,) = {[heads]}, got {list(sinks.shape)}")
+    if scale is None:
+        if width == 0:
+            raise ValueError("scale must be given when query's head_dim is 0, got None")
+        scale = width**-0.5
+    checks.finite("scale", scale)
+    if softcap is not None:
+        checks.finite("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    checks.finite("dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if dropout_p == 0 and seed is not None:
+        raise ValueError("seed is of use only with dropout_p > 0, got dropout_p = 0")
+    return (
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        _seed(seed, query.device) if dropout_p else None,
+        kv_len - q_len if align == "bottom_right" else 0,
+        left,
+        right,
+        float(scale),
+        float(softcap or 0.0),
+        float(dropout_p),
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str = "bottom_right",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention (Vaswani et al. 2017) in O(Sq + Sk) memory.
+
+    `softmax(softcap(scale * query key^T) + bias - slope * distance) value`, computed block by block
+    with an online softmax (Dao et al. 2022, arXiv:2205.14135); backward recomputes the scores.
+
+    Args:
+        query: [B, H, Sq, D]; key: [B, Hkv, Sk, D]; value: [B, Hkv, Sk, Dv]. fp32, bf16, fp16 or
+            fp64 with any strides; H is a multiple of Hkv (grouped heads, arXiv:2305.13245).
+        mask: bool, True = attend, broadcastable to [B, H, Sq, Sk].
+        bias: added to the scores, broadcastable likewise, in query's dtype or fp32; -inf masks.
+            Receives a gradient, summed over its broadcast dimensions.
+        causal: a query sees its own and earlier keys only.
+        window: (left, right), the number of keys that a query sees on either side of its own
+            position; None or -1 is no bound.
+        align: what `causal`, `window` and `alibi_slopes` take as a query's own position where
+            Sq != Sk: "bottom_right" lets the last query meet the last key (as flash-attn does),
+            "top_left" the first the first (as PyTorch does).
+        scale: D ** -0.5 unless given.
+        softcap: scores become softcap * tanh(score / softcap) before bias (Gemma 2).
+        alibi_slopes: [H] or [B, H]; subtracts slope * |own position - key| (arXiv:2108.12409).
+        sinks: [H], a score that joins every softmax without a value (arXiv:2309.17453).
+        dropout_p: probability of dropping an attention weight, the rest scaled by 1 / (1 - p).
+            Bits come from Philox 4x32-10, counted by position, the same for any kernel and any
+            number of threads.
+        seed: an int or one int64 for dropout; drawn from torch's generator when None.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        [B, H, Sq, Dv] in query's dtype, laid out as [B, Sq, H, Dv] so that
+        `.transpose(1, 2).flatten(2)` copies nothing. A query that sees no key gives 0. With
+        `return_lse` also [B, H, Sq] in fp32 (fp64 for fp64), -inf for a query that sees nothing;
+        it is differentiable.
+
+    Raises:
+        TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, device, head count
+        or number does not fit.
+    """
+    args = _attention_args(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        align=align,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    out, lse = ATTENTION(*args)
+    return (out, lse) if return_lse else out
+
+
+def _sdpa_args(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.tensor(name, tensor)
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be (..., S, E), got {tensor.dim()} dimensions")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal is True, got both")
+    if enable_gqa:
+        if query.dim() != 4 or key.dim() != 4:
+            raise ValueError(
+                f"query and key must have 4 dimensions with enable_gqa, got {query.dim()} "
+                f"and {key.dim()}"
+            )
+        lead = query.shape[:-2]
+    else:
+        try:
+            lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        except RuntimeError:
+            shapes = [list(t.shape) for t in (query, key, value)]
+            raise ValueError(
+                f"query, key and value must have matching batch dimensions, got {shapes}"
+            ) from None
+        query, key, value = (t.expand(*lead, *t.shape[-2:]) for t in (query, key, value))
+    if attn_mask is not None:
+        checks.tensor("attn_mask", attn_mask)
+        scores = (*lead, query.shape[-2], key.shape[-2])
+        try:
+            attn_mask = attn_mask if len(lead) == 2 else attn_mask.expand(scores)
+        except RuntimeError:
+            raise ValueError(
+                f"attn_mask must broadcast to {list(scores)}, got {list(attn_mask.shape)}"
+            ) from None
+        if attn_mask.dtype not in (torch.bool, query.dtype):
+            raise TypeError(
+                f"attn_mask must be torch.bool or query's {query.dtype}, got {attn_mask.dtype}"
+            )
+    if len(lead) != 2:
+        query, key, value, attn_mask = (
+            t if t is None else t.reshape(1, math.prod(lead), *t.shape[-2:])
+            for t in (query, key, value, attn_mask)
+        )
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    return _attention_args(
+        query,
+        key,
+        value,
+        mask=attn_mask if boolean else None,
+        bias=None if boolean else attn_mask,
+        causal=bool(is_causal),
+        align="top_left",
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument.
+
+    Args:
+        query: [..., Sq, E]; key: [..., Sk, E]; value: [..., Sk, Ev].
+        attn_mask: bool (True = attend) or added to the scores in query's dtype, broadcastable to
+            [..., Sq, Sk]; an added mask receives a gradient.
+        dropout_p: applied whenever it is > 0, in training or not.
+        is_causal: a causal mask aligned to the top left; not together with `attn_mask`.
+        scale: E ** -0.5 unless given.
+        enable_gqa: query may have a multiple of key's and value's heads.
+
+    Returns:
+        [..., Sq, Ev] in query's dtype.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    args = _sdpa_args(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out = ATTENTION(*args)[0]
+    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
+        return out
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+registry.function("attention", _attention_args, ATTENTION)
+registry.function("scaled_dot_product_attention", _sdpa_args, ATTENTION)

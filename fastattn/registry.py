@@ -1,0 +1,181 @@
+"""An op: schema, reference, derivative and kernels in one record, and the road of a call to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastattn import dispatch
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+OPS: dict[str, Op] = {}
+FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op]] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A forward and a backward torch op, and all that the dispatcher and autograd know of them.
+
+    `reference` takes the forward op's arguments and returns its outputs in eager PyTorch, in any
+    dtype. `derivative(needs, args, outs, grads)` returns one gradient per argument by calling the
+    backward op. `kernels` maps a kernel's name to a function that lists its refusals.
+    """
+
+    name: str
+    reference: Callable[..., tuple[torch.Tensor, ...]]
+    derivative: Callable[..., Tensors]
+    kernels: dict[str, Callable[..., list[str]]]
+    differentiable: int  # the leading outputs that carry a gradient
+    keep: tuple[int, ...]  # the outputs that the derivative reads
+    forward: Any = field(init=False)
+    backward: Any = field(init=False)
+    function: type[torch.autograd.Function] = field(init=False)
+
+    def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed."""
+        if dispatch.choose(self, args).kernel == "reference":
+            return self.reference(*args)
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+        ):
+            return self.function.apply(*args)
+        return self.forward(*args)
+
+
+def op(
+    schema: str,
+    backward_schema: str,
+    *,
+    reference: Callable[..., tuple[torch.Tensor, ...]],
+    backward_fake: Callable[..., tuple[torch.Tensor, ...]],
+    backward_arguments: Callable[..., tuple],
+    derivative: Callable[..., Tensors],
+    kernels: dict[str, Callable[..., list[str]]],
+    differentiable: int = 1,
+    keep: tuple[int, ...] = (),
+) -> Op:
+    """Define `fastattn::<name>_fwd` and `_bwd`, with the reference as their fallback on any device.
+
+    The forward reference also computes output shapes on fake tensors. The backward op needs none of
+    its own: `backward_arguments(*backward_args)` gives the forward arguments and the gradients from
+    which autograd over the reference derives it.
+    """
+    name = schema.split("(", 1)[0].removesuffix("_fwd")
+    record = Op(name, reference, derivative, kernels, differentiable, keep)
+
+    def reference_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+        forward_args, grads, wanted = backward_arguments(*args)
+        fake = backward_fake(*args)
+        with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):  # it is off below an op
+            found = vjp(record, forward_args, grads, wanted, create_graph=False)
+        return tuple(
+            empty if grad is None else grad.reshape(empty.shape).to(empty.dtype).contiguous()
+            for grad, empty in zip(found, fake, strict=True)
+        )
+
+    for definition, implementation, fake in (
+        (schema, reference, reference),
+        (backward_schema, reference_backward, backward_fake),
+    ):
+        qualified = "fastattn::" + definition.split("(", 1)[0]
+        torch.library.define(qualified, definition[definition.index("(") :])
+        torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
+        torch.library.register_fake(qualified, fake)
+    object.__setattr__(record, "forward", getattr(torch.ops.fastattn, f"{name}_fwd").default)
+    object.__setattr__(record, "backward", getattr(torch.ops.fastattn, f"{name}_bwd").default)
+    object.__setattr__(record, "function", _function(record))
+    OPS[name] = record
+    return record
+
+
+def function(name: str, prepare: Callable[..., tuple], record: Op) -> None:
+    """Let `fastattn.explain(name, ...)` know how public arguments become the op's."""
+    FUNCTIONS[name] = (prepare, record)
+
+
+def explain(function_name: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
+    """Say which kernel `fastattn.<function_name>(*args, **kwargs)` would run on, and why.
+
+    Nothing is computed. Returns a `Choice` whose `refused` maps each better kernel to its reasons.
+
+    Raises:
+        ValueError: the function is unknown, or as the function itself would.
+    """
+    if function_name not in FUNCTIONS:
+        raise ValueError(f"function_name must be one of {sorted(FUNCTIONS)}, got {function_name!r}")
+    prepare, record = FUNCTIONS[function_name]
+    return dispatch.choose(record, prepare(*args, **kwargs))
+
+
+def vjp(
+    record: Op, args: tuple, grads: Tensors, wanted: tuple[int, ...], *, create_graph: bool
+) -> list:
+    """Gradients of the reference with respect to the arguments at positions `wanted`.
+
+    `grads` belong to the leading outputs; None stands for a zero gradient. With `create_graph` the
+    arguments are those of the graph, and the result is differentiable in turn.
+    """
+    with torch.enable_grad():
+        if not create_graph:
+            args = tuple(
+                arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
+                for i, arg in enumerate(args)
+            )
+        pairs = [
+            (out, grad)
+            for out, grad in zip(record.reference(*args), grads, strict=False)
+            if grad is not None and out.requires_grad
+        ]
+        inputs = {
+            i: args[i]
+            for i in wanted
+            if isinstance(args[i], torch.Tensor) and args[i].requires_grad
+        }
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            list(inputs.values()),
+            [grad.to(out.dtype) for out, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    by_position = dict(zip(inputs, found, strict=True))
+    return [by_position.get(i) for i in wanted]
+
+
+def _function(record: Op) -> type[torch.autograd.Function]:
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+            outs = record.forward(*args)
+            tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
+            ctx.save_for_backward(*tensors, *(outs[i] for i in record.keep))
+            ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outs[record.differentiable :])
+            return outs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Tensors:
+            count = len(ctx.others)
+            saved = ctx.saved_tensors
+            args = tuple(
+                other if tensor is None else tensor
+                for tensor, other in zip(saved[:count], ctx.others, strict=True)
+            )
+            grads = grads[: record.differentiable]
+            if all(grad is None for grad in grads):
+                return (None,) * count
+            if torch.is_grad_enabled():  # create_graph=True: the reference is differentiable again
+                wanted = tuple(i for i in range(count) if ctx.needs_input_grad[i])
+                found = dict(zip(wanted, vjp(record, args, grads, wanted, create_graph=True), strict=True))
+                return tuple(found.get(i) for i in range(count))
+            return record.derivative(ctx.needs_input_grad, args, saved[count:], grads)
+
+    Fused.__name__ = Fused.__qualname__ = record.name
+    return Fused
