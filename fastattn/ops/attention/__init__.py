@@ -47,7 +47,7 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tens
     need_bias, need_sinks = rest[-2:]
     query, key, value = rest[:3]
     return (
-        *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)),
+        *(torch.empty_like(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in (query, key, value)),
         *(
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             if need and t is not None
@@ -193,6 +193,7 @@ def _attention_args(
         checks.on_device("sinks", sinks, "query", query)
         if tuple(sinks.shape) != (heads,):
             raise ValueError(f"sinks must be (H,) = {[heads]}, got {list(sinks.shape)}")
+        sinks = sinks.double()  # a score per head: no cost, and one type for every kernel
     if scale is None:
         if width == 0:
             raise ValueError("scale must be given when query's head_dim is 0, got None")

@@ -1,0 +1,329 @@
+"""What is raced: a table of cases, one line each, and what each case costs in work and traffic.
+
+A new row is one new line in `CASES`. A case says nothing about how it is run; that is
+`baselines.py` (operations) and `models.py` (whole models).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One race: an operation, a shape, a data type, forward only or forward and backward."""
+
+    dtype: str = "float32"
+    backward: bool = False
+    quick: bool = False
+
+    group: ClassVar[str]  # the heading that the case is listed under
+    tiny: ClassVar[dict[str, int]]  # sizes that load the same code but touch little memory
+    dropout: ClassVar[float] = 0.0
+
+    @property
+    def title(self) -> str:
+        """The operation and its options, in words."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> str:
+        """The sizes, short enough for a table."""
+        raise NotImplementedError
+
+    @property
+    def passes(self) -> str:
+        return "fwd+bwd" if self.backward else "fwd"
+
+    @property
+    def name(self) -> str:
+        """The name that `--only` matches, such as attention-causal/b1-h12-s512-d64/fwd/fp32."""
+        parts = (self.title, self.shape, self.passes, DTYPES[self.dtype])
+        return "/".join(part.lower().replace(" ", "-") for part in parts)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the call; 0 where memory traffic is the measure."""
+        return 0.0
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that must be read and written; 0 where arithmetic is the measure."""
+        return 0.0
+
+    @property
+    def eager_bytes(self) -> float:
+        """What the eager call is known to need beyond its inputs; 0 where that is modest."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Case):
+    """softmax(q k^T / sqrt(d)) v with what is switched on; q is (B, H, S, D)."""
+
+    batch: int
+    heads: int
+    seq: int
+    head_dim: int
+    causal: bool = False
+    padding: bool = False
+    bias: bool = False  # learned, (1, H, S, S), with its gradient
+    dropout: float = 0.0
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "heads": 2, "seq": 64}
+
+    @property
+    def title(self) -> str:
+        options = {
+            "causal": self.causal,
+            "padding mask": self.padding,
+            "learned bias": self.bias,
+            f"dropout {self.dropout:g}": self.dropout > 0,
+        }
+        return " ".join(["attention", *(word for word, on in options.items() if on)])
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads} S{self.seq} D{self.head_dim}"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys that each sequence of the batch attends to: all, or staggered down to half."""
+        if not self.padding:
+            return [self.seq] * self.batch
+        step = self.seq // (2 * max(self.batch, 2))
+        return [self.seq - step * (row + 1) for row in range(self.batch)]
+
+    @property
+    def flops(self) -> float:
+        if self.causal:
+            pairs = sum(sum(min(row + 1, keys) for row in range(self.seq)) for keys in self.lengths)
+        else:
+            pairs = sum(self.seq * keys for keys in self.lengths)
+        # two matrix products forward, five more backward
+        return 4.0 * self.heads * self.head_dim * pairs * (3.5 if self.backward else 1.0)
+
+    @property
+    def eager_bytes(self) -> float:
+        matrix = self.batch * self.heads * self.seq**2 * (4 if self.dtype == "float32" else 2)
+        return matrix * (5 if self.backward else 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Case):
+    """layer_norm or rms_norm over the last dimension, alone or with a residual added in front."""
+
+    kind: str  # layer_norm, rms_norm, add_layer_norm, add_rms_norm
+    rows: int
+    cols: int
+
+    group: ClassVar[str] = "norm"
+    tiny: ClassVar[dict[str, int]] = {"rows": 8}
+
+    @property
+    def title(self) -> str:
+        return self.kind
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def residual(self) -> bool:
+        return self.kind.startswith("add")
+
+    @property
+    def traffic(self) -> float:
+        tensors = 4 if self.residual else 2  # read x (and the residual), write y (and the sum)
+        if self.backward:
+            tensors += 4 if self.residual else 3  # read x, dy (and dsum), write dx
+        return tensors * self.rows * self.cols * (4.0 if self.dtype == "float32" else 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Case):
+    """act(x W^T + b) with x (rows, width_in) and W (width_out, width_in)."""
+
+    rows: int
+    width_in: int
+    width_out: int
+    activation: str | None = None
+
+    group: ClassVar[str] = "linear and FFN"
+    tiny: ClassVar[dict[str, int]] = {"rows": 8, "width_in": 64, "width_out": 64}
+
+    @property
+    def title(self) -> str:
+        return f"linear {self.activation}" if self.activation else "linear"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width_in}x{self.width_out}"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.width_in * self.width_out * (3 if self.backward else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward(Case):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) where gated."""
+
+    rows: int
+    width: int
+    hidden: int
+    activation: str = "gelu"
+    gated: bool = False
+
+    group: ClassVar[str] = "linear and FFN"
+    tiny: ClassVar[dict[str, int]] = {"rows": 8, "width": 64, "hidden": 64}
+
+    @property
+    def title(self) -> str:
+        return f"ffn gated {self.activation}" if self.gated else f"ffn {self.activation}"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}x{self.hidden}"
+
+    @property
+    def flops(self) -> float:
+        products = 3 if self.gated else 2
+        return 2.0 * products * self.rows * self.width * self.hidden * (3 if self.backward else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Case):
+    """A whole BERT encoder: MiniLM with its pretrained weights, or a random BERT of some size.
+
+    `seq` cuts running text into rows of exactly that many tokens; without it a row is one
+    sentence, padded to the longest of the batch under a mask.
+    """
+
+    weights: str  # minilm, bert-base, bert-small
+    batch: int
+    seq: int | None = None
+    dropout: float = 0.0  # as in training: on attention, embeddings and both residuals
+
+    group: ClassVar[str] = "whole model"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return f"{self.weights} dropout {self.dropout:g}" if self.dropout else self.weights
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} S{self.seq}" if self.seq else f"{self.batch} sentences"
+
+
+# Filled by hand, read by everyone: shape, what is switched on, whether it belongs to --quick.
+CASES: tuple[Case, ...] = (
+    # the real model first: the reason for the rest
+    Model(weights="minilm", batch=1, seq=128, quick=True),
+    Model(weights="minilm", batch=8, seq=128, quick=True),
+    Model(weights="minilm", batch=16, quick=True),
+    Model(weights="minilm", batch=1, seq=512),
+    Model(weights="minilm", batch=4, seq=128, backward=True, dropout=0.1, quick=True),
+    Model(weights="bert-base", batch=1, seq=128),
+    Model(weights="bert-base", batch=8, seq=128),
+    Model(weights="bert-base", batch=1, seq=512),
+    Model(weights="bert-base", batch=8, seq=128, backward=True, dropout=0.1),
+    Model(weights="bert-base", batch=2, seq=512, backward=True, dropout=0.1),
+    # attention forward
+    Attention(batch=1, heads=12, seq=512, head_dim=64, quick=True),
+    Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, quick=True),
+    Attention(batch=8, heads=12, seq=128, head_dim=64),
+    Attention(batch=8, heads=12, seq=128, head_dim=64, causal=True),
+    Attention(batch=8, heads=12, seq=128, head_dim=64, padding=True, quick=True),
+    Attention(batch=1, heads=12, seq=2048, head_dim=64),
+    Attention(batch=1, heads=12, seq=2048, head_dim=64, causal=True),
+    Attention(batch=1, heads=8, seq=512, head_dim=128),
+    Attention(batch=1, heads=8, seq=512, head_dim=128, causal=True),
+    Attention(batch=1, heads=8, seq=2048, head_dim=128),
+    Attention(batch=1, heads=8, seq=2048, head_dim=128, causal=True),
+    Attention(batch=1, heads=8, seq=8192, head_dim=64),
+    Attention(batch=1, heads=8, seq=8192, head_dim=64, causal=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="bfloat16"),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
+    # attention forward and backward
+    Attention(batch=1, heads=12, seq=512, head_dim=64, backward=True, quick=True),
+    Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, backward=True),
+    Attention(batch=1, heads=12, seq=2048, head_dim=64, backward=True),
+    Attention(batch=1, heads=12, seq=2048, head_dim=64, causal=True, backward=True),
+    Attention(batch=8, heads=12, seq=128, head_dim=64, padding=True, backward=True),
+    Attention(batch=1, heads=12, seq=512, head_dim=64, dropout=0.1, backward=True, quick=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),
+    Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
+    # norms
+    Norm(kind="layer_norm", rows=128, cols=768),
+    Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),
+    Norm(kind="layer_norm", rows=4096, cols=4096, backward=True, quick=True),
+    Norm(kind="rms_norm", rows=128, cols=768),
+    Norm(kind="rms_norm", rows=4096, cols=4096, quick=True),
+    Norm(kind="rms_norm", rows=4096, cols=4096, backward=True, quick=True),
+    Norm(kind="rms_norm", rows=4096, cols=4096, dtype="bfloat16"),
+    Norm(kind="add_layer_norm", rows=128, cols=768),
+    Norm(kind="add_layer_norm", rows=4096, cols=768, quick=True),
+    Norm(kind="add_layer_norm", rows=4096, cols=768, backward=True),
+    Norm(kind="add_rms_norm", rows=4096, cols=4096),
+    # linear and feed-forward
+    Linear(rows=1, width_in=768, width_out=3072, activation="gelu"),
+    Linear(rows=128, width_in=768, width_out=3072, activation="gelu", quick=True),
+    Linear(rows=512, width_in=768, width_out=3072, activation="gelu", quick=True),
+    Linear(rows=512, width_in=4096, width_out=4096),
+    Linear(rows=512, width_in=768, width_out=3072, activation="gelu", backward=True),
+    Linear(rows=512, width_in=768, width_out=3072, activation="gelu", dtype="bfloat16"),
+    FeedForward(rows=128, width=768, hidden=3072, quick=True),
+    FeedForward(rows=512, width=768, hidden=3072),
+    FeedForward(rows=512, width=768, hidden=3072, backward=True),
+    FeedForward(rows=128, width=768, hidden=2048, activation="silu", gated=True, quick=True),
+    FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True),
+    FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True, backward=True),
+)
+
+
+def select(
+    cases: Iterable[Case],
+    *,
+    quick: bool = False,
+    only: Iterable[str] = (),
+    dtypes: Iterable[str] = (),
+) -> list[Case]:
+    """The cases asked for, in table order.
+
+    A pattern with * or ? is matched against the whole name, any other one anywhere in it.
+    `dtypes` runs what is left in those data types instead of its own.
+    Raises ValueError naming the pattern that matches nothing, with the nearest names.
+    """
+    chosen = [case for case in cases if case.quick or not quick]
+    patterns = list(only)
+    for pattern in patterns:
+        if not any(_matches(case.name, pattern) for case in chosen):
+            names = [case.name for case in chosen]
+            parts = {part for name in names for part in (name, *name.split("/"))}
+            near = difflib.get_close_matches(pattern, sorted(parts), n=3, cutoff=0.5)
+            hint = f" (did you mean {', '.join(near)}?)" if near else ""
+            among = f"{len(names)} {'quick ' if quick else ''}cases"
+            raise ValueError(
+                f"--only {pattern!r} matches none of the {among}{hint}; --list shows their names"
+            )
+    if patterns:
+        chosen = [case for case in chosen if any(_matches(case.name, p) for p in patterns)]
+    if dtypes:
+        chosen = [replace(case, dtype=dtype) for case in chosen for dtype in dtypes]
+    return list(dict.fromkeys(chosen))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.lower()
+    return fnmatch.fnmatchcase(name, pattern if set(pattern) & set("*?[") else f"*{pattern}*")

@@ -1,0 +1,92 @@
+"""Peak memory: what a call adds to the resident memory of a fresh process.
+
+A child process, forked from a server that has computed nothing yet, loads the code with a tiny
+case, builds the inputs, resets its high-water mark and makes one call; the mark's growth counts
+all that the call touched: outputs, gradients, scratch, packed weights, inside torch or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import sys
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bench.cases import Case
+
+TIMEOUT = 300.0  # seconds
+PRELOAD = ["bench.baselines", "bench.models", "transformers.models.bert.modeling_bert"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def why_not() -> str | None:
+    """Why peak memory cannot be measured here, in one sentence; None where it can."""
+    if not Path("/proc/self/clear_refs").exists():
+        return f"peak memory is not measured on {sys.platform}: it needs Linux's /proc"
+    return None
+
+
+def peak_growth(case: Case, provider: str, threads: int) -> float | None:
+    """Bytes that one call of `provider` adds at its peak; None where the child failed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure, args=(case, provider, threads, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(TIMEOUT) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
+
+
+def _measure(case: Case, provider: str, threads: int, sender: Connection) -> None:
+    import torch
+
+    from bench import baselines
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        torch.set_num_threads(threads)
+        libc = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # other C libraries than glibc
+            # freed memory goes back at once, so that what is resident is what is in use
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
+        baselines.build(replace(case, **case.tiny)).calls[provider]()
+        call = baselines.build(case).calls[provider]
+        gc.collect()
+        with contextlib.suppress(AttributeError):
+            libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+        before = _high_water()
+        result = call()
+        sender.send(_high_water() - before)
+        del result
+
+
+def available() -> float:
+    """Bytes of memory that are available now; infinite where the system does not tell."""
+    try:
+        return _kilobytes("/proc/meminfo", "MemAvailable:")
+    except OSError:
+        return float("inf")
+
+
+def _high_water() -> float:
+    return _kilobytes("/proc/self/status", "VmHWM:")
+
+
+def _kilobytes(path: str, name: str) -> float:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(name):
+            return 1024.0 * int(line.split()[1])
+    raise OSError(f"{path} has no {name}")

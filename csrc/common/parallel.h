@@ -1,0 +1,39 @@
+// Work on torch's own thread pool, and scratch memory that each thread keeps between calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastattn {
+
+// Threads that torch would use here: at least 1.
+int thread_count();
+
+// Runs body(task, context) for every task in [0, tasks), each once, in any order and on any thread.
+// Tasks are handed out one by one, so that unequal ones balance. Rethrows a failed allocation.
+void run_tasks(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
+
+// Bytes of the second-level cache of one core.
+int64_t cache_bytes();
+
+// A stack of scratch memory in the calling thread; what an object took is released with it.
+// Contents are undefined, and NaN while tests poison it. Aligned to 64 bytes.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Inlined always: an object with wide flags must not emit a copy that others could link to.
+  template <class T>
+  __attribute__((always_inline)) T* take(int64_t count) {
+    return static_cast<T*>(bytes(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  void* bytes(size_t size);
+  size_t mark_;
+};
+
+}  // namespace fastattn

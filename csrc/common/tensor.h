@@ -1,0 +1,76 @@
+// Torch tensors at the boundary: checks in words, allocation, and plain pointers for the kernels.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace fastattn {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#define FASTATTN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastattn: ", __VA_ARGS__)
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return Dtype::f32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Dtype::bf16;
+    case torch::headeronly::ScalarType::Half:
+      return Dtype::f16;
+    case torch::headeronly::ScalarType::Double:
+      return Dtype::f64;
+    default:
+      FASTATTN_CHECK(false, "the CPU kernels take fp32, bf16, fp16 and fp64");
+  }
+}
+
+// The dtype of statistics of a tensor: fp64 for fp64, else fp32.
+inline Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                    Dtype dtype) {
+  static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+      codes[static_cast<int>(dtype)], aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
+inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
+  return empty({rows, cols}, {cols, 1}, dtype);
+}
+
+inline void check_matrix(const char* name, const Tensor& tensor) {
+  FASTATTN_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name,
+                 " must be a contiguous matrix of two dimensions");
+}
+
+inline void check_sizes(const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (int64_t size : sizes) same = same && tensor.size(dim++) == size;
+  FASTATTN_CHECK(same && tensor.is_contiguous(), name, " has not the shape that the others ask for");
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, Dtype dtype) {
+  FASTATTN_CHECK(dtype_of(tensor) == dtype, name, " has not the dtype that the others ask for");
+}
+
+inline const void* read(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+}  // namespace fastattn

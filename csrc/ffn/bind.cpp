@@ -1,0 +1,193 @@
+// The torch ops of the ffn room on the CPU: linear and ffn, forward and backward.
+#include "common/tensor.h"
+#include "ffn/ffn.h"
+
+namespace fastattn {
+namespace {
+
+Activation activation_of(const std::string& name) {
+  static const std::pair<const char*, Activation> known[] = {{"identity", Activation::identity},
+                                                             {"relu", Activation::relu},
+                                                             {"gelu", Activation::gelu},
+                                                             {"gelu_tanh", Activation::gelu_tanh},
+                                                             {"silu", Activation::silu}};
+  for (const auto& [spelling, activation] : known)
+    if (name == spelling) return activation;
+  FASTATTN_CHECK(false, "activation '", name, "' is unknown");
+}
+
+// Checks a projection of `in` features; returns its number of output features.
+int64_t checked(const char* name, const Tensor& weight, const OptionalTensor& bias, int64_t in,
+                Dtype dtype) {
+  check_matrix(name, weight);
+  check_dtype(name, weight, dtype);
+  const int64_t out = weight.size(0);
+  check_sizes(name, weight, {out, in});
+  if (bias.has_value()) {
+    check_sizes("bias", *bias, {out});
+    check_dtype("bias", *bias, dtype);
+  }
+  return out;
+}
+
+void* write(const Tensor& tensor, bool wanted) {
+  return wanted ? tensor.mutable_data_ptr() : nullptr;
+}
+
+// A gradient like `tensor` to be written, or an empty tensor where none is wanted.
+Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype) {
+  if (!wanted || !tensor.has_value()) return empty(0, dtype);
+  return tensor->dim() == 1 ? empty(tensor->size(0), dtype)
+                            : empty(tensor->size(0), tensor->size(1), dtype);
+}
+
+std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
+                                      std::string activation, bool save) {
+  check_matrix("input", input);
+  const Dtype dtype = dtype_of(input);
+  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t features = checked("weight", weight, bias, in, dtype);
+  const Activation kind = activation_of(activation);
+  save = save && kind != Activation::identity;
+  Tensor out = empty(rows, features, dtype);
+  Tensor pre = save ? empty(rows, features, dtype) : empty(0, dtype);
+  linear_forward({dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
+                  read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
+  return {out, pre};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Tensor weight,
+                                              OptionalTensor bias, Tensor pre,
+                                              std::string activation, bool need_input,
+                                              bool need_weight, bool need_bias) {
+  check_matrix("input", input);
+  const Dtype dtype = dtype_of(input);
+  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t features = checked("weight", weight, bias, in, dtype);
+  check_sizes("grad_out", grad_out, {rows, features});
+  check_dtype("grad_out", grad_out, dtype);
+  const Activation kind = activation_of(activation);
+  Tensor grad_pre = grad_out;
+  if (kind != Activation::identity) {
+    check_sizes("pre", pre, {rows, features});
+    check_dtype("pre", pre, dtype);
+    grad_pre = empty(rows, features, dtype);
+    activation_backward({dtype, rows * features, grad_out.const_data_ptr(), pre.const_data_ptr(),
+                         nullptr, kind, grad_pre.mutable_data_ptr(), nullptr, nullptr});
+  }
+  need_bias = need_bias && bias.has_value();
+  Tensor grad_input = gradient(input, need_input, dtype);
+  Tensor grad_weight = gradient(weight, need_weight, dtype);
+  Tensor grad_bias = gradient(bias, need_bias, dtype);
+  linear_backward({dtype, rows, in, features, grad_pre.const_data_ptr(), input.const_data_ptr(),
+                   weight.const_data_ptr(), nullptr, write(grad_input, need_input),
+                   write(grad_weight, need_weight), write(grad_bias, need_bias)});
+  return {grad_input, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, OptionalTensor up_bias,
+                                           OptionalTensor gate_weight, OptionalTensor gate_bias,
+                                           Tensor down_weight, OptionalTensor down_bias,
+                                           std::string activation, bool save) {
+  check_matrix("input", input);
+  const Dtype dtype = dtype_of(input);
+  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
+  const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
+  const bool gated = gate_weight.has_value();
+  const Activation kind = activation_of(activation);
+  Tensor hidden = empty(rows, features, dtype), out = empty(rows, out_features, dtype);
+  Tensor up = save ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor gate = save && gated ? empty(rows, features, dtype) : empty(0, dtype);
+  if (gated) {
+    FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
+                   "gate_weight must have as many rows as up_weight");
+    gated_forward({dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
+                   read(up_bias), gate_weight->const_data_ptr(), read(gate_bias), kind,
+                   hidden.mutable_data_ptr(), write(up, save), write(gate, save)});
+  } else {
+    linear_forward({dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
+                    read(up_bias), kind, hidden.mutable_data_ptr(), write(up, save)});
+  }
+  linear_forward({dtype, rows, features, out_features, hidden.const_data_ptr(),
+                  down_weight.const_data_ptr(), read(down_bias), Activation::identity,
+                  out.mutable_data_ptr(), nullptr});
+  return {out, up, gate};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
+    Tensor grad_out, Tensor input, Tensor up_weight, OptionalTensor up_bias,
+    OptionalTensor gate_weight, OptionalTensor gate_bias, Tensor down_weight,
+    OptionalTensor down_bias, Tensor up, Tensor gate, std::string activation, bool need_input,
+    bool need_up_weight, bool need_up_bias, bool need_gate_weight, bool need_gate_bias,
+    bool need_down_weight, bool need_down_bias) {
+  check_matrix("input", input);
+  const Dtype dtype = dtype_of(input);
+  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
+  const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
+  check_sizes("grad_out", grad_out, {rows, out_features});
+  check_dtype("grad_out", grad_out, dtype);
+  check_sizes("up", up, {rows, features});
+  check_dtype("up", up, dtype);
+  const bool gated = gate_weight.has_value();
+  if (gated) {
+    FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
+                   "gate_weight must have as many rows as up_weight");
+    check_sizes("gate", gate, {rows, features});
+    check_dtype("gate", gate, dtype);
+  }
+  need_up_bias = need_up_bias && up_bias.has_value();
+  need_gate_weight = need_gate_weight && gated;
+  need_gate_bias = need_gate_bias && gate_bias.has_value();
+  need_down_bias = need_down_bias && down_bias.has_value();
+  const bool below = need_input || need_up_weight || need_up_bias || need_gate_weight ||
+                     need_gate_bias || need_down_weight;
+
+  Tensor grad_down_weight = gradient(down_weight, need_down_weight, dtype);
+  Tensor grad_down_bias = gradient(down_bias, need_down_bias, dtype);
+  Tensor grad_up_weight = gradient(up_weight, need_up_weight, dtype);
+  Tensor grad_up_bias = gradient(up_bias, need_up_bias, dtype);
+  Tensor grad_gate_weight = gradient(gate_weight, need_gate_weight, dtype);
+  Tensor grad_gate_bias = gradient(gate_bias, need_gate_bias, dtype);
+  Tensor grad_input = gradient(input, need_input, dtype);
+
+  // `hidden` is recomputed from what forward kept of the projections.
+  Tensor grad_hidden = below ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor hidden = need_down_weight ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor grad_up = below ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor grad_gate = below && gated ? empty(rows, features, dtype) : empty(0, dtype);
+  if (below) {
+    linear_backward({dtype, rows, features, out_features, grad_out.const_data_ptr(), nullptr,
+                     down_weight.const_data_ptr(), nullptr, grad_hidden.mutable_data_ptr(), nullptr,
+                     nullptr});
+    activation_backward({dtype, rows * features, grad_hidden.const_data_ptr(), up.const_data_ptr(),
+                         gated ? gate.const_data_ptr() : nullptr, activation_of(activation),
+                         grad_up.mutable_data_ptr(), write(grad_gate, gated),
+                         write(hidden, need_down_weight)});
+  }
+  linear_backward({dtype, rows, features, out_features, grad_out.const_data_ptr(),
+                   need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
+                   write(grad_down_weight, need_down_weight), write(grad_down_bias, need_down_bias)});
+  linear_backward({dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
+                   up_weight.const_data_ptr(), nullptr, write(grad_input, need_input),
+                   write(grad_up_weight, need_up_weight), write(grad_up_bias, need_up_bias)});
+  if (gated)
+    linear_backward({dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
+                     gate_weight->const_data_ptr(), need_input ? grad_input.const_data_ptr() : nullptr,
+                     write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
+                     write(grad_gate_bias, need_gate_bias)});
+  return {grad_input,     grad_up_weight,   grad_up_bias,  grad_gate_weight,
+          grad_gate_bias, grad_down_weight, grad_down_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
+  library.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  library.impl("linear_bwd", TORCH_BOX(&linear_bwd));
+  library.impl("ffn_fwd", TORCH_BOX(&ffn_fwd));
+  library.impl("ffn_bwd", TORCH_BOX(&ffn_bwd));
+}
+
+}  // namespace fastattn

@@ -1,0 +1,71 @@
+// Linear layers with a fused activation, and feed-forward blocks, plain and gated.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fastattn {
+
+enum class Activation : int { identity, relu, gelu, gelu_tanh, silu };
+
+// out = activation(input weight^T + bias).
+struct LinearForward {
+  Dtype dtype;
+  int64_t rows, in_features, out_features;
+  const void* input;   // [rows, in_features]
+  const void* weight;  // [out_features, in_features]
+  const void* bias;    // [out_features] or null
+  Activation activation;
+  void* out;  // [rows, out_features]
+  void* pre;  // what came before the activation, or null
+};
+
+// hidden = activation(gate) * up, where up = input up_weight^T + up_bias and gate likewise.
+struct GatedForward {
+  Dtype dtype;
+  int64_t rows, in_features, hidden_features;
+  const void* input;
+  const void* up_weight;    // [hidden_features, in_features]
+  const void* up_bias;      // [hidden_features] or null
+  const void* gate_weight;  // as up_weight
+  const void* gate_bias;
+  Activation activation;
+  void* hidden;  // [rows, hidden_features]
+  void* up;      // or null
+  void* gate;    // or null
+};
+
+// grad_pre = grad_out * activation'(pre), element by element; also activation(pre) where asked.
+struct ActivationBackward {
+  Dtype dtype;
+  int64_t size;
+  const void* grad_out;
+  const void* pre;
+  const void* gate;  // null: activation(pre). Else activation(gate) * pre, pre being `up`.
+  Activation activation;
+  void* grad_pre;
+  void* grad_gate;  // with a gate
+  void* hidden;     // activation(pre) or activation(gate) * pre; null if not asked
+};
+
+// The gradients of a linear layer; null where not asked.
+struct LinearBackward {
+  Dtype dtype;
+  int64_t rows, in_features, out_features;
+  const void* grad_pre;  // [rows, out_features]
+  const void* input;
+  const void* weight;
+  const void* add;    // [rows, in_features], added to grad_input, or null
+  void* grad_input;   // [rows, in_features]
+  void* grad_weight;  // [out_features, in_features]
+  void* grad_bias;    // [out_features]
+};
+
+FASTATTN_KERNEL(linear_forward, LinearForward)
+FASTATTN_KERNEL(gated_forward, GatedForward)
+FASTATTN_KERNEL(activation_backward, ActivationBackward)
+FASTATTN_KERNEL(linear_backward, LinearBackward)
+
+}  // namespace fastattn

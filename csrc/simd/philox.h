@@ -1,0 +1,61 @@
+// The random bits of dropout: Philox 4x32-10 (Salmon et al. 2011), counted by position.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int kPhiloxBlock = 64;  // one call of sixteen counters serves 64 neighbouring keys
+
+FASTATTN_INLINE void multiply_wide(VecU x, uint32_t factor, VecU& high, VecU& low) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  const __m512i v = bits<__m512i>(x), f = _mm512_set1_epi64(factor);
+  const __m512i even = _mm512_mul_epu32(v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), f);
+  high = bits<VecU>(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
+  low = bits<VecU>(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32)));
+#elif defined(__AVX2__) && FASTATTN_LANES == 8
+  const __m256i v = bits<__m256i>(x), f = _mm256_set1_epi64x(factor);
+  const __m256i even = _mm256_mul_epu32(v, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), f);
+  high = bits<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+  low = bits<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#else
+  for (int i = 0; i < lanes<float>; i++) {
+    const uint64_t product = static_cast<uint64_t>(x[i]) * factor;
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+// factor[j] = 0 where key block * 64 + j is dropped for this row and head, else `kept`. The four words
+// of counter block * 16 + lane belong to the keys lane, lane + 16, lane + 32 and lane + 48.
+template <class A>
+void dropout_factors(uint64_t seed, uint32_t head, uint32_t row, int64_t block, uint32_t threshold,
+                     A kept, A* factor) {
+  constexpr int n = lanes<float>;
+  uint32_t counter[16];
+  for (int i = 0; i < 16; i++) counter[i] = static_cast<uint32_t>(block * 16 + i);
+  for (int part = 0; part < 16; part += n) {
+    VecU c[4] = {{}, VecU{} + row, VecU{} + head, {}};
+    std::memcpy(&c[0], counter + part, sizeof(VecU));
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+      VecU high0, low0, high1, low1;
+      multiply_wide(c[0], 0xD2511F53u, high0, low0);
+      multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
+      c[0] = high1 ^ c[1] ^ key0;
+      c[1] = low1;
+      c[2] = high0 ^ c[3] ^ key1;
+      c[3] = low0;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+    for (int word = 0; word < 4; word++)
+      for (int i = 0; i < n; i++)
+        factor[word * 16 + part + i] = c[word][i] >= threshold ? kept : A{0};
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

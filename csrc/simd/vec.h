@@ -1,0 +1,308 @@
+// The vector vocabulary: FASTATTN_LANES fp32 lanes in compiler vector types, so that one body serves
+// every ISA; the flags of the object file decide what instructions it becomes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+// Internal linkage: nothing that is compiled with wide flags may be linked into another object.
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr Isa kIsa = Isa::FASTATTN_ISA;
+
+template <class A>
+constexpr int lanes = sizeof(A) == 8 && FASTATTN_LANES > 1 ? FASTATTN_LANES / 2 : FASTATTN_LANES;
+
+template <class E, int N>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * N)));
+};
+template <class E, int N>
+using Vector = typename VectorOf<E, N>::type;
+
+template <class A>
+using Vec = Vector<A, lanes<A>>;  // A is float or double
+using VecU = Vector<uint32_t, lanes<float>>;
+using VecI = Vector<int32_t, lanes<float>>;
+using VecH = Vector<uint16_t, lanes<float>>;
+
+template <class To, class From>
+FASTATTN_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class A>
+FASTATTN_INLINE Vec<A> set(A value) {
+  return Vec<A>{} + value;
+}
+
+// fp16 <-> fp32 in integers (IEEE 754 binary16), for ISAs without an instruction for it.
+FASTATTN_INLINE Vec<float> widen_f16(VecH half) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  return bits<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(half)));
+#elif defined(__F16C__) && FASTATTN_LANES == 8
+  return bits<Vec<float>>(_mm256_cvtph_ps(bits<__m128i>(half)));
+#else
+  const VecU wide = __builtin_convertvector(half, VecU);
+  const VecU sign = (wide & 0x8000u) << 16;
+  const VecU magnitude = (wide & 0x7fffu) << 13;
+  // Scaling by 2^112 moves the exponent's bias and normalises subnormals at once.
+  Vec<float> value = bits<Vec<float>>(magnitude) * 0x1p112f;
+  const VecU special = bits<VecU>((wide & 0x7c00u) == 0x7c00u);
+  const VecU infinite = magnitude | 0x7f800000u;
+  return bits<Vec<float>>(sign | (infinite & special) | (bits<VecU>(value) & ~special));
+#endif
+}
+
+FASTATTN_INLINE VecH narrow_f16(Vec<float> value) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  return bits<VecH>(
+      _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && FASTATTN_LANES == 8
+  return bits<VecH>(_mm256_cvtps_ph(bits<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VecU all = bits<VecU>(value);
+  const VecU sign = (all >> 16) & 0x8000u;
+  const VecU magnitude = all & 0x7fffffffu;
+  const VecU rounded =
+      (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;  // to nearest even
+  // Below 2^-14 the result is subnormal: adding 0.5 leaves its rounded bits in the low end.
+  const VecU small = bits<VecU>(bits<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU is_small = bits<VecU>(magnitude < 0x38800000u);
+  const VecU is_large = bits<VecU>(magnitude >= 0x477ff000u);
+  const VecU is_nan = bits<VecU>(magnitude > 0x7f800000u);
+  VecU half = (small & is_small) | (rounded & ~is_small);
+  half = (half & ~is_large) | (is_large & 0x7c00u) | (is_nan & 0x200u);
+  return __builtin_convertvector(half | sign, VecH);
+#endif
+}
+
+template <class A>
+FASTATTN_INLINE Vec<A> load(const A* from) {
+  Vec<A> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+template <class A>
+FASTATTN_INLINE Vec<float> load(const bf16* from) {
+  VecH half;
+  std::memcpy(&half, from, sizeof(half));
+  return bits<Vec<float>>(__builtin_convertvector(half, VecU) << 16);
+}
+template <class A>
+FASTATTN_INLINE Vec<float> load(const f16* from) {
+  VecH half;
+  std::memcpy(&half, from, sizeof(half));
+  return widen_f16(half);
+}
+
+template <class A>
+FASTATTN_INLINE void store(A* to, Vec<A> from) {
+  std::memcpy(to, &from, sizeof(from));
+}
+FASTATTN_INLINE void store(bf16* to, Vec<float> from) {
+  const VecU all = bits<VecU>(from);
+  const VecU rounded = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;  // to nearest even
+  const VecU is_nan = bits<VecU>((all & 0x7fffffffu) > 0x7f800000u);
+  const VecH half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecH);
+  std::memcpy(to, &half, sizeof(half));
+}
+FASTATTN_INLINE void store(f16* to, Vec<float> from) {
+  const VecH half = narrow_f16(from);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+// The first `count` elements, 0 < count < lanes; the others load as 0.
+template <class A, class T>
+FASTATTN_INLINE Vec<A> load_part(const T* from, int64_t count) {
+  T padded[lanes<A>] = {};
+  std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
+  return load<A>(padded);
+}
+template <class A, class T>
+FASTATTN_INLINE void store_part(T* to, Vec<A> from, int64_t count) {
+  T padded[lanes<A>];
+  store(padded, from);
+  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class A, class T>
+FASTATTN_INLINE A load_one(const T* from) {
+  return load_part<A>(from, 1)[0];
+}
+template <>
+FASTATTN_INLINE float load_one<float, float>(const float* from) {
+  return *from;
+}
+template <>
+FASTATTN_INLINE double load_one<double, double>(const double* from) {
+  return *from;
+}
+
+// Calls f(offset, count) over [0, size) in whole vectors and one last part; f is inlined twice.
+template <class A, class F>
+FASTATTN_INLINE void each_vector(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= size; i += lanes<A>) f(i, std::integral_constant<int64_t, lanes<A>>{});
+  if (i < size) f(i, size - i);
+}
+template <class A, class T, class Count>
+FASTATTN_INLINE Vec<A> load_count(const T* from, Count count) {
+  if constexpr (std::is_same_v<Count, int64_t>) {
+    return load_part<A>(from, count);
+  } else {
+    return load<A>(from);
+  }
+}
+template <class A, class T, class Count>
+FASTATTN_INLINE void store_count(T* to, Vec<A> from, Count count) {
+  if constexpr (std::is_same_v<Count, int64_t>) {
+    store_part<A>(to, from, count);
+  } else {
+    store(to, from);
+  }
+}
+
+template <class V>
+FASTATTN_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+FASTATTN_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class A>
+FASTATTN_INLINE A sum(Vec<A> v) {
+  A part[lanes<A>];
+  store(part, v);
+  for (int width = lanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+}
+template <class A>
+FASTATTN_INLINE A highest(Vec<A> v) {
+  A part[lanes<A>];
+  store(part, v);
+  for (int width = lanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+  return part[0];
+}
+
+template <class F>
+FASTATTN_INLINE Vec<double> each_lane(Vec<double> x, F f) {
+  for (int i = 0; i < lanes<double>; i++) x[i] = f(x[i]);
+  return x;
+}
+
+template <class V, class... C>
+FASTATTN_INLINE V polynomial(V x, float highest_power, C... lower_powers) {
+  V sum = V{} + highest_power;
+  ((sum = sum * x + lower_powers), ...);
+  return sum;
+}
+
+// Splits x into a whole number and a rest in [-0.5, 0.5]; returns 2^whole. |x| < 127.
+FASTATTN_INLINE Vec<float> split(Vec<float> x, Vec<float>& whole) {
+  const float magic = 0x1.8p23f;  // its addition rounds to a whole number, held in the low bits
+  const Vec<float> shifted = x + magic;
+  whole = shifted - magic;
+  return bits<Vec<float>>((bits<VecI>(shifted) << 23) + 0x3f800000);
+}
+
+// 2^x for x <= 0, exactly 0 below -126; relative error 1.5 ulp. NaN stays NaN.
+FASTATTN_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
+  Vec<float> whole;
+  const Vec<float> scale = split(x < -126.f ? set(-126.f) : x, whole);
+  const Vec<float> rest = (x < -126.f ? set(-126.f) : x) - whole;
+  const Vec<float> power = polynomial(rest, 1.534580747e-04f, 1.339993118e-03f, 9.618488974e-03f,
+                                      5.550328777e-02f, 2.402264689e-01f, 6.931472057e-01f, 1.f);
+  return x < -126.f ? Vec<float>{} : power * scale;
+}
+FASTATTN_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
+  return each_lane(x, [](double v) { return std::exp2(v); });
+}
+
+// e^x, saturating at e^+-87; relative error 1.5 ulp. NaN stays NaN.
+FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
+  x = x < -87.f ? set(-87.f) : x;
+  x = x > 87.f ? set(87.f) : x;
+  Vec<float> whole;
+  const Vec<float> scale = split(x * 1.44269504f, whole);
+  const Vec<float> rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  return polynomial(rest, 1.383683404e-03f, 8.374822070e-03f, 4.166822612e-02f, 1.666642010e-01f,
+                    4.999999208e-01f, 1.f, 1.f) *
+         scale;
+}
+FASTATTN_INLINE Vec<double> exp(Vec<double> x) {
+  return each_lane(x, [](double v) { return std::exp(v); });
+}
+
+FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  const Vec<float> magnitude = x < 0.f ? -x : x;
+  const Vec<float> square = x * x;
+  const Vec<float> inner =
+      x + x * square *
+              polynomial(square, -5.923977746e-03f, 2.087367428e-02f, -5.382381573e-02f,
+                         1.333258419e-01f, -3.333332703e-01f);
+  const Vec<float> outer = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);
+  return magnitude < 0.65f ? inner : (x < 0.f ? -outer : outer);
+}
+FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  return each_lane(x, [](double v) { return std::tanh(v); });
+}
+
+template <class V>
+FASTATTN_INLINE V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+// The normal distribution function, (1 + erf(x / sqrt 2)) / 2: a series in the middle, and
+// exp(-u^2) erfcx(u) outside, which keeps the relative accuracy of small tails.
+FASTATTN_INLINE Vec<float> normal_cdf(Vec<float> x) {
+  const Vec<float> u = x * 0.707106781f;
+  const Vec<float> square = u * u;
+  const Vec<float> magnitude = min(u < 0.f ? -u : u, set(10.f));
+  const Vec<float> inner =
+      0.5f + 0.5f * u *
+                 polynomial(square, -9.641516345e-06f, 1.125694798e-04f, -8.482828853e-04f,
+                            5.220945433e-03f, -2.686540004e-02f, 1.128378197e-01f,
+                            -3.761263843e-01f, 1.128379167e+00f);
+  const Vec<float> t = 1.f / (1.f + 0.5f * magnitude);
+  const Vec<float> erfcx = polynomial(t, 8.089111441e-02f, -1.850403910e-01f, 2.505986875e-02f,
+                                      1.053430100e-01f, 1.580411841e-01f, 2.529674260e-01f,
+                                      2.809907619e-01f, 2.821994076e-01f, -4.103425703e-06f);
+  const Vec<float> tail = 0.5f * exp(-square) * erfcx;
+  const Vec<float> outer = u < 0.f ? tail : 1.f - tail;
+  return square < 1.f ? inner : (x == x ? outer : x);
+}
+FASTATTN_INLINE Vec<double> normal_cdf(Vec<double> x) {
+  return each_lane(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); });
+}
+
+// Runs f(task) for every task in [0, tasks) on torch's threads.
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  run_tasks(
+      tasks, [](int64_t task, void* body) { (*static_cast<const F*>(body))(task); },
+      const_cast<F*>(&f));
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,300 @@
+"""BERT in one file: encoder, pooled output and masked-LM head, under their Hugging Face names.
+
+"BERT: Pre-training of Deep Bidirectional Transformers", https://arxiv.org/abs/1810.04805.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn import models
+
+# Hugging Face's names of activations -> fastattn's
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes and rates, named as in Hugging Face's config.json; the defaults are BERT base's."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            got = self.hidden_size, self.num_attention_heads
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {got}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be in {list(ACTIVATIONS)}, got {self.hidden_act!r}")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> BertConfig:
+        """Reads a config.json; raises ValueError for what would make it another model."""
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        needed = {"model_type": "bert", "is_decoder": False, "tie_word_embeddings": True}
+        needed["position_embedding_type"] = "absolute"
+        for name, value in needed.items():
+            if raw.get(name, value) != value:
+                raise ValueError(f"{path}: {name} must be {value!r}, got {raw[name]!r}")
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position, summed and normalised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width, pad = config.hidden_size, config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, types: Tensor, positions: Tensor, ops: Any) -> Tensor:
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
+        x = x + self.position_embeddings(positions)  # [B, S, E]
+        return self.dropout(ops.layer_norm(x, *_arguments(self.LayerNorm)))
+
+
+class SelfAttention(nn.Module):
+    """Every token attends to all tokens of its own row that are no padding."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
+        query, key, value = (
+            ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.query, self.key, self.value)
+        )  # [B, H, S, D], views of [B, S, E]
+        dropout_p = self.dropout_p if self.training else 0.0
+        context = ops.attention(query, key, value, mask=mask, dropout_p=dropout_p)
+        return context.transpose(1, 2).flatten(2)  # [B, S, E]
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each followed by residual add and norm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        # the dictionaries give the parameters their names
+        after = _dense_and_norm(width, width, eps)
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": after})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = _dense_and_norm(inner, width, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
+        proj, norm = self.attention["output"].values()
+        out = ops.linear(self.attention["self"](x, mask, ops), proj.weight, proj.bias)
+        x, _ = ops.add_layer_norm(self.dropout(out), x, *_arguments(norm))
+        up, (down, norm) = self.intermediate["dense"], self.output.values()
+        out = ops.ffn(x, up.weight, down.weight, up.bias, down.bias, activation=self.activation)
+        x, _ = ops.add_layer_norm(self.dropout(out), x, *_arguments(norm))
+        return x  # [B, S, E]
+
+
+class BertOutput(NamedTuple):
+    """What the encoder returns."""
+
+    last_hidden_state: Tensor  # [B, S, E]
+    pooler_output: Tensor | None  # [B, E]
+
+
+class Bert(nn.Module):
+    """The encoder. `kernels` names the ops (see fastattn.models) and may be changed at any time."""
+
+    def __init__(self, config: BertConfig, kernels: str = "fused", pooler: bool = True) -> None:
+        super().__init__()
+        models.ops(kernels)
+        self.config, self.kernels = config, kernels
+        self.embeddings = Embeddings(config)
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.pooler = nn.ModuleDict({"dense": dense}) if pooler else None
+        _init_weights(self, config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, kernels: str = "fused") -> Bert:
+        """Loads a Hugging Face folder in eval mode, in the dtype of its weights.
+
+        Reads config.json and model.safetensors or pytorch_model.bin, names with or without
+        "bert.". Raises FileNotFoundError, or ValueError for the config of another model.
+        """
+        config, state = _read(Path(folder))
+        state = {k.removeprefix("bert."): v for k, v in state.items() if k.startswith("bert.")}
+        with torch.device("meta"):
+            model = cls(config, kernels, pooler="pooler.dense.weight" in state)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> BertOutput:
+        """Encodes token ids.
+
+        Args:
+            input_ids: (B, S) integers.
+            attention_mask: (B, S) bool or integer, 1 at tokens and 0 at padding; None: no padding.
+            token_type_ids: (B, S) integers; None: all 0.
+            position_ids: (S,) or (B, S) integers; None: 0 .. S - 1.
+
+        Returns the last hidden state (B, S, E) and, with a pooler, the first token's state after
+        its linear layer and tanh (B, E). Raises ValueError naming the argument.
+        """
+        mask = _visible(input_ids, attention_mask, self.config.max_position_embeddings)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ops = models.ops(self.kernels)
+        x = self.embeddings(input_ids, token_type_ids, position_ids, ops)  # [B, S, E]
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask, ops)
+        if self.pooler is None:
+            return BertOutput(x, None)
+        dense = self.pooler["dense"]
+        return BertOutput(x, ops.linear(x[:, 0], dense.weight, dense.bias).tanh())
+
+
+class PredictionHead(nn.Module):
+    """From the encoder's last state to logits over the vocabulary."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.transform = _dense_and_norm(width, width, config.layer_norm_eps)
+        self.decoder = nn.Linear(width, config.vocab_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, ops: Any) -> Tensor:
+        dense, norm = self.transform.values()
+        x = ops.linear(x, dense.weight, dense.bias, self.activation)  # [B, S, E]
+        x = ops.layer_norm(x, *_arguments(norm))
+        return ops.linear(x, self.decoder.weight, self.decoder.bias)  # [B, S, vocab]
+
+
+class BertForMaskedLM(nn.Module):
+    """The encoder and the head that predicts masked tokens; its decoder is the word embedding."""
+
+    def __init__(self, config: BertConfig, kernels: str = "fused") -> None:
+        super().__init__()
+        self.bert = Bert(config, kernels, pooler=False)
+        self.cls = nn.ModuleDict({"predictions": PredictionHead(config)})
+        _init_weights(self, config.initializer_range)
+        self._tie_weights()
+
+    def _tie_weights(self) -> None:
+        head = self.cls["predictions"]
+        head.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        head.bias = head.decoder.bias  # Hugging Face's state dict holds both names
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, kernels: str = "fused") -> BertForMaskedLM:
+        """Loads a Hugging Face folder as Bert.from_pretrained does, with the masked-LM head."""
+        config, state = _read(Path(folder))
+        if "cls.predictions.transform.dense.weight" not in state:
+            raise ValueError(f"{folder} has no weights of a masked-LM head (cls.predictions)")
+        heads = "bert.pooler.", "cls.seq_relationship."  # of next-sentence prediction
+        state = {k: v for k, v in state.items() if not k.startswith(heads)}
+        # files keep one name of a shared tensor
+        state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"]
+        state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"]
+        with torch.device("meta"):
+            model = cls(config, kernels)
+        model.load_state_dict(state, assign=True)
+        model._tie_weights()
+        return model.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, S, vocab_size) of every token; the arguments are Bert.forward's."""
+        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids).last_hidden_state
+        return self.cls["predictions"](x, models.ops(self.bert.kernels))
+
+
+def sentence_embeddings(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Sentence-BERT's embedding: the mean over a sentence's tokens, scaled to unit length.
+
+    Args: hidden (B, S, E); attention_mask (B, S), 1 at tokens and 0 at padding. Returns (B, E).
+    See https://arxiv.org/abs/1908.10084.
+    """
+    total = (hidden * attention_mask[..., None]).sum(1)  # the mean, but for a length that is lost
+    return F.normalize(total, dim=-1)
+
+
+def _dense_and_norm(in_features: int, out_features: int, eps: float) -> nn.ModuleDict:
+    norm = nn.LayerNorm(out_features, eps=eps)
+    return nn.ModuleDict({"dense": nn.Linear(in_features, out_features), "LayerNorm": norm})
+
+
+def _arguments(norm: nn.LayerNorm) -> tuple[Any, ...]:
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+
+def _init_weights(model: nn.Module, std: float) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def _visible(input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> Tensor | None:
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[1] > max_len:
+        raise ValueError(f"input_ids must have shape (B, S), S <= {max_len}, got {shape}")
+    if attention_mask is None:
+        return None
+    got = tuple(attention_mask.shape), attention_mask.dtype
+    if got[0] != shape or got[1].is_floating_point:
+        raise ValueError(f"attention_mask must be bool or integer, {shape}, got {got[1]}, {got[0]}")
+    return attention_mask.bool()[:, None, None]  # [B, 1, 1, S], True = attend
+
+
+def _read(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
+    config = BertConfig.from_json(folder / "config.json")
+    state = {}
+    for name, tensor in models.load_weights(folder).items():
+        # the oldest checkpoints keep a buffer of positions, and call a norm's parameters otherwise
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+        bare = name.startswith(("embeddings.", "encoder.", "pooler."))
+        state[f"bert.{name}" if bare else name] = tensor
+    state.pop("bert.embeddings.position_ids", None)
+    return config, state
