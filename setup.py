@@ -23,8 +23,12 @@ from setuptools.build_meta import (  # noqa: F401  the hooks that setuptools ans
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # only where the build is not isolated: pip brings the one that it needs
+    raise SystemExit("fastattn: needs setuptools >= 77: `pip install -U setuptools`.") from None
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("fastattn", "libfastattn.so")
@@ -44,6 +48,7 @@ LINK_FLAGS = shlex.split("-shared -pthread -Wl,--gc-sections")
 PORTABLE = {"emu16": (16, ["-O1"]), "scalar": (1, [])}
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
+AVX512 += ["-Wno-uninitialized"]  # g++ 12 complains about its own avx512fintrin.h
 ISAS = {
     "x86_64": PORTABLE | {"avx2": (8, AVX2), "avx512": (16, AVX512)},
     "aarch64": PORTABLE | {"neon": (4, [])},

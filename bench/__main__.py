@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,7 +69,11 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", type=dtypes, default=[], metavar="TYPES", help="run the cases in fp32,bf16,fp16"
     )
     what.add_argument(
-        "--threads", type=counts, default=[], metavar="N[,N]", help="default: as torch has it"
+        "--threads",
+        type=counts,
+        default=[],
+        metavar="N[,N]",
+        help="with these numbers of threads, one after the other (default: as torch has it)",
     )
     what.add_argument(
         "--compile",
@@ -94,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="CSV",
-        help="run nothing: print these results (default: bench/data/*.csv) as Markdown, and "
-        "write them to the files named above",
+        help="run nothing: print results kept as CSV (default: bench/data/*.csv) as Markdown, "
+        "and write them to the files named above",
     )
     return made
 
@@ -142,20 +147,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = options.parse_args(arguments)
     out = Console()
     if not out.is_terminal:
-        out = Console(width=160)
+        out = Console(width=200)
     files = [file for kind in KEEP if (file := getattr(args, kind))]
     for file in files:
         if not file.resolve().parent.is_dir():
             options.error(f"{file}: there is no folder {file.resolve().parent}")
     if args.report is not None:
+        paths = args.report or sorted(DATA.glob("*.csv"))
+        if not paths:
+            options.error(f"--report: there is no CSV in {DATA}; name one")
+        if files and len(paths) > 1:
+            options.error(f"--report: {files[0]} can hold one CSV, not {len(paths)}; name one")
         try:
-            found = stored(args.report or sorted(DATA.glob("*.csv")))
+            kept = [results.read_csv(path) for path in paths]
         except (OSError, ValueError) as error:
             options.error(str(error))
-        from bench import report
-
-        print(report.markdown(found), end="")
-        return write(found, args)
+        return max(redraw(found, args) for found in kept)
     try:
         cases = select(CASES, quick=args.quick, only=args.only, dtypes=args.dtype)
     except ValueError as error:
@@ -176,6 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], bool]:
     """Race the cases at each number of threads; False as well if the user interrupted."""
+    try:
+        import fastattn  # noqa: F401
+    except ImportError as error:
+        sys.exit(
+            f"python -m bench needs fastattn ({error}): pip install '.[bench]' in the source tree."
+        )
     import torch
 
     from bench import machine, memory
@@ -190,7 +203,6 @@ def run(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], boo
     compiled = not args.quick if args.compile is None else args.compile
     settings = Settings(
         seconds=args.seconds or (1.0 if args.quick else 4.0),
-        rounds=5 if args.quick else 9,
         compiled=compiled,
         memory=args.memory and not memory.why_not(),
     )
@@ -231,15 +243,18 @@ def ticker(bar: Progress, task: object, begun: float) -> Callable[[float], None]
     return lambda done: bar.update(task, completed=begun + done)
 
 
-def stored(paths: Sequence[Path]) -> list[Row]:
-    """The rows of some CSV files; raises OSError or ValueError naming the file."""
-    if not paths:
-        raise ValueError(f"--report: there is no CSV in {DATA}; name one")
-    return [row for path in paths for row in results.read_csv(path)]
+def redraw(found: Sequence[Row], args: argparse.Namespace) -> int:
+    """Print results as Markdown and write the files asked for; the exit status."""
+    from bench import report
+
+    print(report.markdown(found))
+    return write(found, args)
 
 
 def keep(found: Sequence[Row]) -> None:
     """Remember the last run, so that it can be drawn without running again."""
+    if not found:
+        return
     try:
         LAST.parent.mkdir(exist_ok=True)
         results.write_csv(found, LAST)
@@ -293,4 +308,6 @@ def listing(cases: Sequence[Case]) -> Table:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # stop quietly when piped into head
     sys.exit(main())

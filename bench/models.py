@@ -124,14 +124,10 @@ def build(case: Model, *, compiled: bool = False) -> Work:
     return Work(
         calls={p: functools.partial(run, model, cotangent) for p, model in models.items()},
         exact=exact,
-        # a parameter's gradients are judged over all layers: one of them alone is too few numbers
-        # for its greatest error to be a steady measure
-        names=[
-            "hidden states",
-            *(re.sub(r"\.\d+\.", ".*.", f"gradient of {name}") for name in names if case.backward),
-        ],
+        names=["hidden states", *(kind(name) for name in names if case.backward)],
         outputs=1,
         random=case.dropout > 0,
+        deep=True,
         left_out=left_out,
         flops=flops(models["eager"].config, read, case.backward),
     )
@@ -165,6 +161,15 @@ def load(case: Model, folder: Path) -> dict[str, nn.Module]:
     for model in (sdpa, fused):
         model.load_state_dict(eager.state_dict(), assign=True)
     return {"fused": fused, "eager": eager, "sdpa": sdpa}
+
+
+def kind(parameter: str) -> str:
+    """What the gradient of a parameter is judged with: those of all modules of its kind.
+
+    Alone some have nothing to be measured by: that of a key's bias is zero but for rounding.
+    """
+    module = parameter.split(".")[-2]
+    return f"gradients of {'embeddings' if module.endswith('_embeddings') else module}"
 
 
 def flops(config: Any, read: dict[str, Tensor], backward: bool) -> float:

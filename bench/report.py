@@ -204,8 +204,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     said = []
     if timed:
         runs = sorted(row.samples * row.calls_per_sample for row in timed)
+        span = f"{runs[0]} to {runs[-1]}" if runs[0] < runs[-1] else runs[0]
         said.append(
-            f"Medians of {runs[0]} to {runs[-1]} interleaved runs per call; × is how many times as "
+            f"Medians of {span} interleaved runs per call; × is how many times as "
             "long as fastattn the other takes; spread is half of p20 to p80. Errors are against "
             "float64, for the very calls timed; allowed is twice eager's own error (gradients "
             "three times) plus rounding."

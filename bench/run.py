@@ -21,7 +21,7 @@ class Settings:
     """How thoroughly to measure."""
 
     seconds: float = 4.0  # of timing per case
-    rounds: int = 9  # at least
+    rounds: int = 5  # at least
     compiled: bool = False
     memory: bool = True
 

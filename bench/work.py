@@ -36,6 +36,7 @@ class Work:
     names: Sequence[str]
     outputs: int
     random: bool = False  # the result depends on torch's generator
+    deep: bool = False  # gradients have come through many layers
     flops: float | None = None  # where the case cannot know them
     left_out: dict[str, str] = field(default_factory=dict)
 

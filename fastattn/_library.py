@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -46,6 +47,10 @@ def isas() -> dict[str, bool]:
     return names
 
 
+def _runnable() -> list[str]:
+    return [name for name, supported in isas().items() if supported]
+
+
 def isa() -> str | None:
     """The ISA that the CPU kernels run on now; None without a compiled library."""
     return None if LIBRARY is None else list(isas())[LIBRARY.fastattn_isa_current()]
@@ -62,13 +67,18 @@ def select_isa(name: str) -> None:
 
     Raises ValueError when the library lacks it or this machine cannot run it.
     """
-    known = isas()
-    if not known.get(name, False):
-        runnable = [isa for isa, supported in known.items() if supported]
-        raise ValueError(f"ISA must be one of {runnable} on this machine, got {name!r}")
-    LIBRARY.fastattn_isa_select(list(known).index(name))
+    if name not in _runnable():
+        raise ValueError(f"name must be an ISA of {_runnable()} on this machine, got {name!r}")
+    LIBRARY.fastattn_isa_select(list(isas()).index(name))
 
 
 def build_info() -> str:
     """Compiler, flags and torch ABI target of the library; why there is none otherwise."""
     return WHY_NOT if LIBRARY is None else LIBRARY.fastattn_build_info().decode()
+
+
+if LIBRARY is not None and LIBRARY.fastattn_isa_current() < 0:
+    raise ValueError(
+        f"FASTATTN_ISA must be one of {_runnable()} on this machine, "
+        f"got {os.environ['FASTATTN_ISA']!r}"
+    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastattn")
 
 KERNELS = ("cpu", "reference")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -48,9 +49,11 @@ def _checked(name: str | None, source: str) -> str | None:
 # A plain global, for torch.compile can guard on it but not trace a ContextVar.
 _forced: str | None = _checked(os.environ.get("FASTATTN_KERNEL"), "FASTATTN_KERNEL")
 _told: set[tuple[str, str]] = set()
-if os.environ.get("FASTATTN_LOG"):
+if _level := os.environ.get("FASTATTN_LOG"):
+    if _level.upper() not in LEVELS:
+        raise ValueError(f"FASTATTN_LOG must be one of {LEVELS}, got {_level!r}")
     logging.basicConfig()
-    log.setLevel(os.environ["FASTATTN_LOG"].upper())
+    log.setLevel(_level.upper())
 
 
 @contextlib.contextmanager
@@ -69,6 +72,26 @@ def use_kernel(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What torch.autocast makes of the operands of a product: its dtype, except where fp64.
+
+    The first tensor's device decides. Norms do not ask: on the CPU autocast leaves them alone.
+    """
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, torch.Tensor)
+        and tensor.device.type == device
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
 
 
 def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:

@@ -38,7 +38,8 @@ class LayerNorm(nn.LayerNorm):
 
         Args:
             input: [..., *normalized_shape].
-            residual: the shape and dtype of `input`.
+            residual: the shape of `input`; where dtypes differ, as under `torch.autocast`, they are
+                promoted as by `input + residual`.
 
         Returns:
             The normalised tensor; with a residual (normalised, input + residual).
@@ -49,7 +50,7 @@ class LayerNorm(nn.LayerNorm):
         args = self.normalized_shape, self.weight, self.bias, self.eps
         if residual is None:
             return fastattn.layer_norm(input, *args)
-        return fastattn.add_layer_norm(input, residual, *args)
+        return fastattn.add_layer_norm(*_promoted(input, residual), *args)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -62,7 +63,7 @@ class RMSNorm(nn.RMSNorm):
         args = self.normalized_shape, self.weight, self.eps
         if residual is None:
             return fastattn.rms_norm(input, *args)
-        return fastattn.add_rms_norm(input, residual, *args)
+        return fastattn.add_rms_norm(*_promoted(input, residual), *args)
 
 
 class FeedForward(nn.Module):
@@ -337,6 +338,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _ff_block(self, x: Tensor) -> Tensor:
         activation = _name_of(self.activation) or self.activation
         return self.dropout2(_feed_forward(x, self.linear1, self.linear2, activation, self.dropout))
+
+
+def _promoted(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    return input.to(dtype), residual.to(dtype)
 
 
 class _Masks(NamedTuple):

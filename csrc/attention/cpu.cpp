@@ -7,6 +7,8 @@ namespace {
 constexpr int64_t kQueries = 48;         // queries in a block of forward
 constexpr int64_t kBackwardQueries = 96;  // and of backward, which sums over them
 static_assert(kQueries % Tile<float>::rows == 0 && kBackwardQueries % Tile<float>::rows == 0);
+constexpr int64_t kKeyStep = 48;  // a multiple of a vector and of the tile's rows
+static_assert(kKeyStep % Tile<float>::rows == 0 && kKeyStep % lanes<float> == 0);
 
 template <class A>
 int64_t key_panels(int64_t keys) {
@@ -66,7 +68,7 @@ class ForwardTask {
     const int64_t key_count = larger(0, keys.end - start);
     Scratch scratch;
     A* packed_keys =
-        scratch.take<A>(key_panels<A>(key_count) * Tile<A>::cols * in_.head_dim);
+        scratch.take<A>(key_panels<A>(key_count) * Tile<A>::cols * in_.head_dim + kSlack);
     const Panels<A> values = Panels<A>::take(scratch, key_count, in_.value_dim);
     const T* value = at<T>(in_.value, b, key_head, start, 0);
     pack_keys(packed_keys, at<T>(in_.key, b, key_head, start, 0), in_.key.stride[2],
@@ -75,7 +77,7 @@ class ForwardTask {
     const bool finite = !can_hide(in_) || all_finite<A>(value, in_.value.stride[2],
                                                         in_.value.stride[3], key_count,
                                                         in_.value_dim);
-    Block block{scratch.take<A>(kQueries * in_.head_dim),
+    Block block{scratch.take<A>(kQueries * in_.head_dim + kSlack),
                 scratch.take<A>(kQueries * kKeys),
                 scratch.take<A>(kQueries * value_width_),
                 scratch.take<A>(kQueries),
@@ -143,8 +145,8 @@ class ForwardTask {
   void soften(const Block& block, const Scores<A>& scores, int64_t i, int64_t r, int64_t j,
               int64_t key_count) const {
     A* row = block.weights + r * kKeys;
-    scores.finish(row, i, j, key_count, nullptr);
     const int64_t width = round_up(key_count, lanes<A>);
+    scores.finish(row, i, j, key_count, width, nullptr);
     Vec<A> top = set<A>(block.row_max[r]);
     for (int64_t c = 0; c < width; c += lanes<A>) top = max(top, load<A>(row + c));
     const A before = block.row_max[r];
@@ -155,7 +157,7 @@ class ForwardTask {
       for (int64_t c = 0; c < width; c++)
         if (row[c] != row[c]) now = row[c];
       if (now == 0) {
-        std::memset(row, 0, static_cast<size_t>(kKeys) * sizeof(A));
+        std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
         return;
       }
     }
@@ -166,17 +168,19 @@ class ForwardTask {
       store(row + c, weight);
     }
     if (before != now) {
-      const A rescale = std::exp2(before - now);
-      block.row_sum[r] *= rescale;
-      for (int64_t c = 0; c < value_width_; c += lanes<A>) {
-        A* out = block.out + r * value_width_ + c;
-        store(out, load<A>(out) * rescale);
+      if (before != minus_infinity<A>) {
+        const A rescale = std::exp2(before - now);
+        block.row_sum[r] *= rescale;
+        for (int64_t c = 0; c < value_width_; c += lanes<A>) {
+          A* out = block.out + r * value_width_ + c;
+          store(out, load<A>(out) * rescale);
+        }
       }
       block.row_max[r] = now;
     }
     block.row_sum[r] += sum<A>(sums);
     if (in_.dropout_p > 0) {
-      scores.dropout(i, j, block.factors);
+      scores.dropout(i, j, width, block.factors);
       for (int64_t c = 0; c < width; c += lanes<A>)
         store(row + c, load<A>(row + c) * load<A>(block.factors + c));
     }
@@ -214,8 +218,8 @@ class BackwardTask {
   void run(int64_t b, int64_t key_head, int64_t first, int64_t end, int64_t part) const {
     const int64_t keys = end - first;
     Scratch scratch;
-    Keys block{scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.head_dim),
-               scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.value_dim),
+    Keys block{scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.head_dim + kSlack),
+               scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.value_dim + kSlack),
                Panels<A>::take(scratch, keys, in_.head_dim),
                scratch.take<A>(round_up(keys, kKeys) * query_width_),
                scratch.take<A>(round_up(keys, kKeys) * value_width_),
@@ -231,8 +235,8 @@ class BackwardTask {
                 static_cast<size_t>(round_up(keys, kKeys) * query_width_) * sizeof(A));
     std::memset(block.grad_value, 0,
                 static_cast<size_t>(round_up(keys, kKeys) * value_width_) * sizeof(A));
-    Queries queries{scratch.take<A>(kBackwardQueries * in_.head_dim),
-                    scratch.take<A>(kBackwardQueries * in_.value_dim),
+    Queries queries{scratch.take<A>(kBackwardQueries * in_.head_dim + kSlack),
+                    scratch.take<A>(kBackwardQueries * in_.value_dim + kSlack),
                     Panels<A>::take(scratch, kBackwardQueries, in_.head_dim),
                     Panels<A>::take(scratch, kBackwardQueries, in_.value_dim),
                     scratch.take<A>(kBackwardQueries * query_width_),
@@ -318,22 +322,24 @@ class BackwardTask {
                    key_count, queries.weights);
     multiply_block(in_, queries.grad_out, keys.values + at_key * in_.value_dim, in_.value_dim, i,
                    count, j, key_count, queries.grads);
+    const int64_t width = round_up(key_count, kKeyStep);
     const int64_t row0 = (b * in_.heads + h) * in_.q_len + i;
     const auto* lse = static_cast<const A*>(args_.lse) + row0;
     for (int64_t r = 0; r < count; r++) {
       A* weights = queries.weights + r * kKeys;
       A* grads = queries.grads + r * kKeys;
-      scores.finish(weights, i + r, j, key_count, in_.softcap != 0 ? queries.cap_slope : nullptr);
-      if (in_.dropout_p > 0) scores.dropout(i + r, j, queries.factors);
-      differentiate(queries, r, weights, grads, lse[r], delta_[row0 + r]);
+      scores.finish(weights, i + r, j, key_count, width,
+                    in_.softcap != 0 ? queries.cap_slope : nullptr);
+      if (in_.dropout_p > 0) scores.dropout(i + r, j, width, queries.factors);
+      differentiate(queries, width, weights, grads, lse[r], delta_[row0 + r]);
       if (grad_bias_ != nullptr) add_bias(grads, b, h, i + r, j, key_count);
       if (in_.softcap != 0)
-        for (int64_t c = 0; c < kKeys; c += lanes<A>) {
+        for (int64_t c = 0; c < width; c += lanes<A>) {
           const Vec<A> grad = load<A>(grads + c);
           store(grads + c, grad == 0 ? grad : grad * load<A>(queries.cap_slope + c));
         }
     }
-    const int64_t rows = count, padded_keys = round_up(key_count, Tile<A>::rows);
+    const int64_t rows = count;
     for (int64_t r = 0; r < rows; r += Tile<A>::rows) {
       if (r + Tile<A>::rows > rows)  // the last tile reads rows past the end
         std::memset(queries.grads + rows * kKeys, 0,
@@ -343,7 +349,7 @@ class BackwardTask {
                queries.grad_query + r * query_width_, query_width_);
     }
     auto* multiply = queries.finite ? &multiply_panels<A, 1, kKeys> : &multiply_visible<A, 1, kKeys>;
-    for (int64_t c = 0; c < padded_keys; c += Tile<A>::rows) {
+    for (int64_t c = 0; c < key_count; c += Tile<A>::rows) {
       multiply(queries.grads + c, queries.query_rows, 0, rows,
                keys.grad_key + (at_key + c) * query_width_, query_width_);
       multiply(queries.weights + c, queries.grad_out_rows, 0, rows,
@@ -353,10 +359,11 @@ class BackwardTask {
 
   // One row: logits become the weights that met the values, and gradients of weights those of
   // scores: weight * (grad - delta).
-  void differentiate(const Queries& queries, int64_t, A* weights, A* grads, A lse, A delta) const {
+  void differentiate(const Queries& queries, int64_t width, A* weights, A* grads, A lse,
+                     A delta) const {
     const A base = static_cast<A>(lse * static_cast<A>(kLog2e));
     const bool empty = lse == minus_infinity<A>;
-    for (int64_t c = 0; c < kKeys; c += lanes<A>) {
+    for (int64_t c = 0; c < width; c += lanes<A>) {
       Vec<A> weight =
           empty ? Vec<A>{} : exp2_nonpositive(load<A>(weights + c) - base);
       const Vec<A> grad = load<A>(grads + c);

@@ -66,14 +66,14 @@ class Scores {
   }
 
   // Turns the products of query i with keys j ... j + count into logits, -inf where invisible, and
-  // fills up to kKeys with -inf. `cap_slope` receives d logit / d product if there is a softcap.
-  void finish(A* row, int64_t i, int64_t j, int64_t count, A* cap_slope) const {
+  // fills up to `width` with -inf. `cap_slope` receives d logit / d product if there is a softcap.
+  void finish(A* row, int64_t i, int64_t j, int64_t count, int64_t width, A* cap_slope) const {
     if (!plain_) add_terms(row, i, j, count, cap_slope);
     const Range range = visible_keys(in_, i);
     const int64_t first = smaller(larger(range.first - j, 0), count);
     const int64_t end = larger(smaller(range.end - j, count), first);
     for (int64_t c = 0; c < first; c++) row[c] = minus_infinity<A>;
-    for (int64_t c = end; c < kKeys; c++) row[c] = minus_infinity<A>;
+    for (int64_t c = end; c < width; c++) row[c] = minus_infinity<A>;
     if (in_.mask.data == nullptr) return;
     const auto* mask = at<uint8_t>(in_.mask, b_, h_, i, j);
     const int64_t step = in_.mask.stride[3];
@@ -84,10 +84,10 @@ class Scores {
     }
   }
 
-  // 0 or 1 / (1 - p) for the keys j ... j + kKeys of query i; j is a multiple of kPhiloxBlock.
-  void dropout(int64_t i, int64_t j, A* factors) const {
+  // 0 or 1 / (1 - p) for the keys j ... j + width of query i; j is a multiple of kPhiloxBlock.
+  void dropout(int64_t i, int64_t j, int64_t width, A* factors) const {
     const auto head = static_cast<uint32_t>(b_ * in_.heads + h_);
-    for (int64_t c = 0; c < kKeys; c += kPhiloxBlock)
+    for (int64_t c = 0; c < width; c += kPhiloxBlock)
       dropout_factors(in_.seed, head, static_cast<uint32_t>(i), (j + c) / kPhiloxBlock, threshold_,
                       kept_, factors + c);
   }
@@ -153,7 +153,7 @@ struct Panels {
 
   static int64_t padded(int64_t cols) { return round_up(cols, lanes<A>); }
   static Panels take(Scratch& scratch, int64_t rows, int64_t cols) {
-    return {rows, cols, scratch.take<A>(rows * padded(cols))};
+    return {rows, cols, scratch.take<A>(rows * padded(cols) + kSlack)};
   }
   template <class T>
   void pack(const T* from, int64_t row_stride, int64_t col_stride, int64_t count) const {

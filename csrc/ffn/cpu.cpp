@@ -28,7 +28,9 @@ template <Activation kind, class V>
 FASTATTN_INLINE V derivative(V x) {
   if constexpr (kind == Activation::relu) return x > 0 ? V{} + 1 : V{};
   if constexpr (kind == Activation::gelu) {
-    const V density = exp(-0.5f * x * x) * static_cast<decltype(x[0] + x[0])>(0.398942280401432678);
+    using A = decltype(x[0] + x[0]);
+    const V density = exp2_nonpositive(static_cast<A>(-0.72134752044448170368) * (x * x)) *
+                      static_cast<A>(0.39894228040143267794);
     return normal_cdf(x) + x * density;
   }
   if constexpr (kind == Activation::gelu_tanh) {

@@ -25,7 +25,9 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // C tile (=|+=) A panel * B panel over `depth`. Element (i, k) of A is a[i * ARow + k * ADepth], row k
-// of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...].
+// of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its
+// own first: an error grows with the length of a chain of additions.
+// Every call sums from zero: partial sums of blocks round less than one long chain.
 template <class A, int Vecs, bool Add, int ARow, int ADepth>
 __attribute__((noinline)) void multiply_tile(const A* a, const A* b, int64_t depth, A* c,
                                              int64_t c_row) {
@@ -34,7 +36,7 @@ __attribute__((noinline)) void multiply_tile(const A* a, const A* b, int64_t dep
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; j++) sum[i][j] = Add ? load<A>(c + i * c_row + j * width) : Vec<A>{};
+    for (int j = 0; j < Vecs; j++) sum[i][j] = Vec<A>{};
   for (int64_t k = 0; k < depth; k++) {
     Vec<A> row[Vecs];
 #pragma GCC unroll 4
@@ -51,7 +53,10 @@ __attribute__((noinline)) void multiply_tile(const A* a, const A* b, int64_t dep
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; j++) store(c + i * c_row + j * width, sum[i][j]);
+    for (int j = 0; j < Vecs; j++) {
+      A* to = c + i * c_row + j * width;
+      store(to, Add ? load<A>(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 // In-register transpose of lanes x lanes floats: pairs within 128 bits, then the 128-bit blocks.
@@ -104,6 +109,8 @@ FASTATTN_INLINE void transpose(Vec<float>* r) {
 }
 
 // Packs one panel: to[k * width + i] = from[i * outer + k * inner] for i < count, 0 up to width.
+// Writes whole vectors, up to kSlack elements past the panel: pack panels in order of address.
+constexpr int64_t kSlack = 16;
 template <class A, class T>
 void pack_panel(A* to, int64_t width, const T* from, int64_t outer, int64_t inner, int64_t count,
                 int64_t depth) {
@@ -129,13 +136,8 @@ void pack_panel(A* to, int64_t width, const T* from, int64_t outer, int64_t inne
           for (int j = 0; j < n; j++)
             block[j] = i + j < count ? load<float>(from + (i + j) * outer + done) : Vec<float>{};
           transpose(block);
-          if (i + n <= width) {
 #pragma GCC unroll 16
-            for (int j = 0; j < n; j++) store(to + (done + j) * width + i, block[j]);
-          } else {
-            for (int j = 0; j < n; j++)
-              store_part<float>(to + (done + j) * width + i, block[j], width - i);
-          }
+          for (int j = 0; j < n; j++) store(to + (done + j) * width + i, block[j]);
         }
     }
   }
@@ -175,7 +177,7 @@ template <class A, class T>
 void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
               std::initializer_list<Operand<T>> weights, Finish<A> finish) {
   constexpr int tile_rows = Tile<A>::rows, tile_cols = Tile<A>::cols;
-  constexpr int64_t tile_size = tile_rows * tile_cols, depth_block = 384;
+  constexpr int64_t tile_size = tile_rows * tile_cols, depth_block = 256;
   const int64_t fitting = cache_bytes() * 2 / 5 / (depth_block * static_cast<int64_t>(sizeof(A)));
   const int64_t row_blocks = ceil_div(rows, larger(tile_rows, round_up(fitting, tile_rows)));
   const int64_t block_rows = round_up(ceil_div(rows, larger(1, row_blocks)), tile_rows);
@@ -192,8 +194,9 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
     const int64_t row_panels = ceil_div(my_rows, tile_rows);
 
     Scratch scratch;
-    A* packed_a = scratch.take<A>(row_panels * tile_rows * smaller(depth, depth_block));
-    A* packed_b = scratch.take<A>(tile_cols * smaller(depth, depth_block));
+    A* packed_a =
+        scratch.take<A>(row_panels * tile_rows * smaller(depth, depth_block) + kSlack);
+    A* packed_b = scratch.take<A>(tile_cols * smaller(depth, depth_block) + kSlack);
     // One pass over depth finishes a panel at once; several need all the tiles of the range.
     const int64_t kept_panels = one_pass ? 1 : end_panel - first_panel;
     A* tiles = scratch.take<A>(kept_panels * products * row_panels * tile_size);

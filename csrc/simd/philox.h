@@ -10,10 +10,12 @@ constexpr int kPhiloxBlock = 64;  // one call of sixteen counters serves 64 neig
 
 FASTATTN_INLINE void multiply_wide(VecU x, uint32_t factor, VecU& high, VecU& low) {
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
+  // Forms whose mask keeps all lanes: GCC 12 warns of its own undefined operand in the plain ones.
   const __m512i v = bits<__m512i>(x), f = _mm512_set1_epi64(factor);
-  const __m512i even = _mm512_mul_epu32(v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), f);
-  high = bits<VecU>(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
-  low = bits<VecU>(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32)));
+  const __m512i even = _mm512_maskz_mul_epu32(0xff, v, f);
+  const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, v, 32), f);
+  high = bits<VecU>(_mm512_mask_mov_epi32(_mm512_maskz_srli_epi64(0xff, even, 32), 0xaaaa, odd));
+  low = bits<VecU>(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_maskz_slli_epi64(0xff, odd, 32)));
 #elif defined(__AVX2__) && FASTATTN_LANES == 8
   const __m256i v = bits<__m256i>(x), f = _mm256_set1_epi64x(factor);
   const __m256i even = _mm256_mul_epu32(v, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), f);

@@ -71,7 +71,8 @@ def ops(kernels: str) -> Any:
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a Hugging Face folder, from model.safetensors or else pytorch_model.bin.
 
-    Raises FileNotFoundError where there is neither, ImportError without the package safetensors.
+    The oldest files call a norm's weight and bias gamma and beta; here they do not. Raises
+    FileNotFoundError where there is neither file, ImportError without the package safetensors.
     """
     if (folder / "model.safetensors").exists():
         try:
@@ -80,7 +81,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
             raise ImportError(
                 f"reading {folder / 'model.safetensors'} needs safetensors: pip install safetensors"
             ) from error
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").exists():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+        state = load_file(folder / "model.safetensors")
+    elif (folder / "pytorch_model.bin").exists():
+        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    return {
+        name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
+        for name, tensor in state.items()
+    }

@@ -20,6 +20,19 @@ from fastattn import models
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
+def _size(layers: int, heads: int, width: int) -> dict[str, int]:
+    names = "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"
+    return dict(zip(names, (layers, heads, width, 4 * width), strict=True))
+
+
+SIZES = {  # for BertConfig(**SIZES["bert-base"])
+    "bert-tiny": _size(2, 2, 128),
+    "bert-small": _size(4, 8, 512),
+    "bert-base": _size(12, 12, 768),
+    "bert-large": _size(24, 16, 1024),
+}
+
+
 @dataclass(frozen=True)
 class BertConfig:
     """Sizes and rates, named as in Hugging Face's config.json; the defaults are BERT base's."""
@@ -82,9 +95,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
         query, key, value = (
@@ -113,10 +125,11 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
         proj, norm = self.attention["output"].values()
         out = ops.linear(self.attention["self"](x, mask, ops), proj.weight, proj.bias)
-        x, _ = ops.add_layer_norm(self.dropout(out), x, *_arguments(norm))
+        # autocast makes a product bf16 and leaves what is added to it as it was
+        x, _ = ops.add_layer_norm(self.dropout(out).to(x.dtype), x, *_arguments(norm))
         up, (down, norm) = self.intermediate["dense"], self.output.values()
         out = ops.ffn(x, up.weight, down.weight, up.bias, down.bias, activation=self.activation)
-        x, _ = ops.add_layer_norm(self.dropout(out), x, *_arguments(norm))
+        x, _ = ops.add_layer_norm(self.dropout(out).to(x.dtype), x, *_arguments(norm))
         return x  # [B, S, E]
 
 
@@ -290,11 +303,10 @@ def _visible(input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> 
 
 def _read(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     config = BertConfig.from_json(folder / "config.json")
-    state = {}
-    for name, tensor in models.load_weights(folder).items():
-        # the oldest checkpoints keep a buffer of positions, and call a norm's parameters otherwise
-        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        bare = name.startswith(("embeddings.", "encoder.", "pooler."))
-        state[f"bert.{name}" if bare else name] = tensor
-    state.pop("bert.embeddings.position_ids", None)
+    bare = "embeddings.", "encoder.", "pooler."
+    state = {
+        f"bert.{name}" if name.startswith(bare) else name: tensor
+        for name, tensor in models.load_weights(folder).items()
+    }
+    state.pop("bert.embeddings.position_ids", None)  # a buffer of old checkpoints
     return config, state

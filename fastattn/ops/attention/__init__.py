@@ -162,6 +162,7 @@ def _attention_args(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple:
+    query, key, value = dispatch.autocast(query, key, value)
     _checked_tensors(query, key, value)
     batch, heads, q_len, width = query.shape
     kv_len = key.shape[2]
@@ -193,11 +194,9 @@ def _attention_args(
         checks.on_device("sinks", sinks, "query", query)
         if tuple(sinks.shape) != (heads,):
             raise ValueError(f"sinks must be (H,) = {[heads]}, got {list(sinks.shape)}")
-        sinks = sinks.double()  # a score per head: no cost, and one type for every kernel
+        sinks = sinks.double().contiguous()  # a score per head: no cost, and one type for every kernel
     if scale is None:
-        if width == 0:
-            raise ValueError("scale must be given when query's head_dim is 0, got None")
-        scale = width**-0.5
+        scale = max(width, 1) ** -0.5
     checks.finite("scale", scale)
     if softcap is not None:
         checks.finite("softcap", softcap)
@@ -301,6 +300,24 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The dimensions in front of Sq and E of the result."""
+    shapes = [list(t.shape) for t in (query, key, value)]
+    if enable_gqa:
+        if len({(t.dim(), t.shape[:-3]) for t in (query, key, value)}) > 1 or query.dim() < 3:
+            raise ValueError(
+                "query, key and value must be (..., heads, S, E) with equal batch dimensions for "
+                f"enable_gqa, got {shapes}"
+            )
+        return query.shape[:-2]
+    try:
+        return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"query, key and value must have matching batch dimensions, got {shapes}"
+        ) from None
+
+
 def _sdpa_args(
     query: Tensor,
     key: Tensor,
@@ -311,44 +328,38 @@ def _sdpa_args(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple:
+    query, key, value, attn_mask = dispatch.autocast(query, key, value, attn_mask)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must be (..., S, E), got {tensor.dim()} dimensions")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, got both")
-    if enable_gqa:
-        if query.dim() != 4 or key.dim() != 4:
-            raise ValueError(
-                f"query and key must have 4 dimensions with enable_gqa, got {query.dim()} "
-                f"and {key.dim()}"
-            )
-        lead = query.shape[:-2]
-    else:
-        try:
-            lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        except RuntimeError:
-            shapes = [list(t.shape) for t in (query, key, value)]
-            raise ValueError(
-                f"query, key and value must have matching batch dimensions, got {shapes}"
-            ) from None
+    lead = _lead(query, key, value, enable_gqa)
+    if not enable_gqa:
         query, key, value = (t.expand(*lead, *t.shape[-2:]) for t in (query, key, value))
     if attn_mask is not None:
-        checks.tensor("attn_mask", attn_mask)
+        checks.on_device("attn_mask", attn_mask, "query", query)
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            raise TypeError(
+                f"attn_mask must be torch.bool, torch.float32 or query's {query.dtype}, "
+                f"got {attn_mask.dtype}"
+            )
         scores = (*lead, query.shape[-2], key.shape[-2])
         try:
-            attn_mask = attn_mask if len(lead) == 2 else attn_mask.expand(scores)
+            # Expanded only where its dimensions are merged: a mask is not copied needlessly.
+            expanded = attn_mask.expand(scores)
+            attn_mask = attn_mask if len(lead) == 2 else expanded
         except RuntimeError:
             raise ValueError(
                 f"attn_mask must broadcast to {list(scores)}, got {list(attn_mask.shape)}"
             ) from None
-        if attn_mask.dtype not in (torch.bool, query.dtype):
-            raise TypeError(
-                f"attn_mask must be torch.bool or query's {query.dtype}, got {attn_mask.dtype}"
-            )
     if len(lead) != 2:
+        batch = math.prod(lead[:-1]) if enable_gqa else 1
         query, key, value, attn_mask = (
-            t if t is None else t.reshape(1, math.prod(lead), *t.shape[-2:])
+            t
+            if t is None
+            else t.reshape(batch, t.shape[-3] if enable_gqa else math.prod(lead), *t.shape[-2:])
             for t in (query, key, value, attn_mask)
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -379,8 +390,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: [..., Sq, E]; key: [..., Sk, E]; value: [..., Sk, Ev].
-        attn_mask: bool (True = attend) or added to the scores in query's dtype, broadcastable to
-            [..., Sq, Sk]; an added mask receives a gradient.
+        attn_mask: bool (True = attend), or query's dtype or fp32 and added to the scores;
+            broadcastable to [..., Sq, Sk]. An added mask receives a gradient.
         dropout_p: applied whenever it is > 0, in training or not.
         is_causal: a causal mask aligned to the top left; not together with `attn_mask`.
         scale: E ** -0.5 unless given.
@@ -394,10 +405,8 @@ def scaled_dot_product_attention(
     """
     args = _sdpa_args(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = ATTENTION(*args)[0]
-    if query.dim() == 4 and key.dim() == 4 and value.dim() == 4:
-        return out
-    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    return out.reshape(*lead, *out.shape[-2:])
+    lead = _lead(query, key, value, enable_gqa)
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
 registry.function("attention", _attention_args, ATTENTION)

@@ -54,9 +54,6 @@ def attention(
     batch, heads, q_len, _ = query.shape
     groups, kv_len = heads // key.shape[1], key.shape[2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if kv_len == 0 and sinks is None:
-        out = (query.sum(-1, keepdim=True) * 0).expand(-1, -1, -1, value.shape[3])
-        return _rows_first(out), query.new_full((batch, heads, q_len), -math.inf, dtype=wide)
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     seen = visible(query, key, mask, offset, left, right)
@@ -87,8 +84,11 @@ def attention(
     if sinks is not None:
         column = sinks.to(wide)[None, :, None, None].expand(batch, -1, q_len, 1)
         scores = torch.cat([scores, column], -1)
-    highest = scores.detach().amax(-1, keepdim=True)
-    highest = highest.masked_fill(highest == -math.inf, 0)
+    if scores.shape[-1]:
+        highest = scores.detach().amax(-1, keepdim=True)
+        highest = highest.masked_fill(highest == -math.inf, 0)
+    else:  # no keys, of which there is no maximum
+        highest = scores.new_zeros(*scores.shape[:-1], 1)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
     lse = (highest + torch.log(total)).squeeze(-1)

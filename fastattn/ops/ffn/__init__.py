@@ -148,6 +148,7 @@ def _save(*tensors: Tensor | None) -> bool:
 def _linear_args(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> tuple:
+    input, weight, bias = dispatch.autocast(input, weight, bias)
     _checked_input(input)
     _checked_linear("weight", weight, bias, input, input.shape[-1])
     activation = _checked_activation(activation, (None, *ACTIVATIONS))
@@ -171,7 +172,7 @@ def linear(
         activation: None, "relu", "gelu" (erf, arXiv:1606.08415), "gelu_tanh" or "silu".
 
     Returns:
-        [..., out_features] in the dtype of `input`.
+        [..., out_features] in the dtype of `input`; under `torch.autocast` in its dtype.
 
     Raises:
         TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the
@@ -192,6 +193,9 @@ def _ffn_args(
     gate_bias: Tensor | None = None,
     activation: str = "gelu",
 ) -> tuple:
+    input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias = dispatch.autocast(
+        input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias
+    )
     _checked_input(input)
     hidden = _checked_linear("up_weight", up_weight, up_bias, input, input.shape[-1])
     _checked_linear("down_weight", down_weight, down_bias, input, hidden)
@@ -232,7 +236,7 @@ def ffn(
         activation: "relu", "gelu" (erf), "gelu_tanh" or "silu".
 
     Returns:
-        [..., out_features] in the dtype of `input`.
+        [..., out_features] in the dtype of `input`; under `torch.autocast` in its dtype.
 
     Raises:
         TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the

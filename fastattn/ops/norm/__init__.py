@@ -142,12 +142,11 @@ def _rows(
         if tensor.dtype not in (input.dtype, torch.float32):
             raise TypeError(f"{name} must be {input.dtype} or torch.float32, got {tensor.dtype}")
     rows = math.prod(input.shape[: -len(shape)])
-    flat = None if len(shape) == 1 else (cols,)
     return (
         input.reshape(rows, cols).contiguous(),
         None if residual is None else residual.reshape(rows, cols).contiguous(),
-        weight if weight is None or flat is None else weight.reshape(flat),
-        bias if bias is None or flat is None else bias.reshape(flat),
+        None if weight is None else weight.reshape(cols).contiguous(),
+        None if bias is None else bias.reshape(cols).contiguous(),
     )
 
 
