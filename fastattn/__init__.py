@@ -7,6 +7,8 @@ from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.registry import explain
 
+from fastattn import nn  # isort: skip  last, for the modules are made of the functions above
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "linear",
+    "nn",
     "rms_norm",
     "scaled_dot_product_attention",
     "use_kernel",

@@ -66,8 +66,7 @@ struct Inputs {
                    "query, key and value must not be empty");
     FASTATTN_CHECK(in.heads % in.kv_heads == 0, "key's heads must divide query's");
     for (const Tensor* tensor : {&key, &value}) check_dtype("key or value", *tensor, in.dtype);
-    const auto [batch, heads, q_len, kv_len] =
-        std::tuple{in.batch, in.heads, in.q_len, in.kv_len};
+    const auto [batch, heads, q_len, kv_len] = std::tuple{in.batch, in.heads, in.q_len, in.kv_len};
     in.query = exact("query", query, {batch, heads, q_len, in.head_dim});
     in.key = exact("key", key, {batch, in.kv_heads, kv_len, in.head_dim});
     in.value = exact("value", value, {batch, in.kv_heads, kv_len, in.value_dim});
@@ -125,8 +124,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
                       scale, softcap, dropout_p);
   const Attention& in = inputs.in;
   Tensor out = rows_first(in.batch, in.heads, in.q_len, in.value_dim, in.dtype);
-  Tensor lse = empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1},
-                     wide(in.dtype));
+  Tensor lse =
+      empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype));
   attention_forward({in, target(out), lse.mutable_data_ptr()});
   return {out, lse};
 }
@@ -170,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (need_bias && bias.has_value()) {
     int64_t* sizes = args.bias_sizes;
     for (int dim = 0; dim < 4; dim++) sizes[dim] = bias->size(dim);
-    grad_bias = empty({sizes[0], sizes[1], sizes[2], sizes[3]},
-                      {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1},
-                      in.bias_dtype);
+    grad_bias =
+        empty({sizes[0], sizes[1], sizes[2], sizes[3]},
+              {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1}, in.bias_dtype);
     args.grad_bias = grad_bias.mutable_data_ptr();
   }
   if (need_sinks && sinks.has_value()) {

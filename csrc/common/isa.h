@@ -34,11 +34,11 @@ void note_run(Isa isa);
   }
 #define FASTATTN_ENTRY(isa, name) &isa::name,
 
-// Declares `void name(const Args&)` for every ISA, and `fastattn::name`, which calls the one in use.
-#define FASTATTN_KERNEL(name, Args)                                                     \
-  FASTATTN_FOREACH_ISA(FASTATTN_DECLARE, name, Args)                                    \
-  inline void name(const Args& args) {                                                  \
-    static constexpr void (*table[])(const Args&) = {                                   \
-        FASTATTN_FOREACH_ISA(FASTATTN_ENTRY, name)};                                    \
-    table[static_cast<int>(current_isa())](args);                                       \
+// Declares `void name(const Args&)` for every ISA, and `fastattn::name`, which calls the one in
+// use.
+#define FASTATTN_KERNEL(name, Args)                                                               \
+  FASTATTN_FOREACH_ISA(FASTATTN_DECLARE, name, Args)                                              \
+  inline void name(const Args& args) {                                                            \
+    static constexpr void (*table[])(const Args&) = {FASTATTN_FOREACH_ISA(FASTATTN_ENTRY, name)}; \
+    table[static_cast<int>(current_isa())](args);                                                 \
   }

@@ -42,9 +42,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-      codes[static_cast<int>(dtype)], aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.begin(), codes[static_cast<int>(dtype)],
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
@@ -62,7 +62,8 @@ inline void check_sizes(const char* name, const Tensor& tensor,
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t dim = 0;
   for (int64_t size : sizes) same = same && tensor.size(dim++) == size;
-  FASTATTN_CHECK(same && tensor.is_contiguous(), name, " has not the shape that the others ask for");
+  FASTATTN_CHECK(same && tensor.is_contiguous(), name,
+                 " has not the shape that the others ask for");
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, Dtype dtype) {

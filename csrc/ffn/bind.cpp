@@ -168,13 +168,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
   }
   linear_backward({dtype, rows, features, out_features, grad_out.const_data_ptr(),
                    need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
-                   write(grad_down_weight, need_down_weight), write(grad_down_bias, need_down_bias)});
+                   write(grad_down_weight, need_down_weight),
+                   write(grad_down_bias, need_down_bias)});
   linear_backward({dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
                    up_weight.const_data_ptr(), nullptr, write(grad_input, need_input),
                    write(grad_up_weight, need_up_weight), write(grad_up_bias, need_up_bias)});
   if (gated)
     linear_backward({dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
-                     gate_weight->const_data_ptr(), need_input ? grad_input.const_data_ptr() : nullptr,
+                     gate_weight->const_data_ptr(),
+                     need_input ? grad_input.const_data_ptr() : nullptr,
                      write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
                      write(grad_gate_bias, need_gate_bias)});
   return {grad_input,     grad_up_weight,   grad_up_bias,  grad_gate_weight,

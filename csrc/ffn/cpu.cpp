@@ -1,6 +1,5 @@
 // Linear layers and feed-forward blocks on the CPU: blocked products with the rest in the epilogue.
 #include "ffn/ffn.h"
-
 #include "simd/gemm.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -231,9 +230,8 @@ void activation_backward(const ActivationBackward& args) {
 
 void linear_backward(const LinearBackward& args) {
   note_run(kIsa);
-  with_type(args.dtype, [&](auto* type) {
-    linear_gradients<std::remove_pointer_t<decltype(type)>>(args);
-  });
+  with_type(args.dtype,
+            [&](auto* type) { linear_gradients<std::remove_pointer_t<decltype(type)>>(args); });
 }
 
 }  // namespace fastattn::FASTATTN_ISA

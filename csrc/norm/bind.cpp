@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input,
   Tensor mean = empty(centred ? rows : 0, wide(dtype)), rstd = empty(rows, wide(dtype));
   norm_forward({dtype, rows, cols, input.const_data_ptr(), read(residual), scale.data, shift.data,
                 scale.dtype, shift.dtype, centred, eps, out.mutable_data_ptr(),
-                residual.has_value() ? summed.mutable_data_ptr() : nullptr,
-                mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
+                residual.has_value() ? summed.mutable_data_ptr() : nullptr, mean.mutable_data_ptr(),
+                rstd.mutable_data_ptr()});
   return {out, summed, mean, rstd};
 }
 
@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_out,
   const Parameter scale = parameter("weight", weight, cols, dtype);
   const Parameter shift = parameter("bias", bias, cols, dtype);
   Tensor grad_input = empty(rows, cols, dtype);
-  Tensor grad_weight = empty(weight.has_value() ? cols : 0, weight.has_value() ? scale.dtype : dtype);
+  Tensor grad_weight =
+      empty(weight.has_value() ? cols : 0, weight.has_value() ? scale.dtype : dtype);
   Tensor grad_bias = empty(bias.has_value() ? cols : 0, bias.has_value() ? shift.dtype : dtype);
   norm_backward({dtype, rows, cols, read(grad_out), read(grad_summed), summed.const_data_ptr(),
                  scale.data, scale.dtype, shift.dtype, mean.has_value(), read(mean),

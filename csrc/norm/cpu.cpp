@@ -1,6 +1,5 @@
 // Layer norm and RMS norm on the CPU, forward and backward, one row at a time in cache.
 #include "norm/norm.h"
-
 #include "simd/vec.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -185,10 +184,10 @@ void backward(const NormBackward& args) {
         if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
         if (need_weight)
           each_vector<A>(cols, [&](int64_t c, auto n) {
-            store_count<A>(weight_part + c,
-                           load_count<A>(weight_part + c, n) +
-                               load_count<A>(grad_row + c, n) * normed(c, n),
-                           n);
+            store_count<A>(
+                weight_part + c,
+                load_count<A>(weight_part + c, n) + load_count<A>(grad_row + c, n) * normed(c, n),
+                n);
           });
         if (need_bias)
           each_vector<A>(cols, [&](int64_t c, auto n) {

@@ -1,7 +1,8 @@
 // Matrix products: packing into panels, the register tile, and a blocked product with an epilogue.
 //
-// A product C = A B reads A in panels of Tile::rows rows and B in panels of Tile::cols columns, each
-// laid out so that the tile walks both with stride one. Elements are widened as they are packed.
+// A product C = A B reads A in panels of Tile::rows rows and B in panels of Tile::cols columns,
+// each laid out so that the tile walks both with stride one. Elements are widened as they are
+// packed.
 #pragma once
 
 #include <initializer_list>
@@ -24,10 +25,10 @@ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// C tile (=|+=) A panel * B panel over `depth`. Element (i, k) of A is a[i * ARow + k * ADepth], row k
-// of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its
-// own first: an error grows with the length of a chain of additions.
-// Every call sums from zero: partial sums of blocks round less than one long chain.
+// C tile (=|+=) A panel * B panel over `depth`. Element (i, k) of A is a[i * ARow + k * ADepth],
+// row k of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is
+// summed on its own first: an error grows with the length of a chain of additions. Every call sums
+// from zero: partial sums of blocks round less than one long chain.
 template <class A, int Vecs, bool Add, int ARow, int ADepth>
 __attribute__((noinline)) void multiply_tile(const A* a, const A* b, int64_t depth, A* c,
                                              int64_t c_row) {
@@ -194,8 +195,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
     const int64_t row_panels = ceil_div(my_rows, tile_rows);
 
     Scratch scratch;
-    A* packed_a =
-        scratch.take<A>(row_panels * tile_rows * smaller(depth, depth_block) + kSlack);
+    A* packed_a = scratch.take<A>(row_panels * tile_rows * smaller(depth, depth_block) + kSlack);
     A* packed_b = scratch.take<A>(tile_cols * smaller(depth, depth_block) + kSlack);
     // One pass over depth finishes a panel at once; several need all the tiles of the range.
     const int64_t kept_panels = one_pass ? 1 : end_panel - first_panel;

@@ -30,8 +30,8 @@ FASTATTN_INLINE void multiply_wide(VecU x, uint32_t factor, VecU& high, VecU& lo
 #endif
 }
 
-// factor[j] = 0 where key block * 64 + j is dropped for this row and head, else `kept`. The four words
-// of counter block * 16 + lane belong to the keys lane, lane + 16, lane + 32 and lane + 48.
+// factor[j] = 0 where key block * 64 + j is dropped for this row and head, else `kept`. The four
+// words of counter block * 16 + lane belong to the keys lane, lane + 16, lane + 32 and lane + 48.
 template <class A>
 void dropout_factors(uint64_t seed, uint32_t head, uint32_t row, int64_t block, uint32_t threshold,
                      A kept, A* factor) {

@@ -1,5 +1,5 @@
-// The vector vocabulary: FASTATTN_LANES fp32 lanes in compiler vector types, so that one body serves
-// every ISA; the flags of the object file decide what instructions it becomes.
+// The vector vocabulary: FASTATTN_LANES fp32 lanes in compiler vector types, so that one body
+// serves every ISA; the flags of the object file decide what instructions it becomes.
 #pragma once
 
 #include <cmath>
@@ -72,8 +72,7 @@ FASTATTN_INLINE Vec<float> widen_f16(VecH half) {
 
 FASTATTN_INLINE VecH narrow_f16(Vec<float> value) {
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
-  return bits<VecH>(
-      _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+  return bits<VecH>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && FASTATTN_LANES == 8
   return bits<VecH>(_mm256_cvtps_ph(bits<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -241,8 +240,7 @@ FASTATTN_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
   const Vec<float> whole = bits<Vec<float>>(
       _mm512_maskz_roundscale_ps(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   const Vec<float> power = exp2_of_rest(x == -__builtin_inff() ? Vec<float>{} : x - whole);
-  return bits<Vec<float>>(
-      _mm512_maskz_scalef_ps(0xffff, bits<__m512>(power), bits<__m512>(whole)));
+  return bits<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(power), bits<__m512>(whole)));
 #else
   const Vec<float> clipped = x < -126.f ? set(-126.f) : x;
   Vec<float> whole;

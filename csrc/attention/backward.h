@@ -1,0 +1,325 @@
+// Attention backward: scores are computed again, and gradients summed in an order of their own.
+#pragma once
+
+#include "attention/panels.h"
+#include "attention/scores.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kBackwardQueries = 96;  // queries in a block; gradients of keys sum over them
+static_assert(kBackwardQueries % Tile<float>::rows == 0);
+constexpr int64_t kKeyStep = 48;  // a multiple of a vector and of the tile's rows
+static_assert(kKeyStep % Tile<float>::rows == 0 && kKeyStep % lanes<float> == 0);
+
+// The backward pass of a run of keys. Every task owns its keys' gradients and, where bias
+// broadcasts over batch or heads, all that share one slice of its gradient; the gradient of the
+// queries is a partial sum per run, added up in order afterwards.
+template <class T>
+class BackwardTask {
+  using A = Acc<T>;
+
+ public:
+  BackwardTask(const AttentionBackward& args, const A* delta, A* grad_bias, A* partial_queries)
+      : args_(args),
+        in_(args.in),
+        delta_(delta),
+        grad_bias_(grad_bias),
+        partial_queries_(partial_queries),
+        query_width_(Panels<A>::padded(in_.head_dim)),
+        value_width_(Panels<A>::padded(in_.value_dim)) {
+    int64_t stride = 1;
+    for (int dim = 3; dim >= 0; dim--) {
+      bias_stride_[dim] = args.bias_sizes[dim] == 1 ? 0 : stride;
+      stride *= args.bias_sizes[dim];
+    }
+  }
+
+  // The keys [first, end) of one key head, against all queries; `part` numbers the run.
+  void run(int64_t b, int64_t key_head, int64_t first, int64_t end, int64_t part) const {
+    const int64_t keys = end - first;
+    Scratch scratch;
+    Keys block{scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.head_dim + kSlack),
+               scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.value_dim + kSlack),
+               Panels<A>::take(scratch, keys, in_.head_dim),
+               scratch.take<A>(round_up(keys, kKeys) * query_width_),
+               scratch.take<A>(round_up(keys, kKeys) * value_width_),
+               true};
+    const T* key = at<T>(in_.key, b, key_head, first, 0);
+    const T* value = at<T>(in_.value, b, key_head, first, 0);
+    pack_keys(block.keys, key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
+    pack_keys(block.values, value, in_.value.stride[2], in_.value.stride[3], keys, in_.value_dim);
+    block.key_rows.pack(key, in_.key.stride[2], in_.key.stride[3], keys);
+    block.finite = !can_hide(in_) ||
+                   all_finite<A>(key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
+    std::memset(block.grad_key, 0,
+                static_cast<size_t>(round_up(keys, kKeys) * query_width_) * sizeof(A));
+    std::memset(block.grad_value, 0,
+                static_cast<size_t>(round_up(keys, kKeys) * value_width_) * sizeof(A));
+    Queries queries{scratch.take<A>(kBackwardQueries * in_.head_dim + kSlack),
+                    scratch.take<A>(kBackwardQueries * in_.value_dim + kSlack),
+                    Panels<A>::take(scratch, kBackwardQueries, in_.head_dim),
+                    Panels<A>::take(scratch, kBackwardQueries, in_.value_dim),
+                    scratch.take<A>(kBackwardQueries * query_width_),
+                    scratch.take<A>(kBackwardQueries * kKeys),
+                    scratch.take<A>(kBackwardQueries * kKeys),
+                    scratch.take<A>(kKeys),
+                    scratch.take<A>(kKeys),
+                    true};
+    const int64_t group = in_.heads / in_.kv_heads;
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
+      for (int64_t i = 0; i < in_.q_len; i += kBackwardQueries)
+        pair(block, queries, b, h, i, smaller(kBackwardQueries, in_.q_len - i), first, end, part);
+    write(args_.grad_key, b, key_head, first, keys, in_.head_dim, block.grad_key, query_width_,
+          static_cast<A>(in_.scale));
+    write(args_.grad_value, b, key_head, first, keys, in_.value_dim, block.grad_value, value_width_,
+          A{1});
+  }
+
+  static void write(const Target& to, int64_t b, int64_t h, int64_t first, int64_t rows,
+                    int64_t cols, const A* from, int64_t from_row, A factor) {
+    for (int64_t r = 0; r < rows; r++) {
+      T* row = at<T>(to, b, h, first + r, 0);
+      each_vector<A>(cols, [&](int64_t c, auto n) {
+        store_count<A>(row + c, load<A>(from + r * from_row + c) * factor, n);
+      });
+    }
+  }
+
+ private:
+  struct Keys {
+    A *keys, *values;    // B operands of products over head_dim and value_dim
+    Panels<A> key_rows;  // B operand of products over keys
+    A *grad_key, *grad_value;
+    bool finite;
+  };
+  struct Queries {
+    A *query, *grad_out;                  // A operands of products over head_dim and value_dim
+    Panels<A> query_rows, grad_out_rows;  // B operands of products over queries
+    A* grad_query;
+    A *weights, *grads;  // [kBackwardQueries, kKeys]
+    A *factors, *cap_slope;
+    bool finite;
+  };
+
+  void pair(const Keys& keys, Queries& queries, int64_t b, int64_t h, int64_t i, int64_t count,
+            int64_t first, int64_t end, int64_t part) const {
+    const Scores<A> scores(in_, b, h);
+    const Range seen = visible_keys(in_, i, count);
+    const int64_t begin = larger(first, seen.first), stop = smaller(end, seen.end);
+    const int64_t padded = round_up(count, Tile<A>::rows);
+    std::memset(queries.grad_query, 0, static_cast<size_t>(padded * query_width_) * sizeof(A));
+    if (begin < stop) {
+      const T* query = at<T>(in_.query, b, h, i, 0);
+      const T* grad_out = at<T>(args_.grad_out, b, h, i, 0);
+      const int64_t* q = in_.query.stride;
+      const int64_t* g = args_.grad_out.stride;
+      pack_rows(queries.query, query, q[2], q[3], count, in_.head_dim,
+                Scores<A>::query_factor(in_));
+      pack_rows(queries.grad_out, grad_out, g[2], g[3], count, in_.value_dim, A{1});
+      queries.query_rows.pack(query, q[2], q[3], count);
+      queries.grad_out_rows.pack(grad_out, g[2], g[3], count);
+      queries.finite =
+          !can_hide(in_) || (all_finite<A>(query, q[2], q[3], count, in_.head_dim) &&
+                             all_finite<A>(grad_out, g[2], g[3], count, in_.value_dim));
+      for (int64_t j = first + (begin - first) / kKeys * kKeys; j < stop; j += kKeys)
+        key_block(keys, queries, scores, b, h, i, count, first, j, smaller(kKeys, stop - j));
+    }
+    if (partial_queries_ == nullptr) {
+      write(args_.grad_query, b, h, i, count, in_.head_dim, queries.grad_query, query_width_,
+            static_cast<A>(in_.scale));
+    } else {
+      A* to = partial_queries_ +
+              (((part * in_.batch + b) * in_.heads + h) * in_.q_len + i) * query_width_;
+      std::memcpy(to, queries.grad_query, static_cast<size_t>(count * query_width_) * sizeof(A));
+    }
+  }
+
+  void key_block(const Keys& keys, const Queries& queries, const Scores<A>& scores, int64_t b,
+                 int64_t h, int64_t i, int64_t count, int64_t first, int64_t j,
+                 int64_t key_count) const {
+    const int64_t at_key = j - first;
+    multiply_block(in_, queries.query, keys.keys + at_key * in_.head_dim, in_.head_dim, i, count, j,
+                   key_count, queries.weights);
+    multiply_block(in_, queries.grad_out, keys.values + at_key * in_.value_dim, in_.value_dim, i,
+                   count, j, key_count, queries.grads);
+    const int64_t width = round_up(key_count, kKeyStep);
+    const int64_t row0 = (b * in_.heads + h) * in_.q_len + i;
+    const auto* lse = static_cast<const A*>(args_.lse) + row0;
+    for (int64_t r = 0; r < count; r++) {
+      A* weights = queries.weights + r * kKeys;
+      A* grads = queries.grads + r * kKeys;
+      scores.finish(weights, i + r, j, key_count, width,
+                    in_.softcap != 0 ? queries.cap_slope : nullptr);
+      if (in_.dropout_p > 0) scores.dropout(i + r, j, width, queries.factors);
+      differentiate(queries, width, weights, grads, lse[r], delta_[row0 + r]);
+      if (grad_bias_ != nullptr) add_bias(grads, b, h, i + r, j, key_count);
+      if (in_.softcap != 0)
+        for (int64_t c = 0; c < width; c += lanes<A>) {
+          const Vec<A> grad = load<A>(grads + c);
+          store(grads + c, grad == 0 ? grad : grad * load<A>(queries.cap_slope + c));
+        }
+    }
+    const int64_t rows = count;
+    for (int64_t r = 0; r < rows; r += Tile<A>::rows) {
+      if (r + Tile<A>::rows > rows)  // the last tile reads rows past the end
+        std::memset(queries.grads + rows * kKeys, 0,
+                    static_cast<size_t>((r + Tile<A>::rows - rows) * kKeys) * sizeof(A));
+      auto* multiply = keys.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
+      multiply(queries.grads + r * kKeys, keys.key_rows, at_key, key_count,
+               queries.grad_query + r * query_width_, query_width_);
+    }
+    auto* multiply =
+        queries.finite ? &multiply_panels<A, 1, kKeys> : &multiply_visible<A, 1, kKeys>;
+    for (int64_t c = 0; c < key_count; c += Tile<A>::rows) {
+      multiply(queries.grads + c, queries.query_rows, 0, rows,
+               keys.grad_key + (at_key + c) * query_width_, query_width_);
+      multiply(queries.weights + c, queries.grad_out_rows, 0, rows,
+               keys.grad_value + (at_key + c) * value_width_, value_width_);
+    }
+  }
+
+  // One row: logits become the weights that met the values, and gradients of weights those of
+  // scores: weight * (grad - delta).
+  void differentiate(const Queries& queries, int64_t width, A* weights, A* grads, A lse,
+                     A delta) const {
+    const A base = static_cast<A>(lse * static_cast<A>(kLog2e));
+    const bool empty = lse == minus_infinity<A>;
+    for (int64_t c = 0; c < width; c += lanes<A>) {
+      Vec<A> weight = empty ? Vec<A>{} : exp2_nonpositive(load<A>(weights + c) - base);
+      const Vec<A> grad = load<A>(grads + c);
+      Vec<A> factor = set<A>(1);
+      if (in_.dropout_p > 0) factor = load<A>(queries.factors + c);
+      store(grads + c, weight == 0 ? Vec<A>{} : weight * (grad * factor - delta));
+      store(weights + c, weight * factor);
+    }
+  }
+
+  void add_bias(const A* grads, int64_t b, int64_t h, int64_t i, int64_t j,
+                int64_t key_count) const {
+    A* to = grad_bias_ + b * bias_stride_[0] + h * bias_stride_[1] + i * bias_stride_[2] +
+            j * bias_stride_[3];
+    if (bias_stride_[3] == 1) {
+      each_vector<A>(key_count, [&](int64_t c, auto n) {
+        store_count<A>(to + c, load_count<A>(to + c, n) + load_count<A>(grads + c, n), n);
+      });
+    } else {
+      for (int64_t c = 0; c < key_count; c++) *to += grads[c];
+    }
+  }
+
+  const AttentionBackward& args_;
+  const Attention& in_;
+  const A* delta_;
+  A* grad_bias_;
+  A* partial_queries_;
+  int64_t query_width_, value_width_;
+  int64_t bias_stride_[4];
+};
+
+// delta[row] = grad_out . out - grad_lse: what the normalisation of a softmax row takes off.
+template <class T, class A = Acc<T>>
+void row_deltas(const AttentionBackward& args, A* delta) {
+  const Attention& in = args.in;
+  parallel(in.batch * in.heads, [&](int64_t task) {
+    const int64_t b = task / in.heads, h = task % in.heads;
+    const auto* grad_lse = static_cast<const A*>(args.grad_lse);
+    for (int64_t i = 0; i < in.q_len; i++) {
+      const int64_t row = task * in.q_len + i;
+      const T* grad = at<T>(args.grad_out, b, h, i, 0);
+      const T* out = at<T>(args.out, b, h, i, 0);
+      const int64_t g = args.grad_out.stride[3], o = args.out.stride[3];
+      A total = 0;
+      if (g == 1 && o == 1) {
+        Vec<A> sums{};
+        each_vector<A>(in.value_dim, [&](int64_t c, auto n) {
+          sums += load_count<A>(grad + c, n) * load_count<A>(out + c, n);
+        });
+        total = sum<A>(sums);
+      } else {
+        for (int64_t c = 0; c < in.value_dim; c++)
+          total += load_one<A>(grad + c * g) * load_one<A>(out + c * o);
+      }
+      delta[row] = total - (grad_lse == nullptr ? A{0} : grad_lse[row]);
+    }
+  });
+}
+
+template <class T, class A = Acc<T>>
+void sink_gradients(const AttentionBackward& args, const A* delta) {
+  const Attention& in = args.in;
+  const auto* lse = static_cast<const A*>(args.lse);
+  for (int64_t h = 0; h < in.heads; h++) {
+    double total = 0;
+    for (int64_t b = 0; b < in.batch; b++)
+      for (int64_t row = (b * in.heads + h) * in.q_len; row < (b * in.heads + h + 1) * in.q_len;
+           row++)
+        if (lse[row] != minus_infinity<A>) total -= std::exp(in.sinks[h] - lse[row]) * delta[row];
+    args.grad_sinks[h] = total;
+  }
+}
+
+template <class T>
+void backward(const AttentionBackward& args) {
+  using A = Acc<T>;
+  const Attention& in = args.in;
+  const bool bias = args.grad_bias != nullptr;
+  const int64_t batches = bias && args.bias_sizes[0] == 1 ? 1 : in.batch;
+  const int64_t heads = bias && args.bias_sizes[1] == 1 ? 1 : in.kv_heads;
+  // The runs of keys depend on the shape alone, so that sums do not depend on the threads.
+  const int64_t blocks = ceil_div(in.kv_len, kKeys);
+  const int64_t runs = bias && args.bias_sizes[3] == 1
+                           ? 1
+                           : larger(1, smaller(ceil_div(16, batches * heads), ceil_div(blocks, 2)));
+  const int64_t query_width = Panels<A>::padded(in.head_dim);
+  const int64_t query_rows = in.batch * in.heads * in.q_len;
+
+  Scratch scratch;
+  A* delta = scratch.take<A>(query_rows);
+  A* partial = runs > 1 ? scratch.take<A>(runs * query_rows * query_width) : nullptr;
+  A* grad_bias = nullptr;
+  int64_t bias_size = 1;
+  if (bias) {
+    for (const int64_t size : args.bias_sizes) bias_size *= size;
+    grad_bias = scratch.take<A>(bias_size);
+    std::memset(grad_bias, 0, static_cast<size_t>(bias_size) * sizeof(A));
+  }
+  row_deltas<T>(args, delta);
+  if (args.grad_sinks != nullptr) sink_gradients<T>(args, delta);
+  const BackwardTask<T> task(args, delta, grad_bias, partial);
+  parallel(batches * heads * runs, [&](int64_t index) {
+    const int64_t part = index % runs, head = index / runs % heads, batch = index / runs / heads;
+    const int64_t first = part * blocks / runs * kKeys;
+    const int64_t end = smaller((part + 1) * blocks / runs * kKeys, in.kv_len);
+    for (int64_t b = batch; b < in.batch; b += batches)
+      for (int64_t h = head; h < in.kv_heads; h += heads) task.run(b, h, first, end, part);
+  });
+  if (partial != nullptr)
+    parallel(in.batch * in.heads, [&](int64_t index) {
+      const int64_t start = index * in.q_len * query_width, size = in.q_len * query_width;
+      for (int64_t part = 1; part < runs; part++) {
+        const A* from = partial + part * query_rows * query_width + start;
+        each_vector<A>(size, [&](int64_t c, auto n) {
+          store_count<A>(partial + start + c,
+                         load_count<A>(partial + start + c, n) + load_count<A>(from + c, n), n);
+        });
+      }
+      BackwardTask<T>::write(args.grad_query, index / in.heads, index % in.heads, 0, in.q_len,
+                             in.head_dim, partial + start, query_width, static_cast<A>(in.scale));
+    });
+  if (bias)
+    with_type(in.bias_dtype, [&](auto* type) {
+      using B = std::remove_pointer_t<decltype(type)>;
+      auto* to = static_cast<B*>(args.grad_bias);
+      if constexpr (std::is_same_v<Acc<B>, A>) {
+        each_vector<A>(bias_size, [&](int64_t c, auto n) {
+          store_count<A>(to + c, load_count<A>(grad_bias + c, n), n);
+        });
+      } else if constexpr (std::is_same_v<B, float>) {  // fp32 bias of fp64 attention
+        for (int64_t c = 0; c < bias_size; c++) to[c] = static_cast<float>(grad_bias[c]);
+      }
+    });
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,169 @@
+// Attention forward: blocks of queries against blocks of keys, with an online softmax.
+#pragma once
+
+#include "attention/panels.h"
+#include "attention/scores.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kQueries = 48;  // queries in a block
+static_assert(kQueries % Tile<float>::rows == 0);
+
+template <class T>
+class ForwardTask {
+  using A = Acc<T>;
+
+ public:
+  explicit ForwardTask(const AttentionForward& args)
+      : args_(args), in_(args.in), value_width_(Panels<A>::padded(in_.value_dim)) {}
+
+  // The queries [first, end) of every head that shares one key head.
+  void run(int64_t b, int64_t key_head, int64_t first, int64_t end) const {
+    const Range keys = visible_keys(in_, first, end - first);
+    const int64_t start = keys.first / kPhiloxBlock * kPhiloxBlock;
+    const int64_t key_count = larger(0, keys.end - start);
+    Scratch scratch;
+    A* packed_keys =
+        scratch.take<A>(key_panels<A>(key_count) * Tile<A>::cols * in_.head_dim + kSlack);
+    const Panels<A> values = Panels<A>::take(scratch, key_count, in_.value_dim);
+    const T* value = at<T>(in_.value, b, key_head, start, 0);
+    pack_keys(packed_keys, at<T>(in_.key, b, key_head, start, 0), in_.key.stride[2],
+              in_.key.stride[3], key_count, in_.head_dim);
+    values.pack(value, in_.value.stride[2], in_.value.stride[3], key_count);
+    const bool finite =
+        !can_hide(in_) ||
+        all_finite<A>(value, in_.value.stride[2], in_.value.stride[3], key_count, in_.value_dim);
+    Block block{scratch.take<A>(kQueries * in_.head_dim + kSlack),
+                scratch.take<A>(kQueries * kKeys),
+                scratch.take<A>(kQueries * value_width_),
+                scratch.take<A>(kQueries),
+                scratch.take<A>(kQueries),
+                scratch.take<A>(kKeys)};
+    const int64_t group = in_.heads / in_.kv_heads;
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
+      for (int64_t i = first; i < end; i += kQueries)
+        queries(block, packed_keys, values, finite, start, b, h, i, smaller(kQueries, end - i));
+  }
+
+ private:
+  struct Block {
+    A *query, *weights, *out, *row_max, *row_sum, *factors;
+  };
+
+  void queries(const Block& block, const A* packed_keys, const Panels<A>& values, bool finite,
+               int64_t start, int64_t b, int64_t h, int64_t i, int64_t count) const {
+    const Scores<A> scores(in_, b, h);
+    const int64_t padded = round_up(count, Tile<A>::rows);
+    pack_rows(block.query, at<T>(in_.query, b, h, i, 0), in_.query.stride[2], in_.query.stride[3],
+              count, in_.head_dim, Scores<A>::query_factor(in_));
+    std::memset(block.out, 0, static_cast<size_t>(padded * value_width_) * sizeof(A));
+    for (int64_t r = 0; r < count; r++) {
+      block.row_max[r] =
+          in_.sinks == nullptr ? minus_infinity<A> : static_cast<A>(in_.sinks[h] * kLog2e);
+      block.row_sum[r] = block.row_max[r] > minus_infinity<A> ? A{1} : A{0};
+    }
+    const Range range = visible_keys(in_, i, count);
+    for (int64_t j = start + (range.first - start) / kKeys * kKeys; j < range.end; j += kKeys) {
+      const int64_t key_count = smaller(kKeys, range.end - j);
+      multiply_block(in_, block.query, packed_keys + (j - start) * in_.head_dim, in_.head_dim, i,
+                     count, j, key_count, block.weights);
+      for (int64_t r = 0; r < count; r++) soften(block, scores, i + r, r, j, key_count);
+      for (int64_t r = 0; r < padded; r += Tile<A>::rows) {
+        const Range seen = visible_keys(in_, i + r, smaller(Tile<A>::rows, count - r));
+        const int64_t from = larger(0, seen.first - j);
+        const int64_t depth = smaller(key_count, seen.end - j) - from;
+        if (depth <= 0) continue;
+        const A* weights = block.weights + r * kKeys + from;
+        A* out = block.out + r * value_width_;
+        if (finite) {
+          multiply_panels<A, kKeys, 1>(weights, values, j - start + from, depth, out, value_width_);
+        } else {
+          multiply_visible<A, kKeys, 1>(weights, values, j - start + from, depth, out,
+                                        value_width_);
+        }
+      }
+    }
+    auto* lse = static_cast<A*>(args_.lse) + (b * in_.heads + h) * in_.q_len + i;
+    for (int64_t r = 0; r < count; r++) {
+      const A total = block.row_sum[r];
+      const A factor = total == 0 ? A{0} : 1 / total;
+      T* out = at<T>(args_.out, b, h, i + r, 0);
+      each_vector<A>(in_.value_dim, [&](int64_t c, auto n) {
+        store_count<A>(out + c, load<A>(block.out + r * value_width_ + c) * factor, n);
+      });
+      lse[r] = total == 0 ? minus_infinity<A>
+                          : static_cast<A>((block.row_max[r] + std::log2(total)) * kLn2);
+    }
+  }
+
+  // One row of one block: logits to weights relative to the highest logit so far, with what was
+  // summed before rescaled to it.
+  void soften(const Block& block, const Scores<A>& scores, int64_t i, int64_t r, int64_t j,
+              int64_t key_count) const {
+    A* row = block.weights + r * kKeys;
+    const int64_t width = round_up(key_count, lanes<A>);
+    scores.finish(row, i, j, key_count, width, nullptr);
+    Vec<A> top = set<A>(block.row_max[r]);
+    for (int64_t c = 0; c < width; c += lanes<A>) top = max(top, load<A>(row + c));
+    const A before = block.row_max[r];
+    A now = highest<A>(top);
+    if (now == minus_infinity<A>) {
+      // Nothing is visible, unless it is NaN, which no comparison finds.
+      now = 0;
+      for (int64_t c = 0; c < width; c++)
+        if (row[c] != row[c]) now = row[c];
+      if (now == 0) {
+        std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
+        return;
+      }
+    }
+    Vec<A> sums{};
+    for (int64_t c = 0; c < width; c += lanes<A>) {
+      const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
+      sums += weight;
+      store(row + c, weight);
+    }
+    if (before != now) {
+      if (before != minus_infinity<A>) {
+        const A rescale = std::exp2(before - now);
+        block.row_sum[r] *= rescale;
+        for (int64_t c = 0; c < value_width_; c += lanes<A>) {
+          A* out = block.out + r * value_width_ + c;
+          store(out, load<A>(out) * rescale);
+        }
+      }
+      block.row_max[r] = now;
+    }
+    block.row_sum[r] += sum<A>(sums);
+    if (in_.dropout_p > 0) {
+      scores.dropout(i, j, width, block.factors);
+      for (int64_t c = 0; c < width; c += lanes<A>)
+        store(row + c, load<A>(row + c) * load<A>(block.factors + c));
+    }
+  }
+
+  const AttentionForward& args_;
+  const Attention& in_;
+  int64_t value_width_;
+};
+
+template <class T>
+void forward(const AttentionForward& args) {
+  const Attention& in = args.in;
+  const ForwardTask<T> task(args);
+  // Heads are the tasks; where they are few, a head's queries are split, at the price of packing
+  // its keys again.
+  const int64_t heads = in.batch * in.kv_heads, blocks = ceil_div(in.q_len, kQueries);
+  const int64_t splits =
+      larger(1, smaller(ceil_div(int64_t{4} * thread_count(), heads), ceil_div(blocks, 4)));
+  parallel(heads * splits, [&](int64_t index) {
+    const int64_t head = index / splits, split = splits - 1 - index % splits;  // longest first
+    const int64_t first = split * blocks / splits * kQueries;
+    const int64_t end = smaller((split + 1) * blocks / splits * kQueries, in.q_len);
+    task.run(head / in.kv_heads, head % in.kv_heads, first, end);
+  });
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,120 @@
+// Queries, keys and values packed for the products of attention, and those products.
+#pragma once
+
+#include "attention/scores.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// A matrix [rows, cols] packed as the B operand of products over its rows: panels of Tile::cols
+// columns, the last one vector wide if that is enough.
+template <class A>
+struct Panels {
+  static constexpr int width = Tile<A>::cols;
+  int64_t rows, cols;  // rows of storage
+  A* data;
+
+  static int64_t padded(int64_t cols) { return round_up(cols, lanes<A>); }
+  static Panels take(Scratch& scratch, int64_t rows, int64_t cols) {
+    return {rows, cols, scratch.take<A>(rows * padded(cols) + kSlack)};
+  }
+  template <class T>
+  void pack(const T* from, int64_t row_stride, int64_t col_stride, int64_t count) const {
+    for (int64_t col = 0; col < cols; col += width)
+      pack_panel(data + col * rows, smaller(width, padded(cols) - col), from + col * col_stride,
+                 col_stride, row_stride, smaller(width, cols - col), count);
+  }
+};
+
+// c[i, :] += sum over k < depth of a[i, k] * panels[first + k, :] for the rows of one tile.
+template <class A, int ARow, int ADepth>
+void multiply_panels(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
+                     int64_t c_row) {
+  for (int64_t col = 0; col < b.cols; col += b.width) {
+    const A* panel = b.data + col * b.rows;
+    if (Panels<A>::padded(b.cols) - col >= b.width) {
+      multiply_tile<A, Tile<A>::vecs, true, ARow, ADepth>(a, panel + first * b.width, depth,
+                                                          c + col, c_row);
+    } else {
+      multiply_tile<A, 1, true, ARow, ADepth>(a, panel + first * lanes<A>, depth, c + col, c_row);
+    }
+  }
+}
+
+// The same where b holds a NaN or an infinity: what a zero of `a` hides must not turn into NaN.
+template <class A, int ARow, int ADepth>
+void multiply_visible(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
+                      int64_t c_row) {
+  for (int64_t i = 0; i < Tile<A>::rows; i++)
+    for (int64_t k = 0; k < depth; k++) {
+      const A factor = a[i * ARow + k * ADepth];
+      if (factor == 0) continue;
+      for (int64_t col = 0; col < b.cols; col++) {
+        const int64_t panel = col / b.width * b.width;
+        const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - panel);
+        c[i * c_row + col] += factor * b.data[panel * b.rows + (first + k) * width + col - panel];
+      }
+    }
+}
+
+// Whether all of a block [rows, cols] of a tensor is finite.
+template <class A, class T>
+bool all_finite(const T* from, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols) {
+  Vec<A> sum{};
+  A rest = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    const T* row = from + r * row_stride;
+    if (col_stride == 1) {
+      each_vector<A>(cols, [&](int64_t c, auto n) { sum += load_count<A>(row + c, n) * A{0}; });
+    } else {
+      for (int64_t c = 0; c < cols; c++) rest += load_one<A>(row + c * col_stride) * A{0};
+    }
+  }
+  return highest<A>(sum != sum ? set<A>(1) : Vec<A>{}) == 0 && rest == rest;
+}
+
+template <class A>
+int64_t key_panels(int64_t keys) {
+  return ceil_div(keys, Tile<A>::cols);
+}
+
+// Packs rows as the A operand of products over their columns: panels of Tile::rows rows.
+template <class A, class T>
+void pack_rows(A* to, const T* from, int64_t row_stride, int64_t col_stride, int64_t rows,
+               int64_t cols, A factor) {
+  for (int64_t row = 0; row < rows; row += Tile<A>::rows)
+    pack_panel(to + row * cols, Tile<A>::rows, from + row * row_stride, row_stride, col_stride,
+               smaller(Tile<A>::rows, rows - row), cols);
+  const int64_t size = round_up(rows, Tile<A>::rows) * cols;
+  if (factor != 1)
+    each_vector<A>(size, [&](int64_t i, auto n) {
+      store_count<A>(to + i, load_count<A>(to + i, n) * factor, n);
+    });
+}
+
+// Packs keys or values as the B operand of products over their columns: panels of Tile::cols keys.
+template <class A, class T>
+void pack_keys(A* to, const T* from, int64_t row_stride, int64_t col_stride, int64_t keys,
+               int64_t cols) {
+  for (int64_t j = 0; j < keys; j += Tile<A>::cols)
+    pack_panel(to + j * cols, Tile<A>::cols, from + j * row_stride, row_stride, col_stride,
+               smaller(Tile<A>::cols, keys - j), cols);
+}
+
+// block[r * kKeys + c] = row r of `rows` times key j + c, for what the queries can see; the tiles
+// outside hold whatever they held.
+template <class A>
+void multiply_block(const Attention& in, const A* rows, const A* keys, int64_t depth, int64_t i,
+                    int64_t count, int64_t j, int64_t key_count, A* block) {
+  for (int64_t r = 0; r < count; r += Tile<A>::rows) {
+    const Range range = visible_keys(in, i + r, smaller(Tile<A>::rows, count - r));
+    for (int64_t c = 0; c < key_count; c += Tile<A>::cols) {
+      if (j + c >= range.end || j + c + Tile<A>::cols <= range.first) continue;
+      multiply_tile<A, Tile<A>::vecs, false, 1, Tile<A>::rows>(rows + r * depth, keys + c * depth,
+                                                               depth, block + r * kKeys + c, kKeys);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,61 @@
+"""What all tests share: seeds, the marker `slow`, and child processes with an own environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes or gigabytes; runs with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh interpreter that imports the package under test.
+
+    `package` names the folder to import fastattn from in its stead; other keywords become
+    environment variables. Variables of this process that steer fastattn are not passed on.
+    """
+
+    def run(
+        *arguments: str, package: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        folder = package or Path(fastattn.__file__).parents[1]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=inherited | {"PYTHONPATH": str(folder)} | environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
