@@ -54,16 +54,19 @@ ISAS = {
     "aarch64": PORTABLE | {"neon": (4, [])},
 }
 
-# What C++20 is needed for: refused by every compiler that knows the flag but not the library.
-CXX20_PROBE = "#include <concepts>\n#include <span>\nstatic_assert(std::integral<int>);\n"
+# Refused by compilers that know -std=c++20 but not enough of C++20, or none of its library.
+CXX20_PROBE = """
+#include <concepts>
+#include <span>
+#if __GNUC__ < 11 && !defined(__clang__)
+#error "g++ is older than 11"
+#endif
+"""
 
 
 def stop(message: str) -> SystemExit:
     """The exception that ends the build with one sentence and no traceback."""
     return SystemExit(f"fastattn: {message}")
-
-
-# ---- what the build needs from the machine: a torch to take headers from, a compiler, ninja
 
 
 def torch_folders() -> Iterator[Path]:
@@ -136,7 +139,7 @@ def compiler() -> tuple[list[str], str]:
     if probe.returncode:
         said = next(filter(None, (probe.stderr + probe.stdout).splitlines()), "no message")
         raise stop(
-            f"needs a C++20 compiler (g++ >= 10 or clang++ >= 14), and {shlex.join(command)} "
+            f"needs a C++20 compiler (g++ >= 11 or clang++ >= 14), and {shlex.join(command)} "
             f"refuses C++20 ({said}): install a newer one or name it in CXX."
         )
     target = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True)
@@ -153,9 +156,6 @@ def ninja() -> str:
     if program is None:
         raise stop("ninja is missing: install it with `pip install ninja`.")
     return program
-
-
-# ---- the build itself
 
 
 def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanitize: str) -> str:
@@ -282,9 +282,6 @@ class PlatformWheel(bdist_wheel):
         # setuptools would pack modules that have been deleted since the last build.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
-
-
-# ---- the hooks that differ from setuptools' own
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:

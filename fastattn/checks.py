@@ -45,5 +45,5 @@ def same(name: str, value: object, other_name: str, other: Tensor, *, shape: boo
 def finite(name: str, value: object) -> None:
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")

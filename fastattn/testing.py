@@ -41,6 +41,7 @@ __all__ = [
     "poisoned",
     "run",
     "use_isa",
+    "use_threads",
     "widened",
 ]
 
@@ -125,6 +126,17 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _library.select_isa(before)
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Let torch, and with it the CPU kernels, use `count` threads inside the `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

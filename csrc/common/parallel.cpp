@@ -1,6 +1,7 @@
 // Tasks on torch's thread pool through its stable C interface, and the per-thread scratch arena.
 #include "common/parallel.h"
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
@@ -35,6 +36,7 @@ thread_local Arena arena;
 char* allocate(size_t size) {
   void* memory = std::aligned_alloc(kAlign, size);
   if (memory == nullptr) throw std::bad_alloc();
+  prefer_huge_pages(memory, size);
   return static_cast<char*>(memory);
 }
 
@@ -89,6 +91,19 @@ int64_t cache_bytes() {
   return bytes;
 }
 
+void prefer_huge_pages(void* memory, size_t size) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + page - 1) / page * page, end = (start + size) / page * page;
+  // A kernel without them refuses, which costs nothing.
+  if (size >= 2 * page && first < end)
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
+}
+
 Scratch::Scratch() : mark_(arena.used) { arena.depth++; }
 
 Scratch::~Scratch() {
@@ -101,6 +116,7 @@ Scratch::~Scratch() {
     std::free(arena.block);
     arena.block = grow ? static_cast<char*>(std::aligned_alloc(kAlign, arena.highest)) : nullptr;
     arena.capacity = arena.block == nullptr ? 0 : arena.highest;
+    prefer_huge_pages(arena.block, arena.capacity);
   }
   arena.highest = 0;
 }

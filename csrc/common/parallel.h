@@ -16,6 +16,10 @@ void run_tasks(int64_t tasks, void (*body)(int64_t task, void* context), void* c
 // Bytes of the second-level cache of one core.
 int64_t cache_bytes();
 
+// Asks for huge pages under fresh memory if it is large: the first touch of a small page costs more
+// than the arithmetic of a norm on it.
+void prefer_huge_pages(void* memory, size_t size);
+
 // A stack of scratch memory in the calling thread; what an object took is released with it.
 // Contents are undefined, and NaN while tests poison it. Aligned to 64 bytes.
 class Scratch {

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/parallel.h"
 
 namespace fastattn {
 
@@ -45,7 +46,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                   strides.begin(), codes[static_cast<int>(dtype)],
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  const int64_t width = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel() * width));
+  return tensor;
 }
 inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
 inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
