@@ -108,7 +108,7 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
         if tensor.dtype not in CPU_DTYPES:
             reasons.append(f"dtype {tensor.dtype} has no C++ kernel")
             break
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():  # a test that torch.compile can trace
         reasons.append("inside a torch.func transform")
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("inside forward-mode differentiation")

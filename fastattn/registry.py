@@ -18,7 +18,7 @@ OPS: dict[str, Op] = {}
 FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op]] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, which torch.compile needs
 class Op:
     """A forward and a backward torch op, and all that the dispatcher and autograd know of them.
 

@@ -63,7 +63,11 @@ __attribute__((noinline)) void multiply_tile(const A* a, const A* b, int64_t dep
 // In-register transpose of lanes x lanes floats: pairs within 128 bits, then the 128-bit blocks.
 template <class V, size_t... I, class Pattern>
 FASTATTN_INLINE V shuffle(V a, V b, std::index_sequence<I...>, Pattern pattern) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, pattern(static_cast<int>(I))...);
+#else
+  return __builtin_shuffle(a, b, VecI{pattern(static_cast<int>(I))...});
+#endif
 }
 FASTATTN_INLINE void transpose(Vec<float>* r) {
   constexpr int n = lanes<float>;

@@ -111,10 +111,8 @@ FASTATTN_INLINE Vec<float> load(const f16* from) {
   return widen_f16(half);
 }
 
-template <class A>
-FASTATTN_INLINE void store(A* to, Vec<A> from) {
-  std::memcpy(to, &from, sizeof(from));
-}
+FASTATTN_INLINE void store(float* to, Vec<float> from) { std::memcpy(to, &from, sizeof(from)); }
+FASTATTN_INLINE void store(double* to, Vec<double> from) { std::memcpy(to, &from, sizeof(from)); }
 FASTATTN_INLINE void store(bf16* to, Vec<float> from) {
   const VecU all = bits<VecU>(from);
   const VecU rounded = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;  // to nearest even
@@ -225,7 +223,7 @@ FASTATTN_INLINE Vec<float> split(Vec<float> x, Vec<float>& whole) {
   const float magic = 0x1.8p23f;  // its addition rounds to a whole number, held in the low bits
   const Vec<float> shifted = x + magic;
   whole = shifted - magic;
-  return bits<Vec<float>>((bits<VecI>(shifted) << 23) + 0x3f800000);
+  return bits<Vec<float>>((bits<VecU>(shifted) << 23) + 0x3f800000u);
 }
 
 FASTATTN_INLINE Vec<float> exp2_of_rest(Vec<float> rest) {  // |rest| <= 0.5, relative error 2e-9

@@ -19,13 +19,18 @@ def _refusals(
     return dispatch.cpu_refusals(input, residual, weight, bias)
 
 
+def _grad_summed(grad: Tensor | None, residual: Tensor | None) -> Tensor | None:
+    """None without a residual: torch.compile hands out zeros for what no one has used."""
+    return None if grad is None or residual is None else grad.contiguous()
+
+
 def _layer_norm_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     input, residual, weight, bias, eps = args
     summed, mean, rstd = outs
     grad_out, grad_summed = grads
     dx, dweight, dbias = LAYER_NORM.backward(
         None if grad_out is None else grad_out.contiguous(),
-        None if grad_summed is None else grad_summed.contiguous(),
+        _grad_summed(grad_summed, residual),
         input if residual is None else summed,
         weight,
         bias,
@@ -48,7 +53,7 @@ def _rms_norm_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -
     grad_out, grad_summed = grads
     dx, dweight = RMS_NORM.backward(
         None if grad_out is None else grad_out.contiguous(),
-        None if grad_summed is None else grad_summed.contiguous(),
+        _grad_summed(grad_summed, residual),
         input if residual is None else summed,
         weight,
         rstd,
