@@ -44,7 +44,7 @@ class Op:
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
         ):
-            return self.function.apply(*args)
+            return self.function.apply(*(_distinct(args) if torch.compiler.is_compiling() else args))
         return self.forward(*args)
 
 
@@ -148,16 +148,30 @@ def vjp(
     return [by_position.get(i) for i in wanted]
 
 
+def _distinct(args: tuple) -> tuple:
+    """A view for each tensor that has come before: torch.compile traces no Function with repeats."""
+    return tuple(
+        arg.view_as(arg)
+        if isinstance(arg, torch.Tensor) and any(arg is before for before in args[:i])
+        else arg
+        for i, arg in enumerate(args)
+    )
+
+
 def _function(record: Op) -> type[torch.autograd.Function]:
+    # Plain names for the methods to close over: torch.compile in torch 2.10 knows no other objects.
+    name, forward_op, derivative = record.name, record.forward, record.derivative
+    differentiable, keep = record.differentiable, record.keep
+
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
-            outs = record.forward(*args)
+            outs = forward_op(*args)
             tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
-            ctx.save_for_backward(*tensors, *(outs[i] for i in record.keep))
+            ctx.save_for_backward(*tensors, *(outs[i] for i in keep))
             ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*outs[record.differentiable :])
+            ctx.mark_non_differentiable(*outs[differentiable:])
             return outs
 
         @staticmethod
@@ -168,14 +182,15 @@ def _function(record: Op) -> type[torch.autograd.Function]:
                 other if tensor is None else tensor
                 for tensor, other in zip(saved[:count], ctx.others, strict=True)
             )
-            grads = grads[: record.differentiable]
+            grads = grads[:differentiable]
             if all(grad is None for grad in grads):
                 return (None,) * count
             if torch.is_grad_enabled():  # create_graph=True: the reference is differentiable again
                 wanted = tuple(i for i in range(count) if ctx.needs_input_grad[i])
-                found = dict(zip(wanted, vjp(record, args, grads, wanted, create_graph=True), strict=True))
-                return tuple(found.get(i) for i in range(count))
-            return record.derivative(ctx.needs_input_grad, args, saved[count:], grads)
+                found = vjp(OPS[name], args, grads, wanted, create_graph=True)
+                by_position = dict(zip(wanted, found, strict=True))
+                return tuple(by_position.get(i) for i in range(count))
+            return derivative(ctx.needs_input_grad, args, saved[count:], grads)
 
-    Fused.__name__ = Fused.__qualname__ = record.name
+    Fused.__name__ = Fused.__qualname__ = name
     return Fused

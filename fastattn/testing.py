@@ -349,9 +349,7 @@ def _attention_cases(function: str) -> Iterator[Case]:
     yield case("bias", usual, tensors={"bias": Draw((2, 3, 70, 130), "holes")})
     yield case("bias_of_heads", usual, tensors={"bias": Draw((3, 70, 130))}, causal=True)
     yield case("bias_of_keys", usual, tensors={"bias": Draw((2, 1, 1, 130), "fp32")})
-    yield case(
-        "bias_of_rows", usual, tensors={"bias": Draw((1, 3, 70, 1))}, vanishing=("bias",)
-    )
+    yield case("bias_of_rows", usual, tensors={"bias": Draw((1, 3, 70, 1))}, vanishing=("bias",))
     yield case("alibi", usual, tensors={"alibi_slopes": Draw((3,), "slopes")}, causal=True)
     yield case("sinks", (2, 64, 32, 20, 40, 16, 16), tensors={"sinks": Draw((64,))}, causal=True)
     yield case("softcap", usual, softcap=1.5)

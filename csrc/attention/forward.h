@@ -118,12 +118,17 @@ class ForwardTask {
         return;
       }
     }
-    Vec<A> sums{};
-    for (int64_t c = 0; c < width; c += lanes<A>) {
+    Vec<A> sums[4] = {};  // short chains, for their error as for their overlap
+    const auto weigh = [&](int64_t c, Vec<A>& total) {
       const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
-      sums += weight;
+      total += weight;
       store(row + c, weight);
-    }
+    };
+    int64_t done = 0;
+    for (; done + 4 * lanes<A> <= width; done += 4 * lanes<A>)
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) weigh(done + part * lanes<A>, sums[part]);
+    for (; done < width; done += lanes<A>) weigh(done, sums[0]);
     if (before != now) {
       if (before != minus_infinity<A>) {
         const A rescale = std::exp2(before - now);
@@ -135,7 +140,7 @@ class ForwardTask {
       }
       block.row_max[r] = now;
     }
-    block.row_sum[r] += sum<A>(sums);
+    block.row_sum[r] += sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if (in_.dropout_p > 0) {
       scores.dropout(i, j, width, block.factors);
       for (int64_t c = 0; c < width; c += lanes<A>)

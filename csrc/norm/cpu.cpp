@@ -120,17 +120,17 @@ int64_t partial_sums(int64_t rows, int64_t cols) {
   return tasks < 32 ? tasks : 32;
 }
 
-// grad[c] = the sum of part[c] over the tasks, in their order; nothing if grad is null.
+// grad[c] = the sum of parts[c] over the tasks, in their order; nothing if grad is null.
 template <class A>
-void add_parts(void* grad, Dtype dtype, const A* parts, int64_t tasks, int64_t cols) {
+void add_parts(void* grad, Dtype dtype, const double* parts, int64_t tasks, int64_t cols) {
   if (grad == nullptr) return;
   Scratch scratch;
   A* total = scratch.take<A>(cols);
-  each_vector<A>(cols, [&](int64_t c, auto n) {
-    Vec<A> sum{};
-    for (int64_t task = 0; task < tasks; task++) sum += load_count<A>(parts + task * cols + c, n);
-    store_count<A>(total + c, sum, n);
-  });
+  for (int64_t c = 0; c < cols; c++) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; task++) sum += parts[task * cols + c];
+    total[c] = static_cast<A>(sum);
+  }
   with_type(dtype, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     auto* to = static_cast<W*>(grad);
@@ -142,6 +142,41 @@ void add_parts(void* grad, Dtype dtype, const A* parts, int64_t tasks, int64_t c
     }
   });
 }
+
+// A task's sum of rows for the gradient of weight or bias: short blocks of rows in the accumulation
+// type, folded into fp64, for an error grows with the length of a chain of additions.
+template <class A>
+class RowSum {
+ public:
+  RowSum(double* total, Scratch& scratch, int64_t cols)
+      : total_(total), block_(total == nullptr ? nullptr : scratch.take<A>(cols)), cols_(cols) {
+    if (total == nullptr) return;
+    std::memset(total, 0, static_cast<size_t>(cols) * sizeof(double));
+    std::memset(block_, 0, static_cast<size_t>(cols) * sizeof(A));
+  }
+
+  template <class F>
+  FASTATTN_INLINE void add_row(F&& row) {
+    if (total_ == nullptr) return;
+    each_vector<A>(cols_, [&](int64_t c, auto n) {
+      store_count<A>(block_ + c, load_count<A>(block_ + c, n) + row(c, n), n);
+    });
+    if (++rows_ % 16 == 0) fold();
+  }
+
+  void fold() {
+    if (total_ == nullptr) return;
+    for (int64_t c = 0; c < cols_; c++) {
+      total_[c] += block_[c];
+      block_[c] = 0;
+    }
+  }
+
+ private:
+  double* total_;  // [cols], null where not asked for
+  A* block_;
+  int64_t cols_, rows_ = 0;
+};
 
 template <class T, bool Centred>
 void backward(const NormBackward& args) {
@@ -157,14 +192,13 @@ void backward(const NormBackward& args) {
   Scratch shared;
   const A* weight = widened<A>(shared, args.weight, args.weight_dtype, cols);
   const int64_t tasks = partial_sums(rows, cols);
-  A* weight_parts = need_weight ? shared.take<A>(tasks * cols) : nullptr;
-  A* bias_parts = need_bias ? shared.take<A>(tasks * cols) : nullptr;
+  double* weight_parts = need_weight ? shared.take<double>(tasks * cols) : nullptr;
+  double* bias_parts = need_bias ? shared.take<double>(tasks * cols) : nullptr;
 
   parallel(tasks, [&](int64_t task) {
-    A* weight_part = need_weight ? weight_parts + task * cols : nullptr;
-    A* bias_part = need_bias ? bias_parts + task * cols : nullptr;
-    if (need_weight) std::memset(weight_part, 0, static_cast<size_t>(cols) * sizeof(A));
-    if (need_bias) std::memset(bias_part, 0, static_cast<size_t>(cols) * sizeof(A));
+    Scratch scratch;
+    RowSum<A> weight_sum(need_weight ? weight_parts + task * cols : nullptr, scratch, cols);
+    RowSum<A> bias_sum(need_bias ? bias_parts + task * cols : nullptr, scratch, cols);
     for (int64_t r = task * rows / tasks; r < (task + 1) * rows / tasks; r++) {
       const T* x_row = summed + r * cols;
       const A mean = Centred ? means[r] : A{0}, rstd = rstds[r];
@@ -182,18 +216,9 @@ void backward(const NormBackward& args) {
             sum_row<A>(cols, [&](int64_t c, auto n) { return scaled(c, n) * normed(c, n); }) /
             static_cast<A>(cols);
         if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
-        if (need_weight)
-          each_vector<A>(cols, [&](int64_t c, auto n) {
-            store_count<A>(
-                weight_part + c,
-                load_count<A>(weight_part + c, n) + load_count<A>(grad_row + c, n) * normed(c, n),
-                n);
-          });
-        if (need_bias)
-          each_vector<A>(cols, [&](int64_t c, auto n) {
-            store_count<A>(bias_part + c,
-                           load_count<A>(bias_part + c, n) + load_count<A>(grad_row + c, n), n);
-          });
+        weight_sum.add_row(
+            [&](int64_t c, auto n) { return load_count<A>(grad_row + c, n) * normed(c, n); });
+        bias_sum.add_row([&](int64_t c, auto n) { return load_count<A>(grad_row + c, n); });
         each_vector<A>(cols, [&](int64_t c, auto n) {
           Vec<A> dx = (scaled(c, n) - mean_grad - normed(c, n) * mean_product) * rstd;
           if (grad_summed != nullptr) dx += load_count<A>(grad_summed + r * cols + c, n);
@@ -207,10 +232,12 @@ void backward(const NormBackward& args) {
         });
       }
     }
+    weight_sum.fold();
+    bias_sum.fold();
   });
 
-  add_parts(args.grad_weight, args.weight_dtype, weight_parts, tasks, cols);
-  add_parts(args.grad_bias, args.bias_dtype, bias_parts, tasks, cols);
+  add_parts<A>(args.grad_weight, args.weight_dtype, weight_parts, tasks, cols);
+  add_parts<A>(args.grad_bias, args.bias_dtype, bias_parts, tasks, cols);
 }
 
 }  // namespace

@@ -182,7 +182,10 @@ template <class A, class T>
 void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
               std::initializer_list<Operand<T>> weights, Finish<A> finish) {
   constexpr int tile_rows = Tile<A>::rows, tile_cols = Tile<A>::cols;
-  constexpr int64_t tile_size = tile_rows * tile_cols, depth_block = 256;
+  constexpr int64_t tile_size = tile_rows * tile_cols;
+  // A chain of additions is no longer than this; few rows wait for memory, and can afford less
+  // error.
+  const int64_t depth_block = rows <= tile_rows ? 64 : 256;
   const int64_t fitting = cache_bytes() * 2 / 5 / (depth_block * static_cast<int64_t>(sizeof(A)));
   const int64_t row_blocks = ceil_div(rows, larger(tile_rows, round_up(fitting, tile_rows)));
   const int64_t block_rows = round_up(ceil_div(rows, larger(1, row_blocks)), tile_rows);

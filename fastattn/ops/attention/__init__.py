@@ -31,8 +31,11 @@ def _refusals(*args: Any) -> list[str]:
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
+    grad_out, grad_lse = grads
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
     found = ATTENTION.backward(
-        *grads, *args[:TENSORS], *outs, *args[TENSORS:], needs[BIAS], needs[SINKS]
+        grad_out, grad_lse, *args[:TENSORS], *outs, *args[TENSORS:], needs[BIAS], needs[SINKS]
     )
     by_position = dict(zip((QUERY, KEY, VALUE, BIAS, SINKS), found, strict=True))
     return tuple(by_position.get(i) if needs[i] else None for i in range(len(args)))

@@ -1,0 +1,70 @@
+"""Every instruction set that the machine has is forced, proved to have run, and agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import _library, testing
+
+RUNNABLE = [name for name, runs in _library.isas().items() if runs]
+CASES = [case for case in testing.all_cases() if not case.refused]
+ONE_PER_FUNCTION = list({case.function: case for case in CASES}.values())
+
+pytestmark = pytest.mark.skipif(not RUNNABLE, reason=f"no compiled library: {_library.WHY_NOT}")
+
+
+def test_the_portable_ones_are_there() -> None:
+    assert {"scalar", "emu16"} <= set(RUNNABLE)
+    assert fastattn.isa() in RUNNABLE
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+@pytest.mark.parametrize("case", ONE_PER_FUNCTION, ids=lambda case: case.id)
+def test_forced_isa_runs(case: testing.Case, isa: str) -> None:
+    other = next(name for name in RUNNABLE if name != isa)
+    inputs = case.inputs(torch.float32)
+    with testing.use_isa(other):
+        testing.run(case, inputs, "cpu")
+    assert _library.last_isa() == other
+    with testing.use_isa(isa):
+        testing.run(case, inputs, "cpu", gradients=False)
+    assert _library.last_isa() == isa
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_isas_keep_the_error_rule(isa: str, dtype: torch.dtype) -> None:
+    for case in CASES:
+        inputs = case.inputs(dtype)
+        with testing.use_isa(isa), testing.poisoned():
+            found = testing.run(case, inputs, "cpu")
+        eager = testing.run(case, inputs, "reference")
+        oracle = testing.run(case, testing.widened(inputs), "reference")
+        for name in oracle:
+            if name.removeprefix("grad ") not in case.vanishing:
+                factor = 2 if name.startswith("out") else 3
+                where = f"{case.id} {name}"
+                testing.assert_close_to_oracle(
+                    found[name], eager[name], oracle[name], factor, where
+                )
+
+
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_environment_forces_an_isa(isa: str, python) -> None:
+    code = (
+        "import torch, fastattn; from fastattn import _library;"
+        "fastattn.layer_norm(torch.ones(2, 8), [8]); print(fastattn.isa(), _library.last_isa())"
+    )
+    assert python("-c", code, FASTATTN_ISA=isa).stdout.split() == [isa, isa]
+
+
+def test_unknown_isa_is_refused_in_words(python) -> None:
+    with pytest.raises(ValueError, match="sse9"):
+        _library.select_isa("sse9")
+    code = "import torch, fastattn; fastattn.layer_norm(torch.ones(2, 8), [8])"
+    found = python("-c", code, FASTATTN_ISA="sse9")
+    assert found.returncode != 0
+    assert "FASTATTN_ISA must be one of" in found.stderr
+    assert "sse9" in found.stderr
