@@ -52,6 +52,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print what `arguments` ask for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastattn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, instruction sets and kernels")

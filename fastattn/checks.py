@@ -11,19 +11,23 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(name: str, value: object) -> None:
+    """`value` is a tensor with sizes and strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def floating(name: str, value: object) -> None:
+    """`value` is a tensor of a dtype that the ops compute in."""
     tensor(name, value)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be one of {list(FLOATING)}, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {value.layout}")
 
 
 def on_device(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """`value` is a tensor on the device of `other`."""
     tensor(name, value)
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s {other.device}, got {value.device}")
@@ -34,8 +38,6 @@ def same(name: str, value: object, other_name: str, other: Tensor, *, shape: boo
     on_device(name, value, other_name, other)
     if value.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {value.layout}")
     if shape and value.shape != other.shape:
         raise ValueError(
             f"{name} must have {other_name}'s shape {list(other.shape)}, got {list(value.shape)}"
@@ -43,6 +45,7 @@ def same(name: str, value: object, other_name: str, other: Tensor, *, shape: boo
 
 
 def finite(name: str, value: object) -> None:
+    """`value` is a number, neither infinite nor NaN."""
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite

@@ -44,7 +44,9 @@ class Op:
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
         ):
-            return self.function.apply(*(_distinct(args) if torch.compiler.is_compiling() else args))
+            return self.function.apply(
+                *(_distinct(args) if torch.compiler.is_compiling() else args)
+            )
         return self.forward(*args)
 
 
@@ -71,7 +73,8 @@ def op(
 
     def reference_backward(*args: Any) -> tuple[torch.Tensor, ...]:
         forward_args, grads, wanted = backward_arguments(*args)
-        outs = backward_fake(*args)  # of these arguments, hence real; of no elements if not asked for
+        # Of these arguments, hence real; of no elements where not asked for.
+        outs = backward_fake(*args)
         with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False):  # it is off below an op
             found = vjp(record, forward_args, grads, wanted, create_graph=False)
         for out, grad in zip(outs, found, strict=True):
@@ -149,7 +152,7 @@ def vjp(
 
 
 def _distinct(args: tuple) -> tuple:
-    """A view for each tensor that has come before: torch.compile traces no Function with repeats."""
+    """A view of each tensor that has come before: torch.compile traces no Function with repeats."""
     return tuple(
         arg.view_as(arg)
         if isinstance(arg, torch.Tensor) and any(arg is before for before in args[:i])

@@ -78,7 +78,9 @@ def test_unknown_kernel_is_refused() -> None:
 
 
 def test_environment_forces_a_kernel(python) -> None:
-    code = "import torch, fastattn; print(fastattn.explain('rms_norm', torch.ones(2, 8), [8]).kernel)"
+    code = (
+        "import torch, fastattn; print(fastattn.explain('rms_norm', torch.ones(2, 8), [8]).kernel)"
+    )
     assert python("-c", code, FASTATTN_KERNEL="reference").stdout.strip() == "reference"
     found = python("-c", code, FASTATTN_KERNEL="tpu")
     assert found.returncode != 0

@@ -32,7 +32,9 @@ def torch_stays_at_the_boundary(root: Path) -> Iterator[str]:
 
 def intrinsics_stay_in_simd(root: Path) -> Iterator[str]:
     for path in sources(root, "csrc"):
-        named = re.search(r"\b_mm\d*_\w+|\bv(ld|st)1q?_\w+|immintrin\.h|arm_neon\.h", path.read_text())
+        named = re.search(
+            r"\b_mm\d*_\w+|\bv(ld|st)1q?_\w+|immintrin\.h|arm_neon\.h", path.read_text()
+        )
         if named and path.parent.name != "simd":
             yield f"{path.relative_to(root)} uses {named.group()}"
 
@@ -97,7 +99,7 @@ PLANTED: dict[Law, tuple[str, str]] = {
     rooms_are_mirrored: ("fastattn/ops/loss/__init__.py", '"""A room with one wall."""\n'),
     files_stay_readable: ("fastattn/long.py", '"""Long."""\n' + "x = 1\n" * (LONGEST + 1)),
     files_say_what_they_are: ("fastattn/silent.py", "x = 1\n"),
-    nothing_is_left_undone: ("fastattn/later.py", '"""Later."""\n# TO' "DO\n"),
+    nothing_is_left_undone: ("fastattn/later.py", '"""Later."""\n# TODO\n'),
     tables_are_the_measured_ones: ("README.md", "# fastattn\n"),
 }
 

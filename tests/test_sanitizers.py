@@ -60,7 +60,9 @@ def instrumented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("instrumented")
     package = folder / "fastattn"
     shutil.copytree(
-        Path(fastattn.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        Path(fastattn.__file__).parent,
+        package,
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
     built = ROOT / "build/native" / SANITIZERS.replace(",", "-") / "libfastattn.so"
     shutil.copy2(built, package)

@@ -50,7 +50,10 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tens
     need_bias, need_sinks = rest[-2:]
     query, key, value = rest[:3]
     return (
-        *(torch.empty_like(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in (query, key, value)),
+        *(
+            torch.empty_like(t.transpose(1, 2).contiguous()).transpose(1, 2)
+            for t in (query, key, value)
+        ),
         *(
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             if need and t is not None
@@ -84,7 +87,9 @@ def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("key", key), ("value", value)):
         checks.same(name, tensor, "query", query, shape=False)
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (B, Hkv, Sk, head_dim), got {tensor.dim()} dimensions")
+            raise ValueError(
+                f"{name} must be (B, Hkv, Sk, head_dim), got {tensor.dim()} dimensions"
+            )
         if tensor.shape[0] != batch:
             raise ValueError(f"{name} must have query's batch {batch}, got {tensor.shape[0]}")
     if key.shape[3] != width:
@@ -93,7 +98,7 @@ def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"value must have key's (Hkv, Sk) {list(key.shape[1:3])}, got {list(value.shape[1:3])}"
         )
-    if key.shape[1] == 0 and heads or key.shape[1] and heads % key.shape[1]:
+    if heads % key.shape[1] if key.shape[1] else heads:
         raise ValueError(
             f"key must have a number of heads that divides query's {heads}, got {key.shape[1]}"
         )
@@ -119,11 +124,13 @@ def _bounds(
         try:
             left, right = (None if bound in (None, -1) else bound for bound in window)
         except (TypeError, ValueError):
-            raise TypeError(f"window must be None or a pair (left, right), got {window!r}") from None
+            raise TypeError(
+                f"window must be None or a pair (left, right), got {window!r}"
+            ) from None
         for bound in (left, right):
             if bound is None:
                 continue
-            if isinstance(bound, (bool, float)):
+            if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
                 raise TypeError(f"window must hold integers or None, got {window!r}")
             if bound < 0:
                 raise ValueError(f"window must hold sizes >= 0, None or -1, got {window!r}")
@@ -197,7 +204,7 @@ def _attention_args(
         checks.on_device("sinks", sinks, "query", query)
         if tuple(sinks.shape) != (heads,):
             raise ValueError(f"sinks must be (H,) = {[heads]}, got {list(sinks.shape)}")
-        sinks = sinks.double().contiguous()  # a score per head: no cost, and one type for every kernel
+        sinks = sinks.double().contiguous()  # one type for every kernel
     if scale is None:
         scale = max(width, 1) ** -0.5
     checks.finite("scale", scale)

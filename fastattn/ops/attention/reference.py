@@ -11,7 +11,12 @@ from fastattn.ops.attention import philox
 
 
 def visible(
-    query: Tensor, key: Tensor, mask: Tensor | None, offset: int, left: int | None, right: int | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    offset: int,
+    left: int | None,
+    right: int | None,
 ) -> Tensor | None:
     """Bool, broadcastable to [B, H, Sq, Sk]: which key a query may see; None when it sees all.
 
@@ -95,7 +100,9 @@ def attention(
     weights = weights[..., :kv_len] / total.masked_fill(total == 0, 1)
     if dropout_p:
         kept = philox.keep(seed, batch, heads, q_len, kv_len, dropout_p)
-        weights = (weights / (1 - dropout_p)).masked_fill(~kept, 0) if dropout_p < 1 else weights * 0
+        weights = (
+            (weights / (1 - dropout_p)).masked_fill(~kept, 0) if dropout_p < 1 else weights * 0
+        )
     out = weights.to(value.dtype) @ value
     if spoilt is not None:
         out = out * torch.where(spoilt, math.nan, 1.0).to(out.dtype)

@@ -109,9 +109,7 @@ def _checked_linear(
     prefix = name.removesuffix("weight")
     checks.same(name, weight, "input", input, shape=False)
     if weight.dim() != 2 or weight.shape[1] != in_features:
-        raise ValueError(
-            f"{name} must be (out_features, {in_features}), got {list(weight.shape)}"
-        )
+        raise ValueError(f"{name} must be (out_features, {in_features}), got {list(weight.shape)}")
     if bias is not None:
         checks.same(f"{prefix}bias", bias, "input", input, shape=False)
         if tuple(bias.shape) != (weight.shape[0],):

@@ -126,6 +126,11 @@ def _rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments of a norm, and flatten: input [rows, cols], weight and bias [cols]."""
     checks.floating("input", input)
+    if not isinstance(normalized_shape, (int, Sequence)):
+        raise TypeError(
+            "normalized_shape must be an int or a sequence of ints, "
+            f"got {type(normalized_shape).__name__}"
+        )
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(

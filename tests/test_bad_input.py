@@ -1,0 +1,369 @@
+"""Bad input to every public function: an exception that names the argument, never a crash."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import registry
+
+randn = torch.randn
+
+# A good call of every function; each test spoils one argument.
+QKV = {"query": randn(2, 4, 5, 8), "key": randn(2, 2, 6, 8), "value": randn(2, 2, 6, 7)}
+GOOD: dict[str, dict[str, Any]] = {
+    "attention": QKV
+    | {
+        "mask": torch.ones(5, 6, dtype=torch.bool),
+        "bias": randn(4, 5, 6),
+        "alibi_slopes": randn(4),
+        "sinks": randn(4),
+    },
+    "scaled_dot_product_attention": {
+        "query": randn(2, 4, 5, 8),
+        "key": randn(2, 4, 6, 8),
+        "value": randn(2, 4, 6, 7),
+        "attn_mask": randn(5, 6),
+    },
+    "layer_norm": {
+        "input": randn(3, 8),
+        "weight": randn(8),
+        "bias": randn(8),
+        "normalized_shape": [8],
+    },
+    "rms_norm": {"input": randn(3, 8), "weight": randn(8), "normalized_shape": [8]},
+    "linear": {"input": randn(3, 8), "weight": randn(5, 8), "bias": randn(5)},
+    "ffn": {
+        "input": randn(3, 8),
+        "up_weight": randn(9, 8),
+        "gate_weight": randn(9, 8),
+        "down_weight": randn(5, 9),
+        "up_bias": randn(9),
+        "gate_bias": randn(9),
+        "down_bias": randn(5),
+    },
+}
+for _name in ("layer_norm", "rms_norm"):
+    GOOD[f"add_{_name}"] = GOOD[_name] | {"residual": randn(3, 8)}
+
+FAULTS: dict[str, Callable[[Tensor], object]] = {
+    "a list": lambda tensor: tensor.tolist(),
+    "an integer dtype": lambda tensor: tensor.long(),
+    "a complex dtype": lambda tensor: tensor.to(torch.complex64),
+    "another dtype": lambda tensor: tensor.half(),
+    "another device": lambda tensor: tensor.to("meta"),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor, tensor]),
+    "0-dimensional": lambda tensor: tensor.flatten()[0],
+    "of too many dimensions": lambda tensor: tensor.expand(2, 2, 2, *tensor.shape),
+    "too long": lambda tensor: torch.cat([tensor, tensor, tensor[..., :1]], -1),
+}
+# What is no fault: these are converted or broadcast, or say what dtype the others must have.
+FINE = {
+    ("attention", "bias", "0-dimensional"),
+    ("attention", "mask", "0-dimensional"),
+    ("attention", "mask", "an integer dtype"),
+    ("attention", "alibi_slopes", "another dtype"),
+    ("attention", "sinks", "another dtype"),
+    ("scaled_dot_product_attention", "attn_mask", "0-dimensional"),
+    ("attention", "value", "too long"),
+    ("scaled_dot_product_attention", "value", "too long"),
+    ("linear", "input", "of too many dimensions"),
+    ("ffn", "input", "of too many dimensions"),
+    *((name, "input", "of too many dimensions") for name in ("layer_norm", "rms_norm")),
+    *((name, "input", "another dtype") for name in ("layer_norm", "rms_norm")),
+    *(
+        ("scaled_dot_product_attention", name, "of too many dimensions")
+        for name in ("query", "key", "value")
+    ),
+}
+# The one that complains is another argument, which is checked against the spoilt one.
+BLAMED = {
+    "query": "key|query",
+    "input": r"\w+",
+    "value": "value|key",
+    "up_weight": "up_|down_|gate_",
+}
+
+
+def spoilt() -> list[tuple[str, str, str]]:
+    return [
+        (function, name, fault)
+        for function, arguments in GOOD.items()
+        for name, argument in arguments.items()
+        if isinstance(argument, Tensor)
+        for fault in FAULTS
+        if (function, name, fault) not in FINE
+    ]
+
+
+def test_every_function_has_a_good_call() -> None:
+    assert set(GOOD) == set(registry.FUNCTIONS)
+    for function, arguments in GOOD.items():
+        getattr(fastattn, function)(**arguments)
+        assert fastattn.explain(function, **arguments).kernel == "cpu"
+
+
+@pytest.mark.parametrize(("function", "name", "fault"), spoilt())
+def test_a_spoilt_tensor_is_named(function: str, name: str, fault: str) -> None:
+    arguments = GOOD[function]
+    bad = arguments | {name: FAULTS[fault](arguments[name])}
+    with pytest.raises((TypeError, ValueError), match=BLAMED.get(name, rf"\b{name}\b")) as caught:
+        getattr(fastattn, function)(**bad)
+    assert "got" in str(caught.value)
+    with pytest.raises(type(caught.value), match=re.escape(str(caught.value))):
+        fastattn.explain(function, **bad)
+
+
+NAN, INF = math.nan, math.inf
+TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    *(("attention", {"scale": bad}, ValueError, "scale") for bad in (NAN, INF, -INF)),
+    *(("attention", {"scale": bad}, TypeError, "scale") for bad in ("1", torch.tensor(1.0), [1])),
+    *(("attention", {"softcap": bad}, ValueError, "softcap") for bad in (0, -1.0, NAN, INF)),
+    *(("attention", {"dropout_p": bad}, ValueError, "dropout_p") for bad in (-0.1, 1.1, NAN)),
+    *(("attention", {"window": bad}, ValueError, "window") for bad in ((-2, 0), (0, -5))),
+    *(
+        ("attention", {"window": bad}, TypeError, "window")
+        for bad in (3, (1,), (1, 2, 3), "ab", (1.0, 2), (True, 1), torch.tensor(3))
+    ),
+    *(("attention", {"causal": bad}, TypeError, "causal") for bad in (1, "yes", None)),
+    *(("attention", {"align": bad}, ValueError, "align") for bad in ("left", None, 0)),
+    *(("attention", {"dropout_p": 0.1, "seed": s}, ValueError, "seed") for s in (-1, 2**63)),
+    *(("attention", {"dropout_p": 0.1, "seed": s}, TypeError, "seed") for s in (0.5, True, "1")),
+    ("attention", {"dropout_p": 0.1, "seed": torch.zeros(2).long()}, ValueError, "seed"),
+    ("attention", {"dropout_p": 0.1, "seed": torch.zeros(1)}, ValueError, "seed"),
+    ("attention", {"seed": 3}, ValueError, "seed"),
+    ("attention", {"query": randn(4, 5, 8)}, ValueError, "query"),
+    ("attention", {"query": randn(3, 4, 5, 8)}, ValueError, "key"),
+    ("attention", {"query": randn(2, 3, 5, 8)}, ValueError, "key.*heads.*3"),
+    ("attention", {"query": randn(2, 4, 5, 9)}, ValueError, "key.*head_dim 9"),
+    ("attention", {"value": randn(2, 2, 5, 8)}, ValueError, "value"),
+    ("attention", {"value": randn(2, 4, 6, 8)}, ValueError, "value"),
+    ("attention", {"key": randn(2, 0, 6, 8), "value": randn(2, 0, 6, 8)}, ValueError, "heads"),
+    ("attention", {"mask": torch.ones(5, 7).bool()}, ValueError, r"mask.*\[5, 7\]"),
+    ("attention", {"mask": torch.ones(2, 1, 1, 1, 6).bool()}, ValueError, "mask"),
+    ("attention", {"mask": torch.ones(5, 6)}, TypeError, "mask.*bias"),
+    ("attention", {"bias": randn(2, 5, 6)}, ValueError, "bias"),
+    ("attention", {"alibi_slopes": randn(2, 3)}, ValueError, "alibi_slopes"),
+    ("attention", {"sinks": randn(2, 4)}, ValueError, "sinks"),
+    ("scaled_dot_product_attention", {"is_causal": True}, ValueError, "attn_mask"),
+    ("scaled_dot_product_attention", {"attn_mask": randn(6, 5)}, ValueError, "attn_mask"),
+    ("scaled_dot_product_attention", {"dropout_p": -1}, ValueError, "dropout_p"),
+    ("scaled_dot_product_attention", {"scale": NAN}, ValueError, "scale"),
+    ("scaled_dot_product_attention", {"query": randn(8)}, ValueError, "query"),
+    ("scaled_dot_product_attention", {"key": randn(3, 4, 6, 8)}, ValueError, "batch dimensions"),
+    (
+        "scaled_dot_product_attention",
+        {"query": randn(5, 8), "key": randn(6, 8), "value": randn(6, 8), "enable_gqa": True},
+        ValueError,
+        "enable_gqa",
+    ),
+    *(
+        (name, options, error, match)
+        for name in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+        for options, error, match in (
+            ({"eps": NAN}, ValueError, "eps"),
+            ({"eps": "small"}, TypeError, "eps"),
+            ({"normalized_shape": []}, ValueError, "normalized_shape"),
+            ({"normalized_shape": [7]}, ValueError, "normalized_shape"),
+            ({"normalized_shape": 3}, ValueError, "normalized_shape"),
+            ({"normalized_shape": [1, 3, 8]}, ValueError, "normalized_shape"),
+            ({"normalized_shape": "8"}, (TypeError, ValueError), "normalized_shape"),
+            ({"normalized_shape": None}, TypeError, "normalized_shape"),
+        )
+    ),
+    ("add_rms_norm", {"residual": randn(3, 1)}, ValueError, "residual"),
+    ("add_rms_norm", {"residual": None}, TypeError, "residual"),
+    *(("linear", {"activation": bad}, ValueError, "activation") for bad in ("tanh", 3, "")),
+    *(("ffn", {"activation": bad}, ValueError, "activation") for bad in ("tanh", None)),
+    ("ffn", {"gate_weight": None}, ValueError, "gate_bias"),
+    ("ffn", {"gate_weight": randn(10, 8)}, ValueError, "gate_"),
+    ("ffn", {"down_weight": randn(5, 8)}, ValueError, "down_weight"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "error", "match"), TABLE)
+def test_a_bad_value_is_named(
+    function: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        getattr(fastattn, function)(**GOOD[function] | options)
+
+
+def negative(tensor: Tensor) -> Tensor:
+    """The same values as a view whose sign is still to be applied."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg() and view.equal(tensor)
+    return view
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_views_that_torch_resolves_late(function: str) -> None:
+    """Negated views and tensors made in inference mode are like any other."""
+    arguments = GOOD[function]
+    expected = getattr(fastattn, function)(**arguments)
+    late = {
+        name: negative(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for name, a in arguments.items()
+    }
+    torch.testing.assert_close(getattr(fastattn, function)(**late), expected)
+    with torch.inference_mode():
+        made = {n: a.clone() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    torch.testing.assert_close(getattr(fastattn, function)(**made), expected)
+
+
+def test_overlapping_inputs() -> None:
+    memory = randn(400)
+    windows = memory.as_strided((1, 2, 20, 8), (0, 3, 5, 1))  # rows that share elements
+    packed = windows.contiguous()
+    assert fastattn.attention(windows, windows, windows).equal(
+        fastattn.attention(packed, packed, packed)
+    )
+    rows = memory.as_strided((30, 16), (2, 1))
+    assert fastattn.rms_norm(rows, [16]).equal(fastattn.rms_norm(rows.contiguous(), [16]))
+    assert fastattn.linear(rows, rows).equal(fastattn.linear(rows.clone(), rows.clone()))
+
+
+def far_apart(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor whose elements lie up to 2**32 apart, in memory that is reserved but not touched."""
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    try:
+        memory = torch.empty(last + 1, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"the system does not reserve {last * dtype.itemsize >> 30} GiB: {error}")
+    return memory.as_strided(shape, strides).copy_(torch.randn(shape) > 0)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    far = 2**31 + 64
+    query = far_apart((1, 2, 3, 8), (0, far, 8, 1), torch.bfloat16)
+    key = far_apart((1, 1, 3, 8), (0, 0, far // 2, 1), torch.bfloat16)
+    value = far_apart((1, 1, 3, 2), (0, 0, 2, far), torch.bfloat16)
+    mask = far_apart((1, 2, 1, 3), (0, far, 0, 1), torch.bool) | True
+    packed = [tensor.contiguous() for tensor in (query, key, value)]
+    assert fastattn.attention(query, key, value, mask=mask).equal(fastattn.attention(*packed))
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    found = torch.autograd.grad(fastattn.attention(*leaves).sum(), leaves)
+    leaves = [tensor.requires_grad_() for tensor in packed]
+    for grad, ref in zip(
+        found, torch.autograd.grad(fastattn.attention(*leaves).sum(), leaves), strict=True
+    ):
+        assert grad.equal(ref)
+
+
+def test_a_mask_of_more_than_2_to_31_elements() -> None:
+    query, key = randn(1, 1, 2, 1), randn(1, 1, 1, 1).expand(1, 1, 2**21, 1)
+    mask = torch.ones(1, dtype=torch.bool).expand(1024, 1024, 2, 2**21)
+    assert mask.numel() > 2**31
+    with pytest.raises(ValueError, match="mask"):
+        fastattn.attention(query, key, key, mask=mask)
+
+
+def free_memory() -> int:
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) << 10 if found else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(free_memory() < 14 << 30, reason="needs 14 GiB of free memory")
+def test_more_than_2_to_31_elements() -> None:
+    x = torch.ones(2**21 + 1, 1024, dtype=torch.bfloat16)
+    x[-1] = randn(1024)
+    last = x[-1:].clone()
+    assert fastattn.rms_norm(x, [1024])[-1:].equal(fastattn.rms_norm(last, [1024]))
+    del x
+    x, weight = randn(2**16 + 1, 2).bfloat16(), randn(2**15, 2).bfloat16()
+    assert fastattn.linear(x, weight)[-1:].equal(fastattn.linear(x[-1:], weight))
+
+
+FUZZ = """
+import itertools, random, torch, fastattn
+from fastattn import registry, testing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+random.seed({seed})
+torch.manual_seed({seed})
+calls = []
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastattn":
+            calls.append((func, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
+        return func(*args, **(kwargs or {{}}))
+
+with Recorder():
+    for name in registry.FUNCTIONS:
+        for case in [case for case in testing.cases(name) if not case.refused][::3]:
+            testing.run(case, case.inputs(torch.float32), "cpu")
+
+TENSORS = [
+    lambda t: None,
+    lambda t: t.double(),
+    lambda t: t.long(),
+    lambda t: t.bool(),
+    lambda t: t.to(torch.complex64),
+    lambda t: t.to("meta"),
+    lambda t: t.flatten(),
+    lambda t: t[None],
+    lambda t: t[:0] if t.dim() else t,
+    lambda t: t[..., :0],
+    lambda t: t[..., :-1],
+    lambda t: t[:1],
+    lambda t: torch.cat([t, t], -1),
+    lambda t: torch.cat([t, t]),
+    lambda t: t.mT if t.dim() > 1 else t,
+    lambda t: t.flatten()[0],
+    lambda t: t.as_strided(t.shape, [0] * t.dim()),
+    lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t,
+    lambda t: torch.empty(0),
+    lambda t: torch.empty(0, 5, 0),
+]
+NUMBERS = [0, 1, -1, 2**31, 2**40, -(2**62), 2**63 - 1, -(2**63), None]
+FLOATS = [0.0, -1.0, 2.0, float("nan"), float("inf"), -float("inf"), 1e308, None]
+refused = answered = 0
+for func, args in calls:
+    for _ in range({rounds}):
+        bad = list(args)
+        for i in random.sample(range(len(bad)), random.choice([1, 1, 2])):
+            if isinstance(bad[i], torch.Tensor) and bad[i].numel():
+                bad[i] = random.choice(TENSORS)(bad[i])
+            elif isinstance(bad[i], torch.Tensor):
+                bad[i] = torch.zeros(2, 3)
+            elif isinstance(bad[i], bool):
+                bad[i] = not bad[i]
+            elif isinstance(bad[i], int):
+                bad[i] = random.choice(NUMBERS)
+            elif isinstance(bad[i], float):
+                bad[i] = random.choice(FLOATS)
+            elif isinstance(bad[i], str):
+                bad[i] = random.choice(["", "gelu", "relu" * 100, "identity"])
+            else:
+                bad[i] = random.choice([None, torch.zeros(1), 3])
+        try:
+            func(*bad)
+            answered += 1
+        except Exception:  # which one is no matter: the kernels run unasked in any case
+            refused += 1
+print(refused, answered)
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nonsense_to_the_torch_ops_never_crashes(
+    python: Callable[..., subprocess.CompletedProcess[str]], seed: int
+) -> None:
+    """Calls behind the public functions' back, each with one or two arguments replaced."""
+    found = python("-c", FUZZ.format(seed=seed, rounds=20))
+    assert found.returncode == 0, found.stderr[-3000:]
+    refused, answered = map(int, found.stdout.split())
+    assert refused > 200 and answered > 50
