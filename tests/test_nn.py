@@ -1,4 +1,4 @@
-"""The modules of fastattn.nn against their torch.nn twins: values, gradients, state, errors."""
+"""The modules of fastattn.nn against their torch.nn twins; long because torch's options are many."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ class ForwardTask {
   // The queries [first, end) of every head that shares one key head.
   void run(int64_t b, int64_t key_head, int64_t first, int64_t end) const {
     const Range keys = visible_keys(in_, first, end - first);
-    const int64_t start = keys.first / kPhiloxBlock * kPhiloxBlock;
+    // Blocks of keys begin at multiples of kKeys wherever the queries were split, so that sums do
+    // not depend on the number of threads.
+    const int64_t start = keys.first / kKeys * kKeys;
     const int64_t key_count = larger(0, keys.end - start);
     Scratch scratch;
     A* packed_keys =
