@@ -99,7 +99,7 @@ PLANTED: dict[Law, tuple[str, str]] = {
     rooms_are_mirrored: ("fastattn/ops/loss/__init__.py", '"""A room with one wall."""\n'),
     files_stay_readable: ("fastattn/long.py", '"""Long."""\n' + "x = 1\n" * (LONGEST + 1)),
     files_say_what_they_are: ("fastattn/silent.py", "x = 1\n"),
-    nothing_is_left_undone: ("fastattn/later.py", '"""Later."""\n# TODO\n'),
+    nothing_is_left_undone: ("fastattn/later.py", '"""Later."""\n# {}\n'.format("TO" + "DO")),
     tables_are_the_measured_ones: ("README.md", "# fastattn\n"),
 }
 

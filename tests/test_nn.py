@@ -1,4 +1,4 @@
-"""The modules of fastattn.nn against their torch.nn twins; long because torch's options are many."""
+"""The modules of fastattn.nn against torch.nn's; long because torch's options are many."""
 
 from __future__ import annotations
 
