@@ -116,15 +116,22 @@ class Scores {
           const T* bias = at<T>(in_.bias, b_, h_, i, j);
           if (step == 1) {
             each_vector<A>(count, [&](int64_t c, auto n) {
-              const Vec<A> sum = load<A>(row + c) + load_count<A>(bias + c, n) * log2e;
-              store_count<A>(row + c, sum, n);
+              const Vec<A> term = load_count<A>(bias + c, n) * log2e;
+              const Vec<A> sum = load<A>(row + c) + term;  // -inf hides even a NaN
+              store_count<A>(row + c, term == minus_infinity<A> ? term : sum, n);
             });
           } else {
-            for (int64_t c = 0; c < count; c++) row[c] += load_one<A>(bias + c * step) * log2e;
+            for (int64_t c = 0; c < count; c++) {
+              const A term = load_one<A>(bias + c * step) * log2e;
+              row[c] = term == minus_infinity<A> ? term : row[c] + term;
+            }
           }
         } else if constexpr (std::is_same_v<T, float>) {  // fp32 bias of fp64 attention
           const float* bias = at<float>(in_.bias, b_, h_, i, j);
-          for (int64_t c = 0; c < count; c++) row[c] += static_cast<A>(bias[c * step]) * log2e;
+          for (int64_t c = 0; c < count; c++) {
+            const A term = static_cast<A>(bias[c * step]) * log2e;
+            row[c] = term == minus_infinity<A> ? term : row[c] + term;
+          }
         }
       });
     if (in_.alibi_slopes != nullptr) {
