@@ -251,6 +251,20 @@ def test_a_query_that_sees_nothing_gives_zero() -> None:
     assert (nothing == 0).all()
 
 
+def test_no_keys_give_zero(kernel: str) -> None:
+    query, key, value = qkv(kv_len=0, grad=True)
+    if kernel == "cpu":
+        with pytest.raises(fastattn.UnavailableKernelError, match="empty"):
+            attention(query, key, value)
+        return
+    out, lse = attention(query, key, value, return_lse=True)
+    assert out.equal(torch.zeros_like(out)) and (lse == -INF).all()
+    (out.sum() + lse.sum()).backward()
+    assert query.grad.equal(torch.zeros_like(query)) and key.grad.shape == key.shape
+    sinks = torch.tensor([2.0, 3.0])
+    assert attention(query, key, value, sinks=sinks, return_lse=True)[1][0, :, 0].equal(sinks)
+
+
 # features
 
 
@@ -322,6 +336,16 @@ def test_one_tensor_as_query_key_and_value() -> None:
     (x, *_) = qkv(kv_len=70)
     (found,) = grads(lambda x: attention(x, x, x), [x])
     torch.testing.assert_close(found, sum(grads(attention, [x, x.clone(), x.clone()])))
+
+
+def test_slopes_learn_on_the_reference_only(kernel: str) -> None:
+    slopes = torch.rand(2, requires_grad=True)
+    if kernel == "cpu":
+        with pytest.raises(fastattn.UnavailableKernelError, match="alibi_slopes requires a grad"):
+            attention(*qkv(), alibi_slopes=slopes)
+    else:
+        attention(*qkv(), alibi_slopes=slopes).square().sum().backward()
+        assert (slopes.grad != 0).all()
 
 
 # dropout

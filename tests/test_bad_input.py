@@ -113,6 +113,7 @@ def test_every_function_has_a_good_call() -> None:
         assert fastattn.explain(function, **arguments).kernel == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(("function", "name", "fault"), spoilt())
 def test_a_spoilt_tensor_is_named(function: str, name: str, fault: str) -> None:
     arguments = GOOD[function]

@@ -220,6 +220,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("case_id", CHECKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_opcheck(case_id: str, dtype: torch.dtype) -> None:

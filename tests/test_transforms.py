@@ -17,6 +17,7 @@ from fastattn import registry
 from fastattn.testing import Case, Draw, all_cases, run
 
 CASES = {case.id: case for case in all_cases()}
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 # derivatives

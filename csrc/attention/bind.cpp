@@ -95,7 +95,7 @@ struct Inputs {
       in.sinks = static_cast<const double*>(sink_scores->const_data_ptr());
     }
     constexpr int64_t limit = int64_t{1} << 40;  // past any length, so that sums cannot overflow
-    FASTATTN_CHECK(std::abs(offset) < limit, "offset is out of range");
+    FASTATTN_CHECK(offset > -limit && offset < limit, "offset is out of range");
     FASTATTN_CHECK(left.value_or(0) >= 0 && right.value_or(0) >= 0, "bounds must be >= 0");
     in.offset = offset;
     in.left = left.has_value() ? std::min(*left, limit) : kUnbounded;
