@@ -39,7 +39,7 @@ class Op:
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed."""
-        if dispatch.choose(self, args).kernel == "reference":
+        if dispatch.kernel_for(self, args) == "reference":
             return self.reference(*args)
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args

@@ -4,8 +4,8 @@
 #include <limits>
 
 #include "attention/attention.h"
-#include "simd/gemm.h"
 #include "simd/philox.h"
+#include "simd/tile.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

@@ -299,12 +299,20 @@ FASTATTN_INLINE Vec<double> normal_cdf(Vec<double> x) {
   return each_lane(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); });
 }
 
+// Runs f(queue) on torch's threads, as many as there are tasks for: each takes tasks until none is
+// left, and keeps between them what they share.
+template <class F>
+void workers(int64_t tasks, const F& f) {
+  run_workers(
+      tasks, [](TaskQueue& queue, const void* body) { (*static_cast<const F*>(body))(queue); }, &f);
+}
+
 // Runs f(task) for every task in [0, tasks) on torch's threads.
 template <class F>
 void parallel(int64_t tasks, const F& f) {
-  run_tasks(
-      tasks, [](int64_t task, void* body) { (*static_cast<const F*>(body))(task); },
-      const_cast<F*>(&f));
+  workers(tasks, [&](TaskQueue& queue) {
+    for (int64_t task; queue.next(task);) f(task);
+  });
 }
 
 }  // namespace
