@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/parallel.h"
@@ -38,22 +40,34 @@ inline Dtype dtype_of(const Tensor& tensor) {
 // The dtype of statistics of a tensor: fp64 for fp64, else fp32.
 inline Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                    Dtype dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.begin(), codes[static_cast<int>(dtype)],
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
+                                                  codes[static_cast<int>(dtype)],
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const int64_t width = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel() * width));
   return tensor;
 }
+inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                    Dtype dtype) {
+  return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype);
+}
 inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
 inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
   return empty({rows, cols}, {cols, 1}, dtype);
+}
+
+// A contiguous tensor of the sizes of `other`.
+inline Tensor empty_like(const Tensor& other, Dtype dtype) {
+  const auto sizes = other.sizes();
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;)
+    strides[dim - 1] = strides[dim] * std::max<int64_t>(1, sizes[dim]);
+  return empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
 inline void check_matrix(const char* name, const Tensor& tensor) {

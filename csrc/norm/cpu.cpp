@@ -1,6 +1,6 @@
 // Layer norm and RMS norm on the CPU, forward and backward, one row at a time in cache.
 #include "norm/norm.h"
-#include "simd/vec.h"
+#include "simd/philox.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -21,7 +21,7 @@ FASTATTN_INLINE A sum_row(int64_t cols, F&& f) {
 
 // Zeros in the lanes past `count`, whatever was computed there.
 template <class A, class Count>
-FASTATTN_INLINE Vec<A> first(Vec<A> v, Count count) {
+FASTATTN_INLINE Vec<A> first_lanes(Vec<A> v, Count count) {
   if constexpr (std::is_same_v<Count, int64_t>) {
     A part[lanes<A>];
     store(part, v);
@@ -57,59 +57,153 @@ int64_t rows_per_task(int64_t rows, int64_t cols) {
   return wanted > kRowsPerTask ? wanted : kRowsPerTask;
 }
 
-template <class T, bool Centred>
+// Columns of a row that stay in the first-level cache while they are read several times.
+constexpr int64_t kChunk = 4096;
+static_assert(kChunk % kPhiloxBlock == 0);
+
+// The rows that are normalised, in the accumulation type: input, or its sum with a residual, of
+// type R, and with dropout.
+template <class T, class R>
+class Rows {
+ public:
+  using A = Acc<T>;
+
+  // `summed` holds the sum where it is known already.
+  Rows(const Norm& in, const void* summed, Scratch& scratch)
+      : in_(in),
+        summed_(static_cast<const R*>(summed)),
+        dropout_(in.dropout_p, in.seed),
+        in_place_(std::is_same_v<R, A> && (summed != nullptr || in.residual == nullptr)),
+        row_(in_place_ ? nullptr : scratch.take<A>(in.cols)),
+        factors_(in.dropout_p > 0 ? scratch.take<A>(in.cols + kPhiloxBlock) : nullptr) {}
+
+  // Columns [first, first + count) of row r; `first` is a multiple of kChunk.
+  const A* load(int64_t r, int64_t first, int64_t count) {
+    const int64_t start = r * in_.cols + first;
+    const T* input = static_cast<const T*>(in_.input) + start;
+    if (factors_ != nullptr)
+      dropout_.factors(0, static_cast<uint32_t>(r), first, count, factors_ + first);
+    if (summed_ != nullptr) return widened(summed_ + start, first, count);
+    if (in_.residual == nullptr) return widened(input, first, count);
+    const R* residual = static_cast<const R*>(in_.residual) + start;
+    each_vector<A>(count, [&](int64_t c, auto n) {
+      const Vec<A> x = dropped(load_count<A>(input + c, n), first + c, n);
+      R rounded[lanes<A>];
+      store(rounded, x + load_count<A>(residual + c, n));
+      store_count<A>(row_ + first + c, load_count<A>(rounded, n), n);
+    });
+    return row_ + first;
+  }
+
+  // Dropout of what stands in column c of the row loaded last.
+  template <class Count>
+  FASTATTN_INLINE Vec<A> dropped(Vec<A> x, int64_t c, Count n) const {
+    if (factors_ == nullptr) return x;
+    const Vec<A> factor = load_count<A>(factors_ + c, n);
+    return factor == A{0} ? Vec<A>{} : x * factor;
+  }
+
+ private:
+  template <class S>
+  const A* widened(const S* from, int64_t first, int64_t count) {
+    if constexpr (std::is_same_v<S, A>)
+      if (in_place_) return from;
+    each_vector<A>(count, [&](int64_t c, auto n) {
+      store_count<A>(row_ + first + c, load_count<A>(from + c, n), n);
+    });
+    return row_ + first;
+  }
+
+  const Norm& in_;
+  const R* summed_;
+  Dropout<A> dropout_;
+  bool in_place_;
+  A* row_;      // [cols], unless rows are read where they lie
+  A* factors_;  // [cols] in whole blocks, null without dropout
+};
+
+// Where rows of results go: past the caches if they are too many to be found there.
+template <class T>
+class Results {
+ public:
+  Results(void* to, int64_t rows, int64_t cols)
+      : to_(static_cast<T*>(to)),
+        cols_(cols),
+        streams_(rows * cols * static_cast<int64_t>(sizeof(T)) >= kStreamed &&
+                 (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(cols) * sizeof(T)) %
+                         (sizeof(T) * lanes<Acc<T>>) ==
+                     0) {}
+
+  explicit operator bool() const { return to_ != nullptr; }
+
+  template <class Count>
+  FASTATTN_INLINE void put(int64_t r, int64_t c, Vec<Acc<T>> from, Count n) const {
+    T* to = to_ + r * cols_ + c;
+    if constexpr (!std::is_same_v<Count, int64_t>)
+      if (streams_) return stream<Acc<T>>(to, from);
+    store_count<Acc<T>>(to, from, n);
+  }
+
+ private:
+  static constexpr int64_t kStreamed = int64_t{16} << 20;
+
+  T* to_;
+  int64_t cols_;
+  bool streams_;
+};
+
+template <class T, class R, bool Centred>
 void forward(const NormForward& args) {
   using A = Acc<T>;
-  const int64_t cols = args.cols;
-  const auto* input = static_cast<const T*>(args.input);
-  const auto* residual = static_cast<const T*>(args.residual);
-  auto* out = static_cast<T*>(args.out);
-  auto* summed = static_cast<T*>(args.summed);
+  const Norm& in = args.in;
+  const int64_t cols = in.cols;
+  const Results<T> out(args.out, in.rows, cols);
+  const Results<R> summed(args.summed, in.rows, cols);
   auto* means = static_cast<A*>(args.mean);
   auto* rstds = static_cast<A*>(args.rstd);
   Scratch parameters;
-  const A* weight = widened<A>(parameters, args.weight, args.weight_dtype, cols);
-  const A* bias = widened<A>(parameters, args.bias, args.bias_dtype, cols);
+  const A* weight = widened<A>(parameters, in.weight, in.weight_dtype, cols);
+  const A* bias = widened<A>(parameters, in.bias, in.bias_dtype, cols);
 
-  const int64_t step = rows_per_task(args.rows, cols);
-  parallel((args.rows + step - 1) / step, [&](int64_t task) {
+  const int64_t step = rows_per_task(in.rows, cols);
+  parallel((in.rows + step - 1) / step, [&](int64_t task) {
     Scratch scratch;
-    A* buffer = std::is_same_v<T, A> && residual == nullptr ? nullptr : scratch.take<A>(cols);
-    const int64_t end = (task + 1) * step < args.rows ? (task + 1) * step : args.rows;
-    for (int64_t r = task * step; r < end; r++) {
-      const T* source = input + r * cols;
-      const A* row = buffer;
-      if constexpr (std::is_same_v<T, A>)
-        if (residual == nullptr) row = source;
-      if (row == buffer) {
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          Vec<A> x = load_count<A>(source + c, n);
-          if (residual != nullptr) {
-            store_count<A>(summed + r * cols + c, x + load_count<A>(residual + r * cols + c, n), n);
-            x = load_count<A>(summed + r * cols + c, n);  // rounded as it is stored
-          }
-          store_count<A>(buffer + c, x, n);
+    Rows<T, R> rows(in, nullptr, scratch);
+    for (int64_t r = task * step; r < smaller((task + 1) * step, in.rows); r++) {
+      A mean = 0, square = 0;  // of the columns so far: the sum of (x - mean)^2
+      const A* row = nullptr;
+      for (int64_t first = 0; first < cols; first += kChunk) {
+        const int64_t count = smaller(kChunk, cols - first);
+        const A* x = rows.load(r, first, count);
+        if (first == 0) row = x;
+        if (summed)
+          each_vector<A>(count, [&](int64_t c, auto n) {
+            summed.put(r, first + c, load_count<A>(x + c, n), n);
+          });
+        A own_mean = 0;
+        if constexpr (Centred)
+          own_mean = sum_row<A>(count, [&](int64_t c, auto n) { return load_count<A>(x + c, n); }) /
+                     static_cast<A>(count);
+        square += sum_row<A>(count, [&](int64_t c, auto n) {
+          const Vec<A> distance = load_count<A>(x + c, n) - own_mean;
+          return first_lanes<A>(distance * distance, n);
         });
+        const A apart = own_mean - mean;  // two groups of columns join (Chan et al. 1979)
+        const A share = static_cast<A>(count) / static_cast<A>(first + count);
+        square += apart * apart * static_cast<A>(first) * share;
+        mean += apart * share;
       }
-      A mean = 0;
-      if constexpr (Centred) {
-        mean = sum_row<A>(cols, [&](int64_t c, auto n) { return load_count<A>(row + c, n); }) /
-               static_cast<A>(cols);
-        means[r] = mean;
-      }
-      const A square = sum_row<A>(cols, [&](int64_t c, auto n) {
-        const Vec<A> x = load_count<A>(row + c, n) - mean;
-        return first<A>(x * x, n);
-      });
       const A rstd = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
+      if constexpr (Centred) means[r] = mean;
       rstds[r] = rstd;
       each_vector<A>(cols, [&](int64_t c, auto n) {
         Vec<A> y = (load_count<A>(row + c, n) - mean) * rstd;
         if (weight != nullptr) y *= load_count<A>(weight + c, n);
         if (bias != nullptr) y += load_count<A>(bias + c, n);
-        store_count<A>(out + r * cols + c, y, n);
+        out.put(r, c, y, n);
       });
     }
+    end_stream();
   });
 }
 
@@ -125,20 +219,21 @@ template <class A>
 void add_parts(void* grad, Dtype dtype, const double* parts, int64_t tasks, int64_t cols) {
   if (grad == nullptr) return;
   Scratch scratch;
-  A* total = scratch.take<A>(cols);
-  for (int64_t c = 0; c < cols; c++) {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; task++) sum += parts[task * cols + c];
-    total[c] = static_cast<A>(sum);
-  }
+  double* total = scratch.take<double>(cols);
+  std::memset(total, 0, static_cast<size_t>(cols) * sizeof(double));
+  for (int64_t task = 0; task < tasks; task++)
+    for (int64_t c = 0; c < cols; c++) total[c] += parts[task * cols + c];
+  A* rounded = scratch.take<A>(cols);
+  for (int64_t c = 0; c < cols; c++) rounded[c] = static_cast<A>(total[c]);
   with_type(dtype, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     auto* to = static_cast<W*>(grad);
     if constexpr (std::is_same_v<Acc<W>, A>) {
-      each_vector<A>(
-          cols, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(total + c, n), n); });
+      each_vector<A>(cols, [&](int64_t c, auto n) {
+        store_count<A>(to + c, load_count<A>(rounded + c, n), n);
+      });
     } else if constexpr (std::is_same_v<W, float>) {  // fp32 parameters of an fp64 input
-      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<float>(total[c]);
+      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<float>(rounded[c]);
     }
   });
 }
@@ -155,12 +250,12 @@ class RowSum {
     std::memset(block_, 0, static_cast<size_t>(cols) * sizeof(A));
   }
 
-  template <class F>
-  FASTATTN_INLINE void add_row(F&& row) {
-    if (total_ == nullptr) return;
-    each_vector<A>(cols_, [&](int64_t c, auto n) {
-      store_count<A>(block_ + c, load_count<A>(block_ + c, n) + row(c, n), n);
-    });
+  template <class Count>
+  FASTATTN_INLINE void add(int64_t c, Vec<A> x, Count n) {
+    if (total_ != nullptr) store_count<A>(block_ + c, load_count<A>(block_ + c, n) + x, n);
+  }
+
+  void end_row() {
     if (++rows_ % 16 == 0) fold();
   }
 
@@ -178,83 +273,98 @@ class RowSum {
   int64_t cols_, rows_ = 0;
 };
 
-template <class T, bool Centred>
+template <class T, class R, bool Centred>
 void backward(const NormBackward& args) {
   using A = Acc<T>;
-  const int64_t rows = args.rows, cols = args.cols;
+  const Norm& in = args.in;
+  const int64_t cols = in.cols;
   const auto* grad_out = static_cast<const T*>(args.grad_out);
-  const auto* grad_summed = static_cast<const T*>(args.grad_summed);
-  const auto* summed = static_cast<const T*>(args.summed);
+  const auto* grad_summed = static_cast<const R*>(args.grad_summed);
   const auto* means = static_cast<const A*>(args.mean);
   const auto* rstds = static_cast<const A*>(args.rstd);
-  auto* grad_input = static_cast<T*>(args.grad_input);
-  const bool need_weight = args.grad_weight != nullptr, need_bias = args.grad_bias != nullptr;
+  const Results<T> grad_input(args.grad_input, in.rows, cols);
+  const Results<R> grad_residual(args.grad_residual, in.rows, cols);
   Scratch shared;
-  const A* weight = widened<A>(shared, args.weight, args.weight_dtype, cols);
-  const int64_t tasks = partial_sums(rows, cols);
-  double* weight_parts = need_weight ? shared.take<double>(tasks * cols) : nullptr;
-  double* bias_parts = need_bias ? shared.take<double>(tasks * cols) : nullptr;
+  const A* weight = widened<A>(shared, in.weight, in.weight_dtype, cols);
+  const int64_t tasks = partial_sums(in.rows, cols);
+  double* weight_parts = args.grad_weight == nullptr ? nullptr : shared.take<double>(tasks * cols);
+  double* bias_parts = args.grad_bias == nullptr ? nullptr : shared.take<double>(tasks * cols);
 
   parallel(tasks, [&](int64_t task) {
     Scratch scratch;
-    RowSum<A> weight_sum(need_weight ? weight_parts + task * cols : nullptr, scratch, cols);
-    RowSum<A> bias_sum(need_bias ? bias_parts + task * cols : nullptr, scratch, cols);
-    for (int64_t r = task * rows / tasks; r < (task + 1) * rows / tasks; r++) {
-      const T* x_row = summed + r * cols;
+    Rows<T, R> rows(in, args.summed, scratch);
+    RowSum<A> weight_sum(weight_parts ? weight_parts + task * cols : nullptr, scratch, cols);
+    RowSum<A> bias_sum(bias_parts ? bias_parts + task * cols : nullptr, scratch, cols);
+    for (int64_t r = task * in.rows / tasks; r < (task + 1) * in.rows / tasks; r++) {
+      const A* x = rows.load(r, 0, cols);
       const A mean = Centred ? means[r] : A{0}, rstd = rstds[r];
-      A mean_grad = 0, mean_product = 0;
-      if (grad_out != nullptr) {
-        const T* grad_row = grad_out + r * cols;
-        const auto scaled = [&](int64_t c, auto n) {
-          const Vec<A> g = load_count<A>(grad_row + c, n);
-          return weight == nullptr ? g : g * load_count<A>(weight + c, n);
-        };
-        const auto normed = [&](int64_t c, auto n) {
-          return (load_count<A>(x_row + c, n) - mean) * rstd;
-        };
-        mean_product =
-            sum_row<A>(cols, [&](int64_t c, auto n) { return scaled(c, n) * normed(c, n); }) /
-            static_cast<A>(cols);
-        if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
-        weight_sum.add_row(
-            [&](int64_t c, auto n) { return load_count<A>(grad_row + c, n) * normed(c, n); });
-        bias_sum.add_row([&](int64_t c, auto n) { return load_count<A>(grad_row + c, n); });
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          Vec<A> dx = (scaled(c, n) - mean_grad - normed(c, n) * mean_product) * rstd;
-          if (grad_summed != nullptr) dx += load_count<A>(grad_summed + r * cols + c, n);
-          store_count<A>(grad_input + r * cols + c, dx, n);
-        });
-      } else {
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          const Vec<A> dx =
-              grad_summed == nullptr ? Vec<A>{} : load_count<A>(grad_summed + r * cols + c, n);
-          store_count<A>(grad_input + r * cols + c, dx, n);
-        });
+      const auto finish = [&](int64_t c, Vec<A> dx, auto n) {
+        if (grad_summed != nullptr) dx += load_count<A>(grad_summed + r * cols + c, n);
+        if (grad_residual) grad_residual.put(r, c, dx, n);
+        grad_input.put(r, c, rows.dropped(dx, c, n), n);
+      };
+      if (grad_out == nullptr) {
+        each_vector<A>(cols, [&](int64_t c, auto n) { finish(c, Vec<A>{}, n); });
+        continue;
       }
+      const T* grad_row = grad_out + r * cols;
+      const auto normed = [&](int64_t c, auto n) {
+        return (load_count<A>(x + c, n) - mean) * rstd;
+      };
+      const auto scaled = [&](int64_t c, auto n) {
+        const Vec<A> g = load_count<A>(grad_row + c, n);
+        return weight == nullptr ? g : g * load_count<A>(weight + c, n);
+      };
+      A mean_grad = 0;
+      if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
+      const A mean_product =
+          sum_row<A>(cols, [&](int64_t c, auto n) { return scaled(c, n) * normed(c, n); }) /
+          static_cast<A>(cols);
+      each_vector<A>(cols, [&](int64_t c, auto n) {
+        const Vec<A> g = load_count<A>(grad_row + c, n), normal = normed(c, n);
+        weight_sum.add(c, g * normal, n);
+        bias_sum.add(c, g, n);
+        finish(c, (scaled(c, n) - mean_grad - normal * mean_product) * rstd, n);
+      });
+      weight_sum.end_row();
+      bias_sum.end_row();
     }
     weight_sum.fold();
     bias_sum.fold();
+    end_stream();
   });
 
-  add_parts<A>(args.grad_weight, args.weight_dtype, weight_parts, tasks, cols);
-  add_parts<A>(args.grad_bias, args.bias_dtype, bias_parts, tasks, cols);
+  add_parts<A>(args.grad_weight, in.weight_dtype, weight_parts, tasks, cols);
+  add_parts<A>(args.grad_bias, in.bias_dtype, bias_parts, tasks, cols);
+}
+
+// Calls f with null pointers of the types of input and residual.
+template <class F>
+void with_types(const Norm& in, F&& f) {
+  with_type(in.dtype, [&](auto* type) {
+    if constexpr (sizeof(*type) == 2)
+      if (in.residual_dtype == Dtype::f32) return f(type, static_cast<float*>(nullptr));
+    f(type, type);
+  });
 }
 
 }  // namespace
 
 void norm_forward(const NormForward& args) {
   note_run(kIsa);
-  with_type(args.dtype, [&](auto* type) {
+  with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
-    args.centred ? forward<T, true>(args) : forward<T, false>(args);
+    using R = std::remove_pointer_t<decltype(residual)>;
+    args.in.centred ? forward<T, R, true>(args) : forward<T, R, false>(args);
   });
 }
 
 void norm_backward(const NormBackward& args) {
   note_run(kIsa);
-  with_type(args.dtype, [&](auto* type) {
+  with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
-    args.centred ? backward<T, true>(args) : backward<T, false>(args);
+    using R = std::remove_pointer_t<decltype(residual)>;
+    args.in.centred ? backward<T, R, true>(args) : backward<T, R, false>(args);
   });
 }
 

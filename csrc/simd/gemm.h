@@ -20,11 +20,6 @@ struct Tile {
   static constexpr int cols = vecs * lanes<A>;
 };
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // C tile (=|+=) A panel * B panel over `depth`. Element (i, k) of A is a[i * ARow + k * ADepth],
 // row k of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is
 // summed on its own first: an error grows with the length of a chain of additions. Every call sums

@@ -30,34 +30,57 @@ FASTATTN_INLINE void multiply_wide(VecU x, uint32_t factor, VecU& high, VecU& lo
 #endif
 }
 
-// factor[j] = 0 where key block * 64 + j is dropped for this row and head, else `kept`. The four
-// words of counter block * 16 + lane belong to the keys lane, lane + 16, lane + 32 and lane + 48.
+// The factors of dropout with probability p: 0 where a position is dropped, else 1 / (1 - p).
 template <class A>
-void dropout_factors(uint64_t seed, uint32_t head, uint32_t row, int64_t block, uint32_t threshold,
-                     A kept, A* factor) {
-  constexpr int n = lanes<float>;
-  uint32_t counter[16];
-  for (int i = 0; i < 16; i++) counter[i] = static_cast<uint32_t>(block * 16 + i);
-  for (int part = 0; part < 16; part += n) {
-    VecU c[4] = {{}, VecU{} + row, VecU{} + head, {}};
-    std::memcpy(&c[0], counter + part, sizeof(VecU));
-    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-      VecU high0, low0, high1, low1;
-      multiply_wide(c[0], 0xD2511F53u, high0, low0);
-      multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
-      c[0] = high1 ^ c[1] ^ key0;
-      c[1] = low1;
-      c[2] = high0 ^ c[3] ^ key1;
-      c[3] = low0;
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
-    for (int word = 0; word < 4; word++)
-      for (int i = 0; i < n; i++)
-        factor[word * 16 + part + i] = c[word][i] >= threshold ? kept : A{0};
+class Dropout {
+ public:
+  Dropout(double p, uint64_t seed)
+      : seed_(seed), threshold_(threshold(p)), kept_(static_cast<A>(p < 1 ? 1 / (1 - p) : 0)) {}
+
+  // Those of `count` keys from `first` on, which is a multiple of kPhiloxBlock, for a row of a
+  // head; writes whole blocks.
+  void factors(uint32_t head, uint32_t row, int64_t first, int64_t count, A* to) const {
+    for (int64_t c = 0; c < count; c += kPhiloxBlock)
+      block(head, row, (first + c) / kPhiloxBlock, to + c);
   }
-}
+
+ private:
+  static uint32_t threshold(double p) {
+    const double scaled = std::nearbyint(p * 4294967296.0);
+    return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
+  }
+
+  // The four words of counter block * 16 + lane belong to the keys lane, lane + 16, lane + 32 and
+  // lane + 48 of the block.
+  void block(uint32_t head, uint32_t row, int64_t block, A* to) const {
+    constexpr int n = lanes<float>;
+    uint32_t counter[16];
+    for (int i = 0; i < 16; i++) counter[i] = static_cast<uint32_t>(block * 16 + i);
+    for (int part = 0; part < 16; part += n) {
+      VecU c[4] = {{}, VecU{} + row, VecU{} + head, {}};
+      std::memcpy(&c[0], counter + part, sizeof(VecU));
+      auto key0 = static_cast<uint32_t>(seed_), key1 = static_cast<uint32_t>(seed_ >> 32);
+      for (int round = 0; round < 10; round++) {
+        VecU high0, low0, high1, low1;
+        multiply_wide(c[0], 0xD2511F53u, high0, low0);
+        multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
+        c[0] = high1 ^ c[1] ^ key0;
+        c[1] = low1;
+        c[2] = high0 ^ c[3] ^ key1;
+        c[3] = low0;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+      }
+      for (int word = 0; word < 4; word++)
+        for (int i = 0; i < n; i++)
+          to[word * 16 + part + i] = c[word][i] >= threshold_ ? kept_ : A{0};
+    }
+  }
+
+  uint64_t seed_;
+  uint32_t threshold_;
+  A kept_;
+};
 
 }  // namespace
 }  // namespace fastattn::FASTATTN_ISA
