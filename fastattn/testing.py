@@ -173,9 +173,9 @@ class Draw(NamedTuple):
     """How to draw a tensor argument.
 
     kind: "normal"; "weight", normal over the square root of the last size; "fp32", normal and fp32
-    whatever the dtype of the case; "wide", normal and at least fp32; "holes", normal with some -inf; "slopes", in (0, 1) and fp32;
-    "mask", bool with four fifths True and the first row all False. Only a floating tensor other
-    than slopes gets a gradient.
+    whatever the dtype of the case; "wide", normal and at least fp32; "holes", normal with some
+    -inf; "slopes", in (0, 1) and fp32; "mask", bool with four fifths True and the first row all
+    False. Only a floating tensor other than slopes gets a gradient.
     """
 
     shape: tuple[int, ...]

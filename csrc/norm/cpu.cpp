@@ -5,18 +5,20 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// The sum over a row of f(offset, count), in four chains so that additions overlap.
-template <class A, class F>
-FASTATTN_INLINE A sum_row(int64_t cols, F&& f) {
+// N sums over a row: f(offset, count, sums) adds its terms to vectors of sums, of which there are
+// four, so that additions overlap.
+template <class A, int N, class F>
+FASTATTN_INLINE void sum_row(int64_t cols, A (&sums)[N], F&& f) {
   constexpr std::integral_constant<int64_t, lanes<A>> whole{};
-  Vec<A> part[4] = {};
+  Vec<A> part[4][N] = {};
   int64_t c = 0;
   for (; c + 4 * lanes<A> <= cols; c += 4 * lanes<A>)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) part[i] += f(c + i * lanes<A>, whole);
-  for (; c + lanes<A> <= cols; c += lanes<A>) part[0] += f(c, whole);
-  if (c < cols) part[1] += f(c, cols - c);
-  return sum<A>((part[0] + part[1]) + (part[2] + part[3]));
+    for (int i = 0; i < 4; i++) f(c + i * lanes<A>, whole, part[i]);
+  for (; c + lanes<A> <= cols; c += lanes<A>) f(c, whole, part[0]);
+  if (c < cols) f(c, cols - c, part[1]);
+  for (int i = 0; i < N; i++)
+    sums[i] = sum<A>((part[0][i] + part[1][i]) + (part[2][i] + part[3][i]));
 }
 
 // Zeros in the lanes past `count`, whatever was computed there.
@@ -61,9 +63,9 @@ int64_t rows_per_task(int64_t rows, int64_t cols) {
 constexpr int64_t kChunk = 4096;
 static_assert(kChunk % kPhiloxBlock == 0);
 
-// The rows that are normalised, in the accumulation type: input, or its sum with a residual, of
-// type R, and with dropout.
-template <class T, class R>
+// Rows [0, Together) of those that are normalised, in the accumulation type: input, or its sum with
+// a residual, of type R, and with dropout.
+template <class T, class R, int Together>
 class Rows {
  public:
   using A = Acc<T>;
@@ -74,53 +76,64 @@ class Rows {
         summed_(static_cast<const R*>(summed)),
         dropout_(in.dropout_p, in.seed),
         in_place_(std::is_same_v<R, A> && (summed != nullptr || in.residual == nullptr)),
-        row_(in_place_ ? nullptr : scratch.take<A>(in.cols)),
-        factors_(in.dropout_p > 0 ? scratch.take<A>(in.cols + kPhiloxBlock) : nullptr) {}
+        width_(round_up(in.cols, kPhiloxBlock)),
+        rows_(in_place_ ? nullptr : scratch.take<A>(Together * width_)),
+        factors_(in.dropout_p > 0 ? scratch.take<A>(Together * width_) : nullptr) {}
 
-  // Columns [first, first + count) of row r; `first` is a multiple of kChunk.
-  const A* load(int64_t r, int64_t first, int64_t count) {
+  // Columns [first, first + count) of row r, the i-th held; `first` is a multiple of kChunk.
+  const A* load(int i, int64_t r, int64_t first, int64_t count) {
     const int64_t start = r * in_.cols + first;
     const T* input = static_cast<const T*>(in_.input) + start;
+    A* to = rows_ + i * width_ + first;
     if (factors_ != nullptr)
-      dropout_.factors(0, static_cast<uint32_t>(r), first, count, factors_ + first);
-    if (summed_ != nullptr) return widened(summed_ + start, first, count);
-    if (in_.residual == nullptr) return widened(input, first, count);
+      dropout_.factors(0, static_cast<uint32_t>(r), first, count, factors_ + i * width_ + first);
+    if (summed_ != nullptr) return widened(summed_ + start, to, count);
+    if (in_.residual == nullptr) return widened(input, to, count);
     const R* residual = static_cast<const R*>(in_.residual) + start;
     each_vector<A>(count, [&](int64_t c, auto n) {
-      const Vec<A> x = dropped(load_count<A>(input + c, n), first + c, n);
+      const Vec<A> x = dropped(i, load_count<A>(input + c, n), first + c, n);
       R rounded[lanes<A>];
       store(rounded, x + load_count<A>(residual + c, n));
-      store_count<A>(row_ + first + c, load_count<A>(rounded, n), n);
+      store_count<A>(to + c, load_count<A>(rounded, n), n);
     });
-    return row_ + first;
+    return to;
   }
 
-  // Dropout of what stands in column c of the row loaded last.
+  // Dropout of what stands in column c of the i-th row.
   template <class Count>
-  FASTATTN_INLINE Vec<A> dropped(Vec<A> x, int64_t c, Count n) const {
+  FASTATTN_INLINE Vec<A> dropped(int i, Vec<A> x, int64_t c, Count n) const {
     if (factors_ == nullptr) return x;
-    const Vec<A> factor = load_count<A>(factors_ + c, n);
+    const Vec<A> factor = load_count<A>(factors_ + i * width_ + c, n);
     return factor == A{0} ? Vec<A>{} : x * factor;
   }
 
  private:
   template <class S>
-  const A* widened(const S* from, int64_t first, int64_t count) {
+  const A* widened(const S* from, A* to, int64_t count) {
     if constexpr (std::is_same_v<S, A>)
       if (in_place_) return from;
-    each_vector<A>(count, [&](int64_t c, auto n) {
-      store_count<A>(row_ + first + c, load_count<A>(from + c, n), n);
-    });
-    return row_ + first;
+    each_vector<A>(
+        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
+    return to;
   }
 
   const Norm& in_;
   const R* summed_;
   Dropout<A> dropout_;
   bool in_place_;
-  A* row_;      // [cols], unless rows are read where they lie
-  A* factors_;  // [cols] in whole blocks, null without dropout
+  int64_t width_;  // of a row in scratch: whole blocks of bits
+  A* rows_;        // [Together, width], unless rows are read where they lie
+  A* factors_;     // [Together, width], null without dropout
 };
+
+// Calls f(r, n) for rows r ... r + n of [begin, end), with n = Together as long as there are so
+// many and then 1: rows share the reading of what all of them need.
+template <int Together, class F>
+FASTATTN_INLINE void each_rows(int64_t begin, int64_t end, F&& f) {
+  int64_t r = begin;
+  for (; r + Together <= end; r += Together) f(r, std::integral_constant<int, Together>{});
+  for (; r < end; r++) f(r, std::integral_constant<int, 1>{});
+}
 
 // Where rows of results go: past the caches if they are too many to be found there.
 template <class T>
@@ -166,43 +179,58 @@ void forward(const NormForward& args) {
   const A* bias = widened<A>(parameters, in.bias, in.bias_dtype, cols);
 
   const int64_t step = rows_per_task(in.rows, cols);
-  parallel((in.rows + step - 1) / step, [&](int64_t task) {
+  parallel(ceil_div(in.rows, step), [&](int64_t task) {
     Scratch scratch;
-    Rows<T, R> rows(in, nullptr, scratch);
-    for (int64_t r = task * step; r < smaller((task + 1) * step, in.rows); r++) {
-      A mean = 0, square = 0;  // of the columns so far: the sum of (x - mean)^2
-      const A* row = nullptr;
+    constexpr int together = 2;
+    Rows<T, R, together> rows(in, nullptr, scratch);
+
+    // Mean and sum of squared distances from it, joined from chunks of columns (Chan et al. 1979).
+    const auto moments = [&](int i, int64_t r, const A*& row, A& mean, A& square) {
+      mean = square = 0;
       for (int64_t first = 0; first < cols; first += kChunk) {
         const int64_t count = smaller(kChunk, cols - first);
-        const A* x = rows.load(r, first, count);
+        const A* x = rows.load(i, r, first, count);
         if (first == 0) row = x;
         if (summed)
           each_vector<A>(count, [&](int64_t c, auto n) {
             summed.put(r, first + c, load_count<A>(x + c, n), n);
           });
-        A own_mean = 0;
-        if constexpr (Centred)
-          own_mean = sum_row<A>(count, [&](int64_t c, auto n) { return load_count<A>(x + c, n); }) /
-                     static_cast<A>(count);
-        square += sum_row<A>(count, [&](int64_t c, auto n) {
-          const Vec<A> distance = load_count<A>(x + c, n) - own_mean;
-          return first_lanes<A>(distance * distance, n);
+        A own_mean[1] = {}, own_square[1];
+        if constexpr (Centred) {
+          sum_row(count, own_mean,
+                  [&](int64_t c, auto n, Vec<A>* sums) { sums[0] += load_count<A>(x + c, n); });
+          own_mean[0] /= static_cast<A>(count);
+        }
+        sum_row(count, own_square, [&](int64_t c, auto n, Vec<A>* sums) {
+          const Vec<A> distance = load_count<A>(x + c, n) - own_mean[0];
+          sums[0] += first_lanes<A>(distance * distance, n);
         });
-        const A apart = own_mean - mean;  // two groups of columns join (Chan et al. 1979)
+        const A apart = own_mean[0] - mean;
         const A share = static_cast<A>(count) / static_cast<A>(first + count);
-        square += apart * apart * static_cast<A>(first) * share;
+        square += own_square[0] + apart * apart * static_cast<A>(first) * share;
         mean += apart * share;
       }
-      const A rstd = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
-      if constexpr (Centred) means[r] = mean;
-      rstds[r] = rstd;
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        Vec<A> y = (load_count<A>(row + c, n) - mean) * rstd;
-        if (weight != nullptr) y *= load_count<A>(weight + c, n);
-        if (bias != nullptr) y += load_count<A>(bias + c, n);
-        out.put(r, c, y, n);
+    };
+
+    each_rows<together>(task * step, smaller((task + 1) * step, in.rows), [&](int64_t r, auto n) {
+      constexpr int many = n;
+      const A* row[many] = {};
+      A mean[many], rstd[many];
+      for (int i = 0; i < many; i++) {
+        A square;
+        moments(i, r + i, row[i], mean[i], square);
+        rstd[i] = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
+        if constexpr (Centred) means[r + i] = mean[i];
+        rstds[r + i] = rstd[i];
+      }
+      each_vector<A>(cols, [&](int64_t c, auto count) {
+        const Vec<A> w = weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+        const Vec<A> b = bias == nullptr ? Vec<A>{} : load_count<A>(bias + c, count);
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i++)
+          out.put(r + i, c, (load_count<A>(row[i] + c, count) - mean[i]) * rstd[i] * w + b, count);
       });
-    }
+    });
     end_stream();
   });
 }
@@ -255,11 +283,13 @@ class RowSum {
     if (total_ != nullptr) store_count<A>(block_ + c, load_count<A>(block_ + c, n) + x, n);
   }
 
-  void end_row() {
-    if (++rows_ % 16 == 0) fold();
+  void end_rows(int count) {
+    rows_ += count;
+    if (rows_ >= 16) fold();
   }
 
   void fold() {
+    rows_ = 0;
     if (total_ == nullptr) return;
     for (int64_t c = 0; c < cols_; c++) {
       total_[c] += block_[c];
@@ -292,43 +322,60 @@ void backward(const NormBackward& args) {
 
   parallel(tasks, [&](int64_t task) {
     Scratch scratch;
-    Rows<T, R> rows(in, args.summed, scratch);
+    constexpr int together = 4;
+    Rows<T, R, together> rows(in, args.summed, scratch);
     RowSum<A> weight_sum(weight_parts ? weight_parts + task * cols : nullptr, scratch, cols);
     RowSum<A> bias_sum(bias_parts ? bias_parts + task * cols : nullptr, scratch, cols);
-    for (int64_t r = task * in.rows / tasks; r < (task + 1) * in.rows / tasks; r++) {
-      const A* x = rows.load(r, 0, cols);
-      const A mean = Centred ? means[r] : A{0}, rstd = rstds[r];
-      const auto finish = [&](int64_t c, Vec<A> dx, auto n) {
-        if (grad_summed != nullptr) dx += load_count<A>(grad_summed + r * cols + c, n);
-        if (grad_residual) grad_residual.put(r, c, dx, n);
-        grad_input.put(r, c, rows.dropped(dx, c, n), n);
+    const int64_t begin = task * in.rows / tasks, end = (task + 1) * in.rows / tasks;
+    each_rows<together>(begin, end, [&](int64_t r, auto n) {
+      constexpr int many = n;
+      const A* x[many];
+      A mean[many], rstd[many];
+      A means_of_grad[many][2] =
+          {};  // of grad_out * weight, and of its product with the normal row
+      const auto normal = [&](int i, int64_t c, auto count) {
+        return (load_count<A>(x[i] + c, count) - mean[i]) * rstd[i];
       };
-      if (grad_out == nullptr) {
-        each_vector<A>(cols, [&](int64_t c, auto n) { finish(c, Vec<A>{}, n); });
-        continue;
+      const auto grad = [&](int i, int64_t c, auto count) {
+        return load_count<A>(grad_out + (r + i) * cols + c, count);
+      };
+      const auto weight_at = [&](int64_t c, auto count) {
+        return weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+      };
+      for (int i = 0; i < many; i++) {
+        x[i] = rows.load(i, r + i, 0, cols);
+        mean[i] = Centred ? means[r + i] : A{0};
+        rstd[i] = rstds[r + i];
+        if (grad_out == nullptr) continue;
+        sum_row(cols, means_of_grad[i], [&](int64_t c, auto count, Vec<A>* sums) {
+          const Vec<A> scaled = grad(i, c, count) * weight_at(c, count);
+          if constexpr (Centred) sums[0] += scaled;
+          sums[1] += scaled * normal(i, c, count);
+        });
+        for (A& sum : means_of_grad[i]) sum /= static_cast<A>(cols);
       }
-      const T* grad_row = grad_out + r * cols;
-      const auto normed = [&](int64_t c, auto n) {
-        return (load_count<A>(x + c, n) - mean) * rstd;
-      };
-      const auto scaled = [&](int64_t c, auto n) {
-        const Vec<A> g = load_count<A>(grad_row + c, n);
-        return weight == nullptr ? g : g * load_count<A>(weight + c, n);
-      };
-      A mean_grad = 0;
-      if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
-      const A mean_product =
-          sum_row<A>(cols, [&](int64_t c, auto n) { return scaled(c, n) * normed(c, n); }) /
-          static_cast<A>(cols);
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        const Vec<A> g = load_count<A>(grad_row + c, n), normal = normed(c, n);
-        weight_sum.add(c, g * normal, n);
-        bias_sum.add(c, g, n);
-        finish(c, (scaled(c, n) - mean_grad - normal * mean_product) * rstd, n);
+      each_vector<A>(cols, [&](int64_t c, auto count) {
+        const Vec<A> w = weight_at(c, count);
+        Vec<A> weight_grad{}, bias_grad{};
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i++) {
+          Vec<A> dx{};
+          if (grad_out != nullptr) {
+            const Vec<A> g = grad(i, c, count), y = normal(i, c, count);
+            weight_grad += g * y;
+            bias_grad += g;
+            dx = (g * w - means_of_grad[i][0] - y * means_of_grad[i][1]) * rstd[i];
+          }
+          if (grad_summed != nullptr) dx += load_count<A>(grad_summed + (r + i) * cols + c, count);
+          if (grad_residual) grad_residual.put(r + i, c, dx, count);
+          grad_input.put(r + i, c, rows.dropped(i, dx, c, count), count);
+        }
+        weight_sum.add(c, weight_grad, count);
+        bias_sum.add(c, bias_grad, count);
       });
-      weight_sum.end_row();
-      bias_sum.end_row();
-    }
+      weight_sum.end_rows(many);
+      bias_sum.end_rows(many);
+    });
     weight_sum.fold();
     bias_sum.fold();
     end_stream();

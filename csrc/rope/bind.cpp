@@ -26,7 +26,7 @@ Rope checked(const Tensor& x, const Tensor& cos, const Tensor& sin, const Option
     FASTATTN_CHECK(tensor.sizes() == cos.sizes(), "sin must have the shape of cos");
     args.angles = tensor.size(dim - 1);
     FASTATTN_CHECK(2 * args.angles <= args.head_dim, name, " has more angles than x has pairs");
-    FASTATTN_CHECK(tensor.stride(dim - 1) == 1 || args.angles < 2, name,
+    FASTATTN_CHECK(tensor.stride(dim - 1) == 1 || args.angles == 1 || tensor.numel() == 0, name,
                    " must hold the angles of a row side by side");
     stride[0] = dim == 3 && tensor.size(0) > 1 ? tensor.stride(0) : 0;
     stride[1] = tensor.stride(dim - 2);

@@ -56,7 +56,7 @@ def keep(seed: Tensor, heads: int, rows: int, keys: int, dropout_p: float) -> Te
 def checked_seed(
     dropout_p: float, seed: int | Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """The seed as one int64, drawn from torch's generator where None is given; None without dropout.
+    """The seed as one int64, None without dropout; torch's generator draws one where None is given.
 
     Raises:
         TypeError, ValueError: `dropout_p` is no probability, or `seed` no seed or of no use.

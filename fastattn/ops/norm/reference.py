@@ -51,7 +51,7 @@ def layer_norm(
     not to be kept, the statistics [rows] are at least fp32.
     """
     summed = _sum(input, residual, seed, dims, dropout_p)
-    over = tuple(range(-dims, 0))
+    over = tuple(range(input.dim()))[-dims:]
     wide = _wide(summed)
     mean = wide.mean(over, keepdim=True)
     centred = wide - mean
@@ -73,7 +73,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, sum, rstd), as `layer_norm`."""
     summed = _sum(input, residual, seed, dims, dropout_p)
-    over = tuple(range(-dims, 0))
+    over = tuple(range(input.dim()))[-dims:]
     wide = _wide(summed)
     rstd = (wide.square().mean(over, keepdim=True) + eps).rsqrt()
     out = _affine(wide * rstd, weight, None).to(input.dtype)
