@@ -1,4 +1,5 @@
-"""What tests of kernels need: the error rule, poisoned memory, a chosen ISA, the table of cases.
+"""What tests of kernels need: the error rule, poison, a chosen ISA, and the table of cases;
+long because the cases of every function stand in it.
 
 The cases enumerate each public function with its features and the shapes that break kernels; `run`
 computes one of them, gradients included, on any kernel, dtype and memory layout:

@@ -35,17 +35,23 @@ FASTATTN_INLINE Vec<A> first_lanes(Vec<A> v, Count count) {
 
 // A row vector of parameters in the accumulation type, or null.
 template <class A>
-A* widened(Scratch& scratch, const void* from, Dtype dtype, int64_t cols) {
-  if (from == nullptr) return nullptr;
-  A* to = scratch.take<A>(cols);
+const A* widened(Scratch& scratch, const void* from, Dtype dtype, int64_t cols) {
+  const A* to = nullptr;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<Acc<T>, A>) {
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        store_count<A>(to + c, load_count<A>(static_cast<const T*>(from) + c, n), n);
-      });
-    } else if constexpr (std::is_same_v<T, float>) {  // fp32 parameters of an fp64 input
-      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<const float*>(from)[c];
+    const T* own = static_cast<const T*>(from);
+    if constexpr (std::is_same_v<T, A>) {
+      to = own;
+    } else if (from != nullptr) {
+      A* copy = scratch.take<A>(cols);
+      if constexpr (std::is_same_v<Acc<T>, A>) {
+        each_vector<A>(cols, [&](int64_t c, auto n) {
+          store_count<A>(copy + c, load_count<A>(own + c, n), n);
+        });
+      } else if constexpr (std::is_same_v<T, float>) {  // fp32 parameters of an fp64 input
+        for (int64_t c = 0; c < cols; c++) copy[c] = own[c];
+      }
+      to = copy;
     }
   });
   return to;
@@ -135,17 +141,20 @@ FASTATTN_INLINE void each_rows(int64_t begin, int64_t end, F&& f) {
   for (; r < end; r++) f(r, std::integral_constant<int, 1>{});
 }
 
-// Where rows of results go: past the caches if they are too many to be found there.
+// Where rows of results go: past the caches if they are too many to be found there. Not so in fresh
+// memory, which the kernel has just zeroed in the caches.
 template <class T>
 class Results {
  public:
-  Results(void* to, int64_t rows, int64_t cols)
-      : to_(static_cast<T*>(to)),
-        cols_(cols),
-        streams_(rows * cols * static_cast<int64_t>(sizeof(T)) >= kStreamed &&
-                 (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(cols) * sizeof(T)) %
-                         (sizeof(T) * lanes<Acc<T>>) ==
-                     0) {}
+  Results(void* to, int64_t rows, int64_t cols) : to_(static_cast<T*>(to)), cols_(cols) {
+    const int64_t size = rows * cols * static_cast<int64_t>(sizeof(T));
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(cols) * sizeof(T)) %
+            (sizeof(T) * lanes<Acc<T>>) ==
+        0;
+    streams_ = to != nullptr && size >= kStreamed && aligned &&
+               is_resident(static_cast<const char*>(to) + size / 2);
+  }
 
   explicit operator bool() const { return to_ != nullptr; }
 
