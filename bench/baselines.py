@@ -15,16 +15,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import Attention, Case, FeedForward, Linear, Model, Norm
+from bench.cases import Attention, Case, FeedForward, Linear, Model, Norm, Rope
 from bench.work import SEED, Work, differentiate
 
 
 class Recipe(NamedTuple):
-    """Inputs by name, per provider the function that takes them, and the function that is exact."""
+    """Inputs by name, per provider the function that takes them, and the function that is exact.
+
+    `kept` says what the dropout of a function of the inputs keeps; the oracle takes it as `keep`.
+    """
 
     inputs: dict[str, Tensor | None]
     functions: dict[str, Callable[..., Any]]
     oracle: Callable[..., Any]
+    kept: Callable[[Callable[..., Any], dict[str, Tensor | None]], Tensor] | None = None
+    outputs: tuple[str, ...] = ("output", "sum")
 
 
 def build(case: Case, *, compiled: bool = False) -> Work:
@@ -37,7 +42,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
 
         return models.build(case, compiled=compiled)
     torch.manual_seed(SEED)
-    inputs, functions, oracle = RECIPES[type(case)](case)
+    inputs, functions, oracle, kept, results = RECIPES[type(case)](case)
     dtype = getattr(torch, case.dtype)
     inputs = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
     if compiled:
@@ -64,7 +69,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
             for provider, function in functions.items()
         },
         exact=exact,
-        names=["output", "sum"][: len(outputs)] + [f"gradient of {name}" for name in leaves],
+        names=[*results[: len(outputs)], *(f"gradient of {name}" for name in leaves)],
         outputs=len(outputs),
         random=case.dropout > 0,
     )
@@ -125,10 +130,11 @@ def attention(case: Attention) -> Recipe:
         ]
         return torch.cat([checkpoint(eager, *one, use_reentrant=False) for one in heads], 1)
 
-    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, by_head)
+    functions = {"fused": fused, "eager": eager, "sdpa": sdpa}
+    return Recipe(inputs, functions, by_head, kept_weights)
 
 
-def kept(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
+def kept_weights(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
     """Bool [B, H, S, S]: which weights the dropout of `function` keeps under the seed.
 
     Read off its own output: with columns of the identity as values it returns the weights. The
@@ -159,16 +165,65 @@ def norm(case: Norm) -> Recipe:
     kernel = getattr(fastattn, case.kind)
 
     def fused(input, *, residual=None, **affine):
-        added = () if residual is None else (residual,)
-        return kernel(input, *added, shape, eps=1e-5, **affine)
+        if residual is None:
+            return kernel(input, shape, eps=1e-5, **affine)
+        options = {"dropout_p": case.dropout, "return_sum": not case.postnorm}
+        return kernel(input, residual, shape, eps=1e-5, **affine, **options)
 
-    def eager(input, *, residual=None, **affine):
+    def eager(input, *, residual=None, keep=None, **affine):
         if residual is None:
             return plain(input, shape, eps=1e-5, **affine)
-        summed = input + residual
-        return plain(summed, shape, eps=1e-5, **affine), summed
+        if keep is not None:
+            input = input * keep / (1 - case.dropout)
+        elif case.dropout:
+            input = F.dropout(input, case.dropout)
+        summed = residual + input
+        out = plain(summed, shape, eps=1e-5, **affine)
+        return out if case.postnorm else (out, summed)
 
-    return Recipe(inputs, {"fused": fused, "eager": eager}, eager)
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, kept_elements)
+
+
+def kept_elements(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Tensor:
+    """Bool (rows, cols): which elements the dropout of `function` keeps under the seed.
+
+    Read off the norm of ones that were dropped or not, plus zeros: what is kept lies above the
+    mean of its row.
+    """
+    probe = {"input": torch.ones_like(inputs["input"])}
+    probe["residual"] = torch.zeros_like(inputs["input"])
+    torch.manual_seed(SEED)
+    out = function(**inputs | probe)
+    normed = (out if isinstance(out, Tensor) else out[0]).detach()
+    affine = [inputs.get(name) for name in ("weight", "bias")]
+    weight, bias = (0 if t is None else t.detach() for t in affine)
+    return (normed - bias) / weight > 0
+
+
+def rope(case: Rope) -> Recipe:
+    """query (B, H, S, D) and key (B, Hkv, S, D), which lie in memory as (B, S, H, D)."""
+    shapes = {"query": case.heads, "key": case.kv_heads}
+    inputs = {
+        name: torch.randn(case.batch, case.seq, heads, case.head_dim).transpose(1, 2)
+        for name, heads in shapes.items()
+    }
+    frequencies = 10000 ** -(torch.arange(0, case.head_dim, 2) / case.head_dim)
+    angles = torch.arange(case.seq)[:, None] * frequencies  # [S, D / 2]
+    tables = angles.cos(), angles.sin()
+    doubled = [torch.cat((table, table), -1) for table in tables]  # as transformers holds them
+
+    def fused(query, key):
+        return fastattn.apply_rope(query, key, *tables)
+
+    def rotate_half(x):
+        return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+    def eager(query, key):
+        cos, sin = (table.to(query.dtype) for table in doubled)
+        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+    names = ("query", "key")
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, outputs=names)
 
 
 ACTIVATIONS = {
@@ -231,6 +286,7 @@ def feed_forward(case: FeedForward) -> Recipe:
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
     Attention: attention,
     Norm: norm,
+    Rope: rope,
     Linear: linear,
     FeedForward: feed_forward,
 }

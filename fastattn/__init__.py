@@ -5,6 +5,7 @@ from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kern
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.rope import apply_rope
 from fastattn.registry import explain
 
 from fastattn import nn  # isort: skip  last, for the modules are made of the functions above
@@ -16,6 +17,7 @@ __all__ = [
     "UnavailableKernelError",
     "add_layer_norm",
     "add_rms_norm",
+    "apply_rope",
     "attention",
     "backends",
     "explain",

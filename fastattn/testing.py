@@ -1,4 +1,5 @@
-"""What tests of kernels need: the error rule, poisoned memory, a chosen ISA, the table of cases.
+"""What tests of kernels need: the error rule, poison, a chosen ISA, and the table of cases;
+long because the cases of every function stand in it.
 
 The cases enumerate each public function with its features and the shapes that break kernels; `run`
 computes one of them, gradients included, on any kernel, dtype and memory layout:
@@ -173,9 +174,9 @@ class Draw(NamedTuple):
     """How to draw a tensor argument.
 
     kind: "normal"; "weight", normal over the square root of the last size; "fp32", normal and fp32
-    whatever the dtype of the case; "holes", normal with some -inf; "slopes", in (0, 1) and fp32;
-    "mask", bool with four fifths True and the first row all False. Only a floating tensor other
-    than slopes gets a gradient.
+    whatever the dtype of the case; "wide", normal and at least fp32; "holes", normal with some
+    -inf; "slopes", in (0, 1) and fp32; "mask", bool with four fifths True and the first row all
+    False. Only a floating tensor other than slopes gets a gradient.
     """
 
     shape: tuple[int, ...]
@@ -194,7 +195,9 @@ class Draw(NamedTuple):
             values /= math.sqrt(max(1, self.shape[-1]))
         if self.kind == "holes":
             values[torch.rand(self.shape, generator=generator) < 0.2] = -math.inf
-        return values.to(torch.float32 if self.kind == "fp32" else dtype)
+        if self.kind == "fp32" or (self.kind == "wide" and dtype != torch.float64):
+            dtype = torch.float32
+        return values.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -384,11 +387,12 @@ def _norm_cases(function: str) -> Iterator[Case]:
         dims: int = 1,
         weight: str | None = "normal",
         bias: str | None = "normal",
+        residual: str = "normal",
         **options: Any,
     ) -> Case:
         tensors = {"input": Draw(shape)}
         if added:
-            tensors["residual"] = Draw(shape)
+            tensors["residual"] = Draw(shape, residual)
         normalized = shape[len(shape) - dims :]
         if weight:
             tensors["weight"] = Draw(normalized, weight)
@@ -404,7 +408,22 @@ def _norm_cases(function: str) -> Iterator[Case]:
     yield case("weight_only", (40, 72), bias=None)
     yield case("two_dimensions", (2, 15, 6, 21), dims=2)
     yield case("few_columns", (500, 3))
+    yield case("many_columns", (2, 9000))
     yield case("no_rows", (0, 16))
+    if not added:
+        return
+    yield case("dropout", (70, 200), dropout_p=0.3, seed=2**62 + 12345)
+    yield case("fp32_residual", (5, 13, 50), residual="wide", weight="fp32")
+    yield case("sum_unwritten", (40, 130), return_sum=False)
+    yield case(
+        "everything",
+        (3, 15, 4, 30),
+        dims=2,
+        residual="wide",
+        dropout_p=0.2,
+        seed=7,
+        return_sum=False,
+    )
 
 
 def _linear_cases(function: str) -> Iterator[Case]:
@@ -470,6 +489,41 @@ def _ffn_cases(function: str) -> Iterator[Case]:
     yield case("no_hidden", (4,), (16, 0, 8), gated=False)
 
 
+def _rope_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        sizes: tuple[int, int, int, int, int],
+        angles: int,
+        tables: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> Case:
+        batch, heads, kv_heads, length, width = sizes
+        table = Draw((*(tables or (length,)), angles), "slopes")
+        tensors = {"query": Draw((batch, heads, length, width)), "cos": table, "sin": table}
+        if kv_heads:
+            tensors["key"] = Draw((batch, kv_heads, length, width))
+        else:
+            options["key"] = None
+        return Case(function, name, tensors, options)
+
+    yield case("plain", (2, 3, 3, 50, 64), 32)
+    yield case("interleaved", (2, 3, 3, 50, 64), 32, interleaved=True)
+    yield case("partial", (2, 4, 2, 33, 40), 12)
+    yield case("partial_interleaved", (2, 4, 2, 33, 40), 12, interleaved=True)
+    yield case("odd_sizes", (3, 5, 1, 7, 13), 5)
+    yield case("odd_sizes_interleaved", (3, 5, 1, 7, 13), 5, interleaved=True)
+    yield case("angles_of_batches", (2, 3, 1, 20, 32), 16, tables=(2, 20))
+    yield case("one_row", (1, 8, 2, 1, 128), 64, tables=(1, 1))
+    yield case("query_alone", (2, 3, 0, 17, 24), 12)
+    positions = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    yield case("positions", (2, 3, 1, 5, 32), 16, tables=(10,), positions=positions)
+    yield case(
+        "shared_positions", (2, 3, 1, 5, 32), 8, (10,), positions=positions[0], interleaved=True
+    )
+    yield case("no_angles", (2, 2, 2, 5, 8), 0)
+    yield case("no_rows", (2, 2, 2, 0, 8), 4)
+
+
 _TABLE = {
     "attention": _attention_cases,
     "scaled_dot_product_attention": _attention_cases,
@@ -479,6 +533,7 @@ _TABLE = {
     "add_rms_norm": _norm_cases,
     "linear": _linear_cases,
     "ffn": _ffn_cases,
+    "apply_rope": _rope_cases,
 }
 
 

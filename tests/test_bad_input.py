@@ -51,6 +51,13 @@ GOOD: dict[str, dict[str, Any]] = {
         "gate_bias": randn(9),
         "down_bias": randn(5),
     },
+    "apply_rope": {
+        "query": randn(2, 4, 5, 8),
+        "key": randn(2, 2, 5, 8),
+        "cos": randn(7, 4),
+        "sin": randn(7, 4),
+        "positions": torch.tensor([0, 3, 6, 1, 2]),
+    },
 }
 for _name in ("layer_norm", "rms_norm"):
     GOOD[f"add_{_name}"] = GOOD[_name] | {"residual": randn(3, 8)}
@@ -77,10 +84,14 @@ FINE = {
     ("scaled_dot_product_attention", "attn_mask", "0-dimensional"),
     ("attention", "value", "too long"),
     ("scaled_dot_product_attention", "value", "too long"),
+    ("apply_rope", "positions", "an integer dtype"),
+    ("apply_rope", "cos", "another dtype"),
+    ("apply_rope", "sin", "another dtype"),
     ("linear", "input", "of too many dimensions"),
     ("ffn", "input", "of too many dimensions"),
     *((name, "input", "of too many dimensions") for name in ("layer_norm", "rms_norm")),
     *((name, "input", "another dtype") for name in ("layer_norm", "rms_norm")),
+    *((name, "input", "another dtype") for name in ("add_layer_norm", "add_rms_norm")),
     *(
         ("scaled_dot_product_attention", name, "of too many dimensions")
         for name in ("query", "key", "value")
@@ -182,8 +193,45 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
             ({"normalized_shape": None}, TypeError, "normalized_shape"),
         )
     ),
-    ("add_rms_norm", {"residual": randn(3, 1)}, ValueError, "residual"),
-    ("add_rms_norm", {"residual": None}, TypeError, "residual"),
+    *(
+        (name, options, error, match)
+        for name in ("add_layer_norm", "add_rms_norm")
+        for options, error, match in (
+            ({"residual": randn(3, 1)}, ValueError, "residual"),
+            ({"residual": None}, TypeError, "residual"),
+            ({"residual": randn(3, 8).double()}, TypeError, "residual"),
+            ({"input": randn(3, 8).double(), "weight": None}, TypeError, "residual"),
+            ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+            ({"dropout_p": NAN}, ValueError, "dropout_p"),
+            ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
+            ({"dropout_p": 0.1, "seed": -1}, ValueError, "seed"),
+            ({"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed"),
+            ({"seed": 3}, ValueError, "seed"),
+            ({"return_sum": 0}, TypeError, "return_sum"),
+        )
+    ),
+    ("apply_rope", {"query": randn(2, 4, 8)}, ValueError, "query"),
+    ("apply_rope", {"query": randn(2, 4, 5, 7)}, ValueError, "key"),
+    ("apply_rope", {"query": randn(2, 4, 5, 7), "key": None}, ValueError, r"cos.*D = 7"),
+    ("apply_rope", {"key": randn(3, 2, 5, 8)}, ValueError, "key"),
+    ("apply_rope", {"key": randn(2, 2, 6, 8)}, ValueError, "key"),
+    ("apply_rope", {"cos": randn(7, 3)}, ValueError, "cos"),
+    ("apply_rope", {"cos": randn(2, 7, 4), "sin": randn(2, 7, 4)}, ValueError, "cos"),
+    ("apply_rope", {"positions": None}, ValueError, "cos"),
+    ("apply_rope", {"positions": torch.zeros(3, 5).long()}, ValueError, "positions"),
+    ("apply_rope", {"positions": torch.zeros(5)}, TypeError, "positions"),
+    *(
+        ("apply_rope", {"positions": torch.tensor([0, 1, bad, 0, 0])}, ValueError, "positions")
+        for bad in (7, -1, 2**62, -(2**63))
+    ),
+    ("apply_rope", {"interleaved": 1}, TypeError, "interleaved"),
+    ("apply_rope", {"inplace": None}, TypeError, "inplace"),
+    (
+        "apply_rope",
+        {"query": randn(2, 1, 5, 8).expand(2, 4, 5, 8), "inplace": True},
+        ValueError,
+        "query.*strides",
+    ),
     *(("linear", {"activation": bad}, ValueError, "activation") for bad in ("tanh", 3, "")),
     *(("ffn", {"activation": bad}, ValueError, "activation") for bad in ("tanh", None)),
     ("ffn", {"gate_weight": None}, ValueError, "gate_bias"),

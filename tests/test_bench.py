@@ -169,7 +169,7 @@ def test_dropout_mask_is_read_off_the_call_itself():
     inputs = {"value": torch.randn(2, 3, 7, 4)}
     torch.manual_seed(SEED)
     expected = F.dropout(weights, 0.5) != 0
-    found = baselines.kept(lambda value: F.dropout(weights, 0.5) @ value, inputs)
+    found = baselines.kept_weights(lambda value: F.dropout(weights, 0.5) @ value, inputs)
     assert torch.equal(found, expected)
     assert 0.3 < expected.float().mean() < 0.7
 

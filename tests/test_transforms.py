@@ -34,6 +34,7 @@ NORM = {"input": (2, 5), "weight": (5,)}
 LINEAR = {"input": (2, 3), "weight": (4, 3), "bias": (4,)}
 FFN = {"input": (2, 3), "up_weight": (4, 3), "down_weight": (2, 4)}
 BIASES = {"up_bias": (4,), "down_bias": (2,)}
+ANGLES = {"cos": Draw((3, 2), "slopes"), "sin": Draw((3, 2), "slopes")}
 TINY = [
     tiny("attention", {"causal": True, "softcap": 2.0, "return_lse": True}, **QKV, bias=(2, 3, 4)),
     tiny("attention", {"dropout_p": 0.4, "seed": 5}, **QKV, sinks=(2,), mask=Draw((3, 4), "mask")),
@@ -41,11 +42,25 @@ TINY = [
     tiny("scaled_dot_product_attention", {"enable_gqa": True}, **QKV, attn_mask=(3, 4)),
     tiny("layer_norm", {"normalized_shape": [5]}, **NORM, bias=(5,)),
     tiny("add_layer_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
+    tiny(
+        "add_layer_norm",
+        {"normalized_shape": [5], "dropout_p": 0.4, "seed": 5, "return_sum": False},
+        **NORM,
+        residual=(2, 5),
+    ),
     tiny("rms_norm", {"normalized_shape": [5]}, **NORM),
     tiny("add_rms_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
+    tiny(
+        "add_rms_norm",
+        {"normalized_shape": [5], "dropout_p": 0.4, "seed": 5},
+        **NORM,
+        residual=(2, 5),
+    ),
     *(tiny("linear", {"activation": a}, **LINEAR) for a in (None, "gelu", "gelu_tanh", "silu")),
     tiny("ffn", {"activation": "gelu"}, **FFN, **BIASES),
     tiny("ffn", {"activation": "silu"}, **FFN, gate_weight=(4, 3), gate_bias=(4,)),
+    tiny("apply_rope", {}, query=(1, 2, 3, 5), key=(1, 1, 3, 5), **ANGLES),
+    tiny("apply_rope", {"key": None, "interleaved": True}, query=(2, 1, 3, 4), **ANGLES),
 ]
 by_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.function)
 
@@ -118,11 +133,12 @@ ONE_EACH = [
     "attention-everything",
     "scaled_dot_product_attention-float_mask",
     "layer_norm-odd_sizes",
-    "add_layer_norm-plain",
+    "add_layer_norm-dropout",
     "rms_norm-plain",
-    "add_rms_norm-odd_sizes",
+    "add_rms_norm-everything",
     "linear-gelu",
     "ffn-silu_gated",
+    "apply_rope-positions",
 ]
 by_one_each = pytest.mark.parametrize("case_id", ONE_EACH)
 

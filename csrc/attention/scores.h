@@ -57,8 +57,7 @@ class Scores {
         slope_(in.alibi_slopes == nullptr ? A{0}
                                           : static_cast<A>(in.alibi_slopes[b * in.heads + h])),
         plain_(in.softcap == 0 && in.bias.data == nullptr && in.alibi_slopes == nullptr),
-        threshold_(drop_threshold(in.dropout_p)),
-        kept_(static_cast<A>(in.dropout_p < 1 ? 1 / (1 - in.dropout_p) : 0)) {}
+        dropout_(in.dropout_p, in.seed) {}
 
   // The factor by which a query is multiplied before the product.
   static A query_factor(const Attention& in) {
@@ -87,17 +86,10 @@ class Scores {
   // 0 or 1 / (1 - p) for the keys j ... j + width of query i; j is a multiple of kPhiloxBlock.
   void dropout(int64_t i, int64_t j, int64_t width, A* factors) const {
     const auto head = static_cast<uint32_t>(b_ * in_.heads + h_);
-    for (int64_t c = 0; c < width; c += kPhiloxBlock)
-      dropout_factors(in_.seed, head, static_cast<uint32_t>(i), (j + c) / kPhiloxBlock, threshold_,
-                      kept_, factors + c);
+    dropout_.factors(head, static_cast<uint32_t>(i), j, width, factors);
   }
 
  private:
-  static uint32_t drop_threshold(double p) {
-    const double scaled = std::nearbyint(p * 4294967296.0);
-    return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
-  }
-
   void add_terms(A* row, int64_t i, int64_t j, int64_t count, A* cap_slope) const {
     const A log2e = static_cast<A>(kLog2e);
     if (in_.softcap != 0) {
@@ -146,8 +138,7 @@ class Scores {
   int64_t b_, h_;
   A slope_;
   bool plain_;
-  uint32_t threshold_;
-  A kept_;
+  Dropout<A> dropout_;
 };
 
 // Whether something can be invisible, so that what is hidden must be kept from leaking.

@@ -106,6 +106,18 @@ void prefer_huge_pages(void* memory, size_t size) {
 #endif
 }
 
+bool is_resident(const void* memory) {
+#if defined(__linux__)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char found = 0;
+  const auto start = reinterpret_cast<uintptr_t>(memory) / page * page;
+  return mincore(reinterpret_cast<void*>(start), page, &found) == 0 && (found & 1);
+#else
+  (void)memory;
+  return false;
+#endif
+}
+
 Scratch::Scratch() : mark_(arena.used) { arena.depth++; }
 
 Scratch::~Scratch() {

@@ -32,6 +32,9 @@ int64_t cache_bytes();
 // than the arithmetic of a norm on it.
 void prefer_huge_pages(void* memory, size_t size);
 
+// Whether a page of memory is there already, or will be zeroed when it is first touched.
+bool is_resident(const void* memory);
+
 // A stack of scratch memory in the calling thread; what an object took is released with it.
 // Contents are undefined, and NaN while tests poison it. Aligned to 64 bytes.
 class Scratch {

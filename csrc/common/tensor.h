@@ -40,11 +40,11 @@ inline Dtype dtype_of(const Tensor& tensor) {
 // The dtype of statistics of a tensor: fp64 for fp64, else fp32.
 inline Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-inline Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
                                                   codes[static_cast<int>(dtype)],
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
@@ -56,9 +56,27 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<
                     Dtype dtype) {
   return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype);
 }
+inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;)
+    strides[dim - 1] = strides[dim] * std::max<int64_t>(1, sizes[dim]);
+  return empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
 inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
 inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
   return empty({rows, cols}, {cols, 1}, dtype);
+}
+
+// A contiguous tensor of the sizes of `other`.
+inline Tensor empty_like(const Tensor& other, Dtype dtype) {
+  return empty({other.sizes().begin(), other.sizes().end()}, dtype);
+}
+
+// The same but for the last dimension.
+inline Tensor empty_rows(const Tensor& other, int64_t columns, Dtype dtype) {
+  std::vector<int64_t> sizes(other.sizes().begin(), other.sizes().end());
+  sizes.back() = columns;
+  return empty(sizes, dtype);
 }
 
 // The number of rows of a contiguous tensor [..., columns], all leading dimensions taken as one.
@@ -68,16 +86,6 @@ inline int64_t rows_of(const char* name, const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < tensor.dim(); i++) rows *= tensor.size(i);
   return rows;
-}
-
-// A contiguous tensor with the leading dimensions of `rows` and `columns` in the last.
-inline Tensor empty_rows(const Tensor& rows, int64_t columns, Dtype dtype) {
-  std::vector<int64_t> sizes(static_cast<size_t>(rows.dim()), columns), strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i-- > 0;) {
-    sizes[i] = rows.size(static_cast<int64_t>(i));
-    strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
-  }
-  return empty(rows.dim(), sizes.data(), strides.data(), dtype);
 }
 
 inline void check_rows(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {

@@ -37,7 +37,7 @@ void* write(const Tensor& tensor, bool wanted) {
 // A gradient like `tensor` to be written, or an empty tensor where none is wanted.
 Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype) {
   if (!wanted || !tensor.has_value()) return empty(0, dtype);
-  return empty_rows(*tensor, tensor->size(tensor->dim() - 1), dtype);
+  return empty_like(*tensor, dtype);
 }
 
 // [rows, columns] for what forward keeps, or an empty tensor where it keeps nothing.

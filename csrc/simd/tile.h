@@ -20,11 +20,6 @@ struct Tile {
   static constexpr int cols = vecs * lanes<A>;
 };
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The A operand of a tile: element (i, k) is data[i * row + k * depth]. While a tile is computed,
 // what lies `ahead` elements further is fetched into the cache.
 template <class A>

@@ -39,6 +39,11 @@ using VecU = Vector<uint32_t, lanes<float>>;
 using VecI = Vector<int32_t, lanes<float>>;
 using VecH = Vector<uint16_t, lanes<float>>;
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class To, class From>
 FASTATTN_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -123,6 +128,34 @@ FASTATTN_INLINE void store(bf16* to, Vec<float> from) {
 FASTATTN_INLINE void store(f16* to, Vec<float> from) {
   const VecH half = narrow_f16(from);
   std::memcpy(to, &half, sizeof(half));
+}
+
+// Stores past the caches what no one will find there anyhow, so that memory is not read before it
+// is written. `to` is aligned to what is stored; `end_stream` comes before another thread may look.
+template <class A, class T>
+FASTATTN_INLINE void stream(T* to, Vec<A> from) {
+  T part[lanes<A>];
+  store(part, from);
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  if constexpr (sizeof(part) == 64) {
+    __m512i whole;
+    std::memcpy(&whole, part, sizeof(part));
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), whole);
+  }
+#endif
+#if defined(__AVX2__) && FASTATTN_LANES >= 8
+  if constexpr (sizeof(part) == 32) {
+    __m256i whole;
+    std::memcpy(&whole, part, sizeof(part));
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), whole);
+  }
+#endif
+  std::memcpy(to, part, sizeof(part));
+}
+FASTATTN_INLINE void end_stream() {
+#if defined(__AVX2__) && FASTATTN_LANES >= 8
+  _mm_sfence();
+#endif
 }
 
 // The first `count` elements, 0 < count < lanes; the others load as 0.

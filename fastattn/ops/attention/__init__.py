@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
+from fastattn.ops import philox
 from fastattn.ops.attention import reference
 
 SCHEMA = (
@@ -137,23 +138,6 @@ def _bounds(
     return left, 0 if causal else right
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed must hold one int64 on {device}, got {seed.numel()} of {seed.dtype} "
-                f"on {seed.device}"
-            )
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
-
-
 def _attention_args(
     query: Tensor,
     key: Tensor,
@@ -212,11 +196,6 @@ def _attention_args(
         checks.finite("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    checks.finite("dropout_p", dropout_p)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p == 0 and seed is not None:
-        raise ValueError("seed is of use only with dropout_p > 0, got dropout_p = 0")
     return (
         query,
         key,
@@ -225,7 +204,7 @@ def _attention_args(
         bias,
         alibi_slopes,
         sinks,
-        _seed(seed, query.device) if dropout_p else None,
+        philox.checked_seed(dropout_p, seed, query.device),
         kv_len - q_len if align == "bottom_right" else 0,
         left,
         right,

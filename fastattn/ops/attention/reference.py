@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.ops.attention import philox
+from fastattn.ops import philox
 
 
 def visible(
@@ -99,7 +99,7 @@ def attention(
     lse = (highest + torch.log(total)).squeeze(-1)
     weights = weights[..., :kv_len] / total.masked_fill(total == 0, 1)
     if dropout_p:
-        kept = philox.keep(seed, batch, heads, q_len, kv_len, dropout_p)
+        kept = philox.keep(seed, batch * heads, q_len, kv_len, dropout_p).view(weights.shape)
         weights = (
             (weights / (1 - dropout_p)).masked_fill(~kept, 0) if dropout_p < 1 else weights * 0
         )
