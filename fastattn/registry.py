@@ -55,6 +55,7 @@ def op(
     backward_schema: str,
     *,
     reference: Callable[..., tuple[torch.Tensor, ...]],
+    fake: Callable[..., tuple[torch.Tensor, ...]] | None = None,
     backward_fake: Callable[..., tuple[torch.Tensor, ...]],
     backward_arguments: Callable[..., tuple],
     derivative: Callable[..., Tensors],
@@ -64,9 +65,10 @@ def op(
 ) -> Op:
     """Define `fastattn::<name>_fwd` and `_bwd`, with the reference as their fallback on any device.
 
-    The forward reference also computes output shapes on fake tensors. The backward op needs none of
-    its own: `backward_arguments(*backward_args)` gives the forward arguments and the gradients from
-    which autograd over the reference derives it.
+    The forward reference also computes output shapes on fake tensors, unless `fake` is given
+    because the reference reads values. The backward op needs none of its own:
+    `backward_arguments(*backward_args)` gives the forward arguments and the gradients from which
+    autograd over the reference derives it.
     """
     name = schema.split("(", 1)[0].removesuffix("_fwd")
     record = Op(name, reference, derivative, kernels, differentiable, keep)
@@ -82,14 +84,14 @@ def op(
                 out.zero_() if grad is None else out.copy_(grad)
         return outs
 
-    for definition, implementation, fake in (
-        (schema, reference, reference),
+    for definition, implementation, shapes in (
+        (schema, reference, fake or reference),
         (backward_schema, reference_backward, backward_fake),
     ):
         qualified = "fastattn::" + definition.split("(", 1)[0]
         torch.library.define(qualified, definition[definition.index("(") :])
         torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
-        torch.library.register_fake(qualified, fake)
+        torch.library.register_fake(qualified, shapes)
     object.__setattr__(record, "forward", getattr(torch.ops.fastattn, f"{name}_fwd").default)
     object.__setattr__(record, "backward", getattr(torch.ops.fastattn, f"{name}_bwd").default)
     object.__setattr__(record, "function", _function(record))

@@ -20,6 +20,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -174,14 +175,18 @@ class Draw(NamedTuple):
 
     kind: "normal"; "weight", normal over the square root of the last size; "fp32", normal and fp32
     whatever the dtype of the case; "holes", normal with some -inf; "slopes", in (0, 1) and fp32;
-    "mask", bool with four fifths True and the first row all False. Only a floating tensor other
+    "mask", bool with four fifths True and the first row all False; "distinct", normal and never
+    laid out as "expanded"; "numbers", int64 and not drawn but given. Only a floating tensor other
     than slopes gets a gradient.
     """
 
     shape: tuple[int, ...]
     kind: str = "normal"
+    values: tuple[int, ...] = ()
 
     def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        if self.kind == "numbers":
+            return torch.tensor(self.values).reshape(self.shape)
         if self.kind == "mask":
             mask = torch.rand(self.shape, generator=generator) < 0.8
             if mask.dim() > 1 and mask.shape[-2] > 1:
@@ -220,7 +225,10 @@ class Case:
         """The tensor arguments; values depend on the case alone, except that "expanded" repeats."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
         return {
-            name: laid_out(draw.draw(generator, dtype), layout)
+            name: laid_out(
+                draw.draw(generator, dtype),
+                "contiguous" if (layout, draw.kind) == ("expanded", "distinct") else layout,
+            )
             for name, draw in self.tensors.items()
         }
 
@@ -236,6 +244,11 @@ class Case:
             for name, tensor in tensors.items()
             if tensor.is_floating_point() and self.tensors[name].kind != "slopes"
         ]
+
+
+def numbers(*values: int) -> Draw:
+    """An argument of one dimension that holds these numbers."""
+    return Draw((len(values),), "numbers", values)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -375,6 +388,50 @@ def _attention_cases(function: str) -> Iterator[Case]:
     yield case("no_keys", (2, 2, 2, 5, 0, 8, 8), refused="empty", return_lse=True)
 
 
+def _varlen_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        q_lens: tuple[int, ...],
+        kv_lens: tuple[int, ...],
+        sizes: tuple[int, int, int, int],
+        *,
+        refused: str = "",
+        tensors: Mapping[str, Draw] | None = None,
+        **options: Any,
+    ) -> Case:
+        heads, kv_heads, head_dim, value_dim = sizes
+        drawn = {
+            "query": Draw((sum(q_lens), heads, head_dim), "distinct"),
+            "key": Draw((sum(kv_lens), kv_heads, head_dim), "distinct"),
+            "value": Draw((sum(kv_lens), kv_heads, value_dim), "distinct"),
+            "cu_seqlens_q": numbers(0, *accumulate(q_lens)),
+            "cu_seqlens_k": numbers(0, *accumulate(kv_lens)),
+        }
+        return Case(function, name, drawn | dict(tensors or {}), options, refused=refused)
+
+    lengths = (5, 70, 1, 33)
+    yield case("plain", lengths, lengths, (3, 3, 16, 16))
+    yield case("causal", lengths, lengths, (2, 2, 16, 16), causal=True, max_seqlen_q=70)
+    yield case("one_sequence", (70,), (130,), (2, 1, 24, 24), return_lse=True)
+    yield case("no_rows", (0, 40, 0, 3, 7), (9, 0, 0, 50, 8), (2, 2, 16, 8), return_lse=True)
+    yield case("long_and_short", (3, 900, 2), (2, 800, 5), (1, 1, 16, 16), causal=True)
+    yield case(
+        "everything",
+        (20, 61, 0, 130),
+        (50, 61, 3, 100),
+        (4, 2, 24, 40),
+        tensors={"alibi_slopes": Draw((4, 4), "slopes"), "sinks": Draw((4,))},
+        causal=True,
+        align="top_left",
+        window=(40, None),
+        softcap=4.0,
+        dropout_p=0.2,
+        seed=7,
+        return_lse=True,
+    )
+    yield case("nothing", (0, 0), (0, 4), (2, 2, 8, 8), refused="empty", return_lse=True)
+
+
 def _norm_cases(function: str) -> Iterator[Case]:
     added, centred = function.startswith("add_"), function.endswith("layer_norm")
 
@@ -472,6 +529,7 @@ def _ffn_cases(function: str) -> Iterator[Case]:
 
 _TABLE = {
     "attention": _attention_cases,
+    "attention_varlen": _varlen_cases,
     "scaled_dot_product_attention": _attention_cases,
     "layer_norm": _norm_cases,
     "add_layer_norm": _norm_cases,

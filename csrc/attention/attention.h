@@ -13,11 +13,17 @@ template <class Pointer>
 struct View {
   Pointer data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
+  int64_t first = 0;  // elements in front of the first
 };
 using Source = View<const void*>;
 using Target = View<void*>;
 
 constexpr int64_t kUnbounded = int64_t{1} << 60;
+
+// One sequence of a batch: its number there, where its queries and keys begin, and its `offset`.
+struct Sequence {
+  int64_t index, query, q_len, key, kv_len, offset;
+};
 
 struct Attention {
   Dtype dtype;
@@ -34,18 +40,25 @@ struct Attention {
   int64_t offset, left, right;
   double scale, softcap, dropout_p;
   uint64_t seed;
+  // The sequences of a packed batch, longest first, for tensors with a batch stride of 0; null
+  // where all are of length q_len and kv_len.
+  const Sequence* packed = nullptr;
+  // There is one number a row of `rows` in lse and its like; that of query i, head h and sequence b
+  // is at b * row_stride[0] + h * row_stride[1] + i.
+  int64_t rows, row_stride[2];
+  int64_t index = 0, first_query = 0, first_key = 0, first_row = 0;  // of the sequence in hand
 };
 
 struct AttentionForward {
   Attention in;
   Target out;  // [B, H, Sq, Dv]
-  void* lse;   // [B, H, Sq], at least fp32, natural logarithm
+  void* lse;   // [rows], at least fp32, natural logarithm
 };
 
 struct AttentionBackward {
   Attention in;
   Source grad_out;       // [B, H, Sq, Dv]; null: zero
-  const void* grad_lse;  // [B, H, Sq], at least fp32; null: zero
+  const void* grad_lse;  // [rows], at least fp32; null: zero
   Source out;
   const void* lse;
   Target grad_query, grad_key, grad_value;

@@ -30,12 +30,23 @@ def philox_4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def keep(seed: Tensor, batch: int, heads: int, q_len: int, kv_len: int, dropout_p: float) -> Tensor:
-    """Bool [batch, heads, q_len, kv_len], True = kept, from a seed of one int64."""
+def keep(
+    seed: Tensor,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    dropout_p: float,
+    first_head: int = 0,
+) -> Tensor:
+    """Bool [batch, heads, q_len, kv_len], True = kept, from a seed of one int64.
+
+    Heads are counted over the batch, from `first_head` on.
+    """
     seed = seed.reshape(())
     key = torch.arange(kv_len, device=seed.device)
     row = torch.arange(q_len, device=seed.device)
-    head = torch.arange(batch * heads, device=seed.device)
+    head = torch.arange(batch * heads, device=seed.device) + first_head
     words = philox_4x32_10(
         [
             (key // BLOCK * LANES + key % LANES)[None, None],
