@@ -3,6 +3,7 @@
 from fastattn._library import isa
 from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kernel
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention.decode import attention_decode
 from fastattn.ops.attention.varlen import attention_varlen
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "backends",
     "explain",

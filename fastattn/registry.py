@@ -14,8 +14,8 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
-OPS: dict[str, Op] = {}
-FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op]] = {}
+OPS: dict[str, Op | InferenceOp] = {}
+FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op | InferenceOp]] = {}
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, which torch.compile needs
@@ -99,7 +99,57 @@ def op(
     return record
 
 
-def function(name: str, prepare: Callable[..., tuple], record: Op) -> None:
+@dataclass(frozen=True, eq=False)
+class InferenceOp:
+    """A torch op without a derivative, which may write into its arguments."""
+
+    name: str
+    reference: Callable[..., Any]
+    kernels: dict[str, Callable[..., list[str]]]
+    forward: Any
+    written: tuple[int, ...]  # the arguments that the schema marks as written to
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op on the kernel that dispatch chooses."""
+        if dispatch.choose(self, args).kernel == "reference":
+            return self.reference(*args)
+        outs = self.forward(*args)
+        if not torch.compiler.is_compiling():  # else autograd would miss what a kernel wrote
+            for i in self.written:
+                if not args[i].is_inference():
+                    torch.autograd.graph.increment_version(args[i])
+        return outs
+
+
+def inference_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernels: dict[str, Callable[..., list[str]]],
+) -> InferenceOp:
+    """Define `fastattn::<name>`, with the reference as its fallback on any device.
+
+    `fake` computes output shapes. Arguments that the op writes to bear an alias annotation with an
+    exclamation mark in the schema.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"fastattn::{name}"
+    torch.library.define(qualified, schema[len(name) :])
+    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    torch.library.register_fake(qualified, fake)
+    forward = getattr(torch.ops.fastattn, name).default
+    written = tuple(
+        i
+        for i, argument in enumerate(forward._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    record = InferenceOp(name, reference, kernels, forward, written)
+    OPS[name] = record
+    return record
+
+
+def function(name: str, prepare: Callable[..., tuple], record: Op | InferenceOp) -> None:
     """Let `fastattn.explain(name, ...)` know how public arguments become the op's."""
     FUNCTIONS[name] = (prepare, record)
 

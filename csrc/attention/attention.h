@@ -1,4 +1,4 @@
-// Attention over blocks of keys with an online softmax, forward and backward.
+// Attention over blocks of keys with an online softmax, forward and backward, and to a cache.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +40,9 @@ struct Attention {
   int64_t offset, left, right;
   double scale, softcap, dropout_p;
   uint64_t seed;
-  // The sequences of a packed batch, longest first, for tensors with a batch stride of 0; null
-  // where all are of length q_len and kv_len.
-  const Sequence* packed = nullptr;
+  // The sequences of a batch of unequal lengths, longest first; null where all have q_len queries
+  // and kv_len keys. Packed ones lie in tensors with a batch stride of 0.
+  const Sequence* sequences = nullptr;
   // There is one number a row of `rows` in lse and its like; that of query i, head h and sequence b
   // is at b * row_stride[0] + h * row_stride[1] + i.
   int64_t rows, row_stride[2];
@@ -68,7 +68,44 @@ struct AttentionBackward {
   double* grad_sinks;  // [H] or null
 };
 
+// Position p of sequence b lies at slot p % size of page pages[b * columns + p / size] of a cache
+// [pages, Hkv, size, D]. A cache of whole sequences has one page for each.
+struct Paging {
+  const int64_t* pages;
+  int64_t columns, size;
+};
+
+// Rotary embedding of the first 2 * pairs elements of a row, by the row of its position in two
+// tables [positions, pairs].
+struct Rotary {
+  Source cos, sin;
+  Dtype dtype;
+  int64_t pairs = 0;
+  bool interleaved;  // pairs are neighbours, not half of the elements apart
+};
+
+struct AttentionDecode {
+  Attention in;  // key and value are in the caches
+  Source key_cache, value_cache;
+  Paging paging;
+  Rotary rotary;  // of the queries
+  Target out;     // [B, H, Sq, Dv]
+  void* lse;      // [rows], at least fp32, natural logarithm
+};
+
+struct AttentionAppend {
+  Dtype dtype;
+  int64_t batch, kv_heads, new_len, head_dim, value_dim;
+  Source key, value;  // [B, Hkv, new_len, D]
+  Target key_cache, value_cache;
+  Paging paging;
+  const int64_t* lengths;  // [B], of the sequences so far
+  Rotary rotary;           // of the keys
+};
+
 FASTATTN_KERNEL(attention_forward, AttentionForward)
 FASTATTN_KERNEL(attention_backward, AttentionBackward)
+FASTATTN_KERNEL(attention_decode, AttentionDecode)
+FASTATTN_KERNEL(attention_append, AttentionAppend)
 
 }  // namespace fastattn

@@ -109,43 +109,17 @@ class ForwardTask {
     A* row = block.weights + r * kKeys;
     const int64_t width = round_up(key_count, lanes<A>);
     scores.finish(row, i, j, key_count, width, nullptr);
-    Vec<A> top = set<A>(block.row_max[r]);
-    for (int64_t c = 0; c < width; c += lanes<A>) top = max(top, load<A>(row + c));
-    const A before = block.row_max[r];
-    A now = highest<A>(top);
-    if (now == minus_infinity<A>) {
-      // Nothing is visible, unless it is NaN, which no comparison finds.
-      now = 0;
-      for (int64_t c = 0; c < width; c++)
-        if (row[c] != row[c]) now = row[c];
-      if (now == 0) {
-        std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
-        return;
+    const A before = block.row_max[r], total = weigh(row, width, block.row_max[r]);
+    const A now = block.row_max[r];
+    if (before != now && before != minus_infinity<A>) {
+      const A rescale = std::exp2(before - now);
+      block.row_sum[r] *= rescale;
+      for (int64_t c = 0; c < value_width_; c += lanes<A>) {
+        A* out = block.out + r * value_width_ + c;
+        store(out, load<A>(out) * rescale);
       }
     }
-    Vec<A> sums[4] = {};  // short chains, for their error as for their overlap
-    const auto weigh = [&](int64_t c, Vec<A>& total) {
-      const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
-      total += weight;
-      store(row + c, weight);
-    };
-    int64_t done = 0;
-    for (; done + 4 * lanes<A> <= width; done += 4 * lanes<A>)
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) weigh(done + part * lanes<A>, sums[part]);
-    for (; done < width; done += lanes<A>) weigh(done, sums[0]);
-    if (before != now) {
-      if (before != minus_infinity<A>) {
-        const A rescale = std::exp2(before - now);
-        block.row_sum[r] *= rescale;
-        for (int64_t c = 0; c < value_width_; c += lanes<A>) {
-          A* out = block.out + r * value_width_ + c;
-          store(out, load<A>(out) * rescale);
-        }
-      }
-      block.row_max[r] = now;
-    }
-    block.row_sum[r] += sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    block.row_sum[r] += total;
     if (in_.dropout_p > 0) {
       scores.dropout(i, j, width, block.factors);
       for (int64_t c = 0; c < width; c += lanes<A>)

@@ -38,7 +38,7 @@ View<Pointer> sequence(View<Pointer> view, int64_t index, int64_t row) {
 }
 inline Attention sequence(const Attention& in, int64_t n) {
   const Sequence own =
-      in.packed != nullptr ? in.packed[n] : Sequence{n, 0, in.q_len, 0, in.kv_len, in.offset};
+      in.sequences != nullptr ? in.sequences[n] : Sequence{n, 0, in.q_len, 0, in.kv_len, in.offset};
   Attention one = in;
   one.index = own.index;
   one.q_len = own.q_len;
@@ -88,6 +88,7 @@ class Pieces {
     for (int64_t n = 0; n < sequences; n++) first_[n + 1] = first_[n] + count(n);
   }
   int64_t total() const { return first_[sequences_]; }
+  int64_t first(int64_t n) const { return first_[n]; }
   int64_t count(int64_t n) const { return first_[n + 1] - first_[n]; }
   Piece operator[](int64_t piece) const {
     int64_t low = 0, high = sequences_;
@@ -226,6 +227,39 @@ class Scores {
   uint32_t threshold_;
   A kept_;
 };
+
+// Logits become weights relative to the highest of them and of `top`, which rises to it. Returns
+// the sum of the weights.
+template <class A>
+A weigh(A* row, int64_t width, A& top) {
+  Vec<A> highest_of_all = set<A>(top);
+  for (int64_t c = 0; c < width; c += lanes<A>)
+    highest_of_all = max(highest_of_all, load<A>(row + c));
+  A now = highest<A>(highest_of_all);
+  if (now == minus_infinity<A>) {
+    // Nothing is visible, unless it is NaN, which no comparison finds.
+    now = 0;
+    for (int64_t c = 0; c < width; c++)
+      if (row[c] != row[c]) now = row[c];
+    if (now == 0) {
+      std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
+      return 0;
+    }
+  }
+  Vec<A> sums[4] = {};  // short chains, for their error as for their overlap
+  const auto one = [&](int64_t c, Vec<A>& total) {
+    const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
+    total += weight;
+    store(row + c, weight);
+  };
+  int64_t done = 0;
+  for (; done + 4 * lanes<A> <= width; done += 4 * lanes<A>)
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) one(done + part * lanes<A>, sums[part]);
+  for (; done < width; done += lanes<A>) one(done, sums[0]);
+  top = now;
+  return sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
 
 // Whether something can be invisible, so that what is hidden must be kept from leaking.
 inline bool can_hide(const Attention& in) {

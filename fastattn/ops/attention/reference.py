@@ -207,5 +207,93 @@ def _attention(
     return _rows_first(out), lse
 
 
+def rotated(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, first: int, interleaved: bool
+) -> Tensor:
+    """x [H, S, D] turned by the angles of the positions `first` ... `first` + S (RoPE)."""
+    if cos is None or sin is None:
+        return x
+    if first < 0 or first + x.shape[1] > cos.shape[0]:
+        raise ValueError(f"rotary_cos must have a row for every position, got {cos.shape[0]}")
+    dtype, pairs = wide(x.dtype), cos.shape[1]
+    cos, sin = (table[first : first + x.shape[1]].to(dtype) for table in (cos, sin))
+    turned, rest = x[..., : 2 * pairs].to(dtype), x[..., 2 * pairs :]
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    else:
+        a, b = turned.split(pairs, -1)
+        turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def slots(
+    block_table: Tensor | None, sequence: int, first: int, end: int, cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pages and the places in them of the positions `first` ... `end` of a sequence."""
+    position = torch.arange(first, end, device=cache.device)
+    room = cache.shape[2] * (1 if block_table is None else block_table.shape[1])
+    if not 0 <= first <= end <= room:
+        raise ValueError(
+            f"cache_seqlens must leave {room} places unexceeded, got {first} ... {end}"
+        )
+    if block_table is None:
+        return torch.full_like(position, sequence), position
+    return block_table[sequence].long()[position // cache.shape[2]], position % cache.shape[2]
+
+
+def append(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+) -> None:
+    """Write key and value [B, Hkv, Sn, D] into the caches, in place, behind what is there."""
+    for b, length in enumerate(cache_seqlens.tolist()):
+        pages, places = slots(block_table, b, length, length + key.shape[2], key_cache)
+        turned = rotated(key[b], rotary_cos, rotary_sin, length, rotary_interleaved)
+        key_cache[pages, :, places] = turned.transpose(0, 1)
+        value_cache[pages, :, places] = value[b].transpose(0, 1)
+
+
+def decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    appended: int,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Sq, Dv], lse [B, H, Sq]): `attention` of each sequence to its part of a cache."""
+    outs, lses = [], []
+    for b, length in enumerate((cache_seqlens + appended).tolist()):
+        pages, places = slots(block_table, b, 0, length, key_cache)
+        key, value = (
+            cache[pages, :, places].transpose(0, 1)[None] for cache in (key_cache, value_cache)
+        )
+        first = length - query.shape[2]
+        turned = rotated(query[b], rotary_cos, rotary_sin, first, rotary_interleaved)[None]
+        slopes = alibi_slopes if alibi_slopes is None else alibi_slopes[b : b + 1]
+        terms = None, None, slopes, sinks, None, 0
+        out, lse = _attention(turned, key, value, *terms, True, left, right, scale, softcap, 0.0)
+        outs.append(out)
+        lses.append(lse)
+    return _rows_first(torch.cat(outs)), torch.cat(lses)
+
+
 def _rows_first(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
