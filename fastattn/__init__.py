@@ -5,6 +5,7 @@ from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kern
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention.decode import attention_decode
 from fastattn.ops.attention.varlen import attention_varlen
+from fastattn.ops.attention.weights import attention_weights
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.registry import explain
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
     "ffn",

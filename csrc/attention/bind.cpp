@@ -289,6 +289,7 @@ struct Cached {
                        value_cache.numel() > 0,
                    "key_cache and value_cache must have four dimensions and not be empty");
     batch = static_cast<int64_t>(lengths.size());
+    FASTATTN_CHECK(batch > 0, "cache_seqlens must not be empty");
     kv_heads = key_cache.size(1);
     head_dim = key_cache.size(3);
     value_dim = value_cache.size(3);

@@ -9,9 +9,11 @@ namespace {
 // Keys of a task. It depends on nothing, so that a sequence's sums depend on no other sequence and
 // on no number of threads.
 constexpr int64_t kSplit = 256;
-constexpr int64_t kTileKeys = 4;
-constexpr int kTileRows = FASTATTN_LANES == 8 ? 2 : 4;  // queries that share a load of a key
-static_assert(kSplit % kTileKeys == 0 && kSplit % lanes<float> == 0);
+// A tile of queries and keys has so many scores, each a vector of sums: some half of the registers.
+constexpr int kTile = FASTATTN_LANES == 8 ? 8 : 16;
+constexpr int kTileRows = kTile / 4;  // queries that share a load of a key
+static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
+constexpr int64_t kAhead = 2 * kTile;  // keys between a prefetch and its use
 
 template <class A, class T>
 void load_row(A* to, const T* from, int64_t stride, int64_t count) {
@@ -120,19 +122,22 @@ class DecodeTask {
   void run(int64_t split, Part<A> part) const {
     const int64_t block = (seen_.first / kSplit + split) * kSplit;
     const int64_t first = larger(seen_.first, block), end = smaller(seen_.end, block + kSplit);
-    const int64_t count = end - first, padded = round_up(count, kTileKeys);
+    const int64_t count = end - first, padded = round_up(count, kTile);
     Scratch scratch;
     A* query = scratch.take<A>(rows_ * width_);
     load_queries(scratch, query);
-    const T** keys = scratch.take<const T*>(kSplit);
-    const T** values = scratch.take<const T*>(kSplit);
+    const T** keys = scratch.take<const T*>(kSplit + kAhead);
+    const T** values = scratch.take<const T*>(kSplit + kAhead);
     find(scratch, args_.key_cache, in_.head_dim, first, count, keys);
     find(scratch, args_.value_cache, in_.value_dim, first, count, values);
     A* weights = scratch.take<A>(rows_ * kSplit);
-    for (int64_t c = 0; c < padded; c += kTileKeys)
-      each_tile([&](int64_t r, auto tile) {
-        dots<tile>(query + r * width_, keys + c, weights + r * kSplit + c);
+    for (int64_t c = 0; c < padded; c += kTile) {
+      fetch(keys + c + kAhead, in_.head_dim);
+      each_tile([&](int64_t r, auto rows) {
+        for (int64_t k = c; k < c + kTile; k += kTile / rows)
+          dots<rows>(query + r * width_, keys + k, weights + r * kSplit + k);
       });
+    }
     for (int64_t r = 0; r < rows_; r++) {
       A* row = weights + r * kSplit;
       const int64_t width = round_up(padded, lanes<A>);
@@ -145,15 +150,18 @@ class DecodeTask {
     // What every row sees takes the fast path; elsewhere a weight of zero hides its value.
     const int64_t shared_first = visible_keys(in_, in_.q_len - 1).first - first;
     const int64_t shared_end = smaller(visible_keys(in_, 0).end - first, count);
-    for (int64_t c = 0; c < padded; c += kTileKeys) {
-      const bool shared = c >= shared_first && c + kTileKeys <= shared_end;
-      each_tile([&](int64_t r, auto tile) {
-        const A* weight = weights + r * kSplit + c;
-        A* out = part.out + r * value_width_;
-        if (shared) {
-          add_values<tile>(weight, values + c, out);
-        } else {
-          add_seen_values(tile, weight, values + c, out);
+    for (int64_t c = 0; c < padded; c += kTile) {
+      fetch(values + c + kAhead, in_.value_dim);
+      const bool shared = c >= shared_first && c + kTile <= shared_end;
+      each_tile([&](int64_t r, auto rows) {
+        for (int64_t k = c; k < c + kTile; k += kTile / rows) {
+          const A* weight = weights + r * kSplit + k;
+          A* out = part.out + r * value_width_;
+          if (shared) {
+            add_values<rows>(weight, values + k, out);
+          } else {
+            add_seen_values<rows>(weight, values + k, out);
+          }
         }
       });
     }
@@ -224,7 +232,14 @@ class DecodeTask {
     }
   }
 
-  // The rows at `count` positions of a cache, the last again up to a whole tile. Only rows whose
+  // Asks for the rows of a tile ahead of their use, for the processor foresees none beyond a page.
+  static void fetch(const T* const* rows, int64_t cols) {
+    for (int k = 0; k < kTile; k++)
+      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(rows[k] + c);
+  }
+
+  // The rows at `count` positions of a cache, the last again beyond them. Only rows whose
   // elements lie apart are copied.
   void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
             const T** rows) const {
@@ -237,49 +252,58 @@ class DecodeTask {
         rows[j] = copy + j * cols;
       }
     }
-    for (int64_t j = count; j < round_up(count, kTileKeys); j++) rows[j] = rows[count - 1];
+    for (int64_t j = count; j < kSplit + kAhead; j++) rows[j] = rows[count - 1];
   }
 
   template <int Rows>
   void dots(const A* query, const T* const* keys, A* to) const {
-    Vec<A> sums[Rows][kTileKeys] = {};
+    constexpr int count = kTile / Rows;
+    const int64_t width = width_;
+    Vec<A> sums[kTile] = {};
     each_vector<A>(in_.head_dim, [&](int64_t d, auto n) {
-      Vec<A> key[kTileKeys];
+      Vec<A> row[Rows];
 #pragma GCC unroll 4
-      for (int k = 0; k < kTileKeys; k++) key[k] = load_count<A>(keys[k] + d, n);
+      for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < count; k++) {
+        const Vec<A> key = load_count<A>(keys[k] + d, n);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) {
-        const Vec<A> row = load<A>(query + r * width_ + d);
-#pragma GCC unroll 4
-        for (int k = 0; k < kTileKeys; k++) sums[r][k] += row * key[k];
+        for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
       }
     });
-#pragma GCC unroll 4
+    A totals[kTile];
+    sum_each(sums, totals);
     for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 4
-      for (int k = 0; k < kTileKeys; k++) to[r * kSplit + k] = sum<A>(sums[r][k]);
+      std::memcpy(to + r * kSplit, totals + r * count, count * sizeof(A));
   }
 
   template <int Rows>
   void add_values(const A* weights, const T* const* values, A* out) const {
+    constexpr int count = kTile / Rows;
+    const int64_t width = value_width_;
+    A weight[kTile];
+    for (int r = 0; r < Rows; r++)
+      std::memcpy(weight + r * count, weights + r * kSplit, count * sizeof(A));
     each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {
-      Vec<A> value[kTileKeys];
+      Vec<A> sums[Rows];
 #pragma GCC unroll 4
-      for (int k = 0; k < kTileKeys; k++) value[k] = load_count<A>(values[k] + d, n);
+      for (int r = 0; r < Rows; r++) sums[r] = load<A>(out + r * width + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < count; k++) {
+        const Vec<A> value = load_count<A>(values[k] + d, n);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) {
-        Vec<A> sums = load<A>(out + r * value_width_ + d);
-#pragma GCC unroll 4
-        for (int k = 0; k < kTileKeys; k++) sums += weights[r * kSplit + k] * value[k];
-        store(out + r * value_width_ + d, sums);
+        for (int r = 0; r < Rows; r++) sums[r] += weight[r * count + k] * value;
       }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) store(out + r * width + d, sums[r]);
     });
   }
 
   // The same where a row may not see a key, whose value may be NaN.
-  void add_seen_values(int64_t rows, const A* weights, const T* const* values, A* out) const {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t k = 0; k < kTileKeys; k++) {
+  template <int Rows>
+  void add_seen_values(const A* weights, const T* const* values, A* out) const {
+    for (int r = 0; r < Rows; r++)
+      for (int k = 0; k < kTile / Rows; k++) {
         const A weight = weights[r * kSplit + k];
         if (weight == 0) continue;
         each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {

@@ -157,7 +157,8 @@ def _split_args(
 ) -> tuple[tuple | None, tuple]:
     """The arguments of the op that appends, or None, and of the one that attends."""
     checks.floating("key_cache", key_cache)
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(key_cache.device.type):
+    device = key_cache.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         query, key, value = (
             t.to(key_cache.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
             for t in (query, key, value)
