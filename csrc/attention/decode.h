@@ -13,7 +13,7 @@ constexpr int64_t kSplit = 256;
 constexpr int kTile = FASTATTN_LANES == 8 ? 8 : 16;
 constexpr int kTileRows = kTile / 4;  // queries that share a load of a key
 static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
-constexpr int64_t kAhead = 2 * kTile;  // keys between a prefetch and its use
+constexpr int64_t kAhead = kTile;  // keys between a prefetch and its use
 
 template <class A, class T>
 void load_row(A* to, const T* from, int64_t stride, int64_t count) {
@@ -124,15 +124,15 @@ class DecodeTask {
     const int64_t first = larger(seen_.first, block), end = smaller(seen_.end, block + kSplit);
     const int64_t count = end - first, padded = round_up(count, kTile);
     Scratch scratch;
-    A* query = scratch.take<A>(rows_ * width_);
-    load_queries(scratch, query);
     const T** keys = scratch.take<const T*>(kSplit + kAhead);
     const T** values = scratch.take<const T*>(kSplit + kAhead);
     find(scratch, args_.key_cache, in_.head_dim, first, count, keys);
     find(scratch, args_.value_cache, in_.value_dim, first, count, values);
+    std::memcpy(keys + padded, values, kAhead * sizeof(*values));  // to be fetched after the keys
+    A* query = scratch.take<A>(rows_ * width_);
+    load_queries(scratch, query);
     A* weights = scratch.take<A>(rows_ * kSplit);
     for (int64_t c = 0; c < padded; c += kTile) {
-      fetch(keys + c + kAhead, in_.head_dim);
       each_tile([&](int64_t r, auto rows) {
         for (int64_t k = c; k < c + kTile; k += kTile / rows)
           dots<rows>(query + r * width_, keys + k, weights + r * kSplit + k);
@@ -151,7 +151,6 @@ class DecodeTask {
     const int64_t shared_first = visible_keys(in_, in_.q_len - 1).first - first;
     const int64_t shared_end = smaller(visible_keys(in_, 0).end - first, count);
     for (int64_t c = 0; c < padded; c += kTile) {
-      fetch(values + c + kAhead, in_.value_dim);
       const bool shared = c >= shared_first && c + kTile <= shared_end;
       each_tile([&](int64_t r, auto rows) {
         for (int64_t k = c; k < c + kTile; k += kTile / rows) {
@@ -232,13 +231,6 @@ class DecodeTask {
     }
   }
 
-  // Asks for the rows of a tile ahead of their use, for the processor foresees none beyond a page.
-  static void fetch(const T* const* rows, int64_t cols) {
-    for (int k = 0; k < kTile; k++)
-      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T)))
-        __builtin_prefetch(rows[k] + c);
-  }
-
   // The rows at `count` positions of a cache, the last again beyond them. Only rows whose
   // elements lie apart are copied.
   void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
@@ -267,6 +259,7 @@ class DecodeTask {
 #pragma GCC unroll 16
       for (int k = 0; k < count; k++) {
         const Vec<A> key = load_count<A>(keys[k] + d, n);
+        __builtin_prefetch(keys[k + kAhead] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
       }
@@ -291,6 +284,7 @@ class DecodeTask {
 #pragma GCC unroll 16
       for (int k = 0; k < count; k++) {
         const Vec<A> value = load_count<A>(values[k] + d, n);
+        __builtin_prefetch(values[k + kAhead] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r] += weight[r * count + k] * value;
       }
@@ -332,9 +326,11 @@ void decode(const AttentionDecode& args) {
   A* parts = scratch.take<A>(pieces.total() * size);
   parallel(pieces.total(), [&](int64_t index) {
     const auto [n, piece, count] = pieces[index];
-    const int64_t splits = count / in.kv_heads;
-    DecodeTask<T>(args, n, piece / splits)
-        .run(piece % splits, Part<A>(parts + index * size, rows, width));
+    // All heads of a split come one after the other, for they may share pages of memory.
+    const int64_t split = piece / in.kv_heads, h = piece % in.kv_heads,
+                  splits = count / in.kv_heads;
+    A* part = parts + (pieces.first(n) + h * splits + split) * size;
+    DecodeTask<T>(args, n, h).run(split, Part<A>(part, rows, width));
   });
   parallel(in.batch * in.kv_heads, [&](int64_t index) {
     const int64_t n = index / in.kv_heads, h = index % in.kv_heads;
