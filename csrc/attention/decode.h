@@ -103,6 +103,8 @@ template <class T>
 class DecodeTask {
   using A = Acc<T>;
 
+  static constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
+
  public:
   DecodeTask(const AttentionDecode& args, int64_t n, int64_t key_head)
       : args_(args),
@@ -259,7 +261,7 @@ class DecodeTask {
 #pragma GCC unroll 16
       for (int k = 0; k < count; k++) {
         const Vec<A> key = load_count<A>(keys[k] + d, n);
-        __builtin_prefetch(keys[k + kAhead] + d);
+        if (d % kLine == 0) __builtin_prefetch(keys[k + kAhead] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
       }
@@ -284,7 +286,7 @@ class DecodeTask {
 #pragma GCC unroll 16
       for (int k = 0; k < count; k++) {
         const Vec<A> value = load_count<A>(values[k] + d, n);
-        __builtin_prefetch(values[k + kAhead] + d);
+        if (d % kLine == 0) __builtin_prefetch(values[k + kAhead] + d);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) sums[r] += weight[r * count + k] * value;
       }
