@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import Attention, Case, FeedForward, Linear, Model, Norm, Rope
+from bench.cases import Attention, Case, Decode, FeedForward, Linear, Model, Norm, Rope, Varlen
 from bench.work import SEED, Work, differentiate
 
 
@@ -132,6 +133,63 @@ def attention(case: Attention) -> Recipe:
 
     functions = {"fused": fused, "eager": eager, "sdpa": sdpa}
     return Recipe(inputs, functions, by_head, kept_weights)
+
+
+def varlen(case: Varlen) -> Recipe:
+    """query, key and value (rows, H, D) of all sequences; SDPA pads them, and is charged for it."""
+    shape = (sum(case.lengths), case.heads, case.head_dim)
+    inputs = {name: torch.randn(shape) for name in ("query", "key", "value")}
+    ends = torch.tensor([0, *case.lengths]).cumsum(0)
+    inside = torch.arange(max(case.lengths)) < torch.tensor(case.lengths)[:, None]  # [B, S]
+    triangle = torch.ones(case.seq, case.seq, dtype=torch.bool).tril()
+    mask = inside[:, None, None] & (triangle if case.causal else True)
+
+    def fused(query, key, value):
+        return fastattn.attention_varlen(query, key, value, ends, ends, causal=case.causal)
+
+    def eager(query, key, value):
+        outs = []
+        for tensors in zip(*(t.split(case.lengths) for t in (query, key, value)), strict=True):
+            rows, keys, values = (t.transpose(0, 1) for t in tensors)  # [H, S, D]
+            scores = rows @ keys.transpose(-1, -2) * case.head_dim**-0.5
+            if case.causal:
+                length = rows.shape[1]
+                scores = scores.masked_fill(~triangle[:length, :length], float("-inf"))
+            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+        return torch.cat(outs)
+
+    def sdpa(query, key, value):
+        padded = (
+            pad_sequence(t.split(case.lengths), batch_first=True).transpose(1, 2)
+            for t in (query, key, value)
+        )
+        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[inside]
+
+    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
+
+
+def decode(case: Decode) -> Recipe:
+    """query (B, H, 1, D), and a full cache (B, Hkv, S, D)."""
+    cache = (case.batch, case.kv_heads, case.seq, case.head_dim)
+    inputs = {
+        "query": torch.randn(case.batch, case.heads, 1, case.head_dim),
+        "key": torch.randn(cache),
+        "value": torch.randn(cache),
+    }
+    lengths = torch.full((case.batch,), case.seq)
+
+    def fused(query, key, value):
+        return fastattn.attention_decode(query, key, value, cache_seqlens=lengths)
+
+    def eager(query, key, value):
+        key, value = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (key, value))
+        scores = query @ key.transpose(-1, -2) * case.head_dim**-0.5  # [B, H, 1, S]
+        return scores.softmax(-1) @ value
+
+    def sdpa(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 
 
 def kept_weights(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
@@ -285,6 +343,8 @@ def feed_forward(case: FeedForward) -> Recipe:
 
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
     Attention: attention,
+    Varlen: varlen,
+    Decode: decode,
     Norm: norm,
     Rope: rope,
     Linear: linear,

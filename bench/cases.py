@@ -117,6 +117,65 @@ class Attention(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Varlen(Case):
+    """The same of sequences from 1/8 of seq up to seq, packed; its rivals pad to the longest."""
+
+    batch: int
+    heads: int
+    seq: int
+    head_dim: int
+    causal: bool = False
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 2, "heads": 2, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return "attention varlen causal" if self.causal else "attention varlen"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads} S{self.lengths[0]}-{self.seq} D{self.head_dim}"
+
+    @property
+    def lengths(self) -> list[int]:
+        least = max(1, self.seq // 8)
+        return [least + (self.seq - least) * n // max(1, self.batch - 1) for n in range(self.batch)]
+
+    @property
+    def flops(self) -> float:
+        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
+        return 4.0 * self.heads * self.head_dim * pairs * (3.5 if self.backward else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(Case):
+    """One query a sequence against a cache of seq keys, whose heads several queries share."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    head_dim: int
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return "attention decode"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads}/{self.kv_heads} S{self.seq} D{self.head_dim}"
+
+    @property
+    def traffic(self) -> float:
+        size = 4.0 if self.dtype == "float32" else 2.0
+        return 2 * self.batch * self.kv_heads * self.seq * self.head_dim * size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Norm(Case):
     """layer_norm or rms_norm over the last dimension, alone or with a residual added in front."""
 
@@ -286,6 +345,14 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="bfloat16"),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True),
+    # attention of one query to a cache
+    Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, quick=True),
+    Decode(batch=8, heads=32, kv_heads=8, seq=4096, head_dim=128),
+    Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128),
+    Decode(batch=8, heads=32, kv_heads=8, seq=16384, head_dim=128),
+    Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128, dtype="bfloat16"),
     # attention forward and backward
     Attention(batch=1, heads=12, seq=512, head_dim=64, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, backward=True),
@@ -296,6 +363,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),
     # norms
     Norm(kind="layer_norm", rows=128, cols=768),
     Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),

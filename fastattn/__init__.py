@@ -3,6 +3,9 @@
 from fastattn._library import isa
 from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kernel
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention.decode import attention_decode
+from fastattn.ops.attention.varlen import attention_varlen
+from fastattn.ops.attention.weights import attention_weights
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rope import apply_rope
@@ -19,6 +22,9 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "attention_decode",
+    "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
     "ffn",

@@ -13,7 +13,7 @@ import torch
 from fastattn import _library
 
 if TYPE_CHECKING:
-    from fastattn.registry import Op
+    from fastattn.registry import InferenceOp, Op
 
 log = logging.getLogger("fastattn")
 
@@ -115,7 +115,7 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
     return reasons
 
 
-def choose(op: Op, args: tuple[Any, ...]) -> Choice:
+def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
     """The kernel for one call of `op`: the first in its list that refuses nothing.
 
     Raises:

@@ -28,6 +28,29 @@ GOOD: dict[str, dict[str, Any]] = {
         "alibi_slopes": randn(4),
         "sinks": randn(4),
     },
+    "attention_varlen": {
+        "query": randn(7, 4, 8),
+        "key": randn(9, 2, 8),
+        "value": randn(9, 2, 7),
+        "cu_seqlens_q": torch.tensor([0, 3, 7]),
+        "cu_seqlens_k": torch.tensor([0, 4, 9]),
+        "alibi_slopes": randn(4),
+        "sinks": randn(4),
+    },
+    "attention_decode": {
+        "query": randn(2, 4, 2, 8),
+        "key_cache": randn(5, 2, 4, 8),
+        "value_cache": randn(5, 2, 4, 7),
+        "cache_seqlens": torch.tensor([3, 6]),
+        "key": randn(2, 2, 2, 8),
+        "value": randn(2, 2, 2, 7),
+        "block_table": torch.tensor([[4, 0], [1, 3]]),
+        "rotary_cos": randn(9, 3),
+        "rotary_sin": randn(9, 3),
+        "rotary_interleaved": False,
+        "alibi_slopes": randn(4),
+        "sinks": randn(4),
+    },
     "scaled_dot_product_attention": {
         "query": randn(2, 4, 5, 8),
         "key": randn(2, 4, 6, 8),
@@ -81,6 +104,15 @@ FINE = {
     ("attention", "mask", "an integer dtype"),
     ("attention", "alibi_slopes", "another dtype"),
     ("attention", "sinks", "another dtype"),
+    ("attention_varlen", "alibi_slopes", "another dtype"),
+    ("attention_varlen", "sinks", "another dtype"),
+    ("attention_decode", "alibi_slopes", "another dtype"),
+    ("attention_decode", "sinks", "another dtype"),
+    ("attention_decode", "cache_seqlens", "an integer dtype"),
+    ("attention_decode", "block_table", "an integer dtype"),
+    ("attention_decode", "block_table", "too long"),
+    ("attention_varlen", "value", "too long"),
+    *(("attention_varlen", f"cu_seqlens_{which}", "an integer dtype") for which in "qk"),
     ("scaled_dot_product_attention", "attn_mask", "0-dimensional"),
     ("attention", "value", "too long"),
     ("scaled_dot_product_attention", "value", "too long"),
@@ -102,6 +134,8 @@ BLAMED = {
     "query": "key|query",
     "input": r"\w+",
     "value": "value|key",
+    "key_cache": "key",
+    "value_cache": "value",
     "up_weight": "up_|down_|gate_",
 }
 
@@ -167,6 +201,69 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attention", {"bias": randn(2, 5, 6)}, ValueError, "bias"),
     ("attention", {"alibi_slopes": randn(2, 3)}, ValueError, "alibi_slopes"),
     ("attention", {"sinks": randn(2, 4)}, ValueError, "sinks"),
+    *(
+        ("attention_varlen", {"cu_seqlens_q": torch.tensor(bad)}, ValueError, "cu_seqlens_q")
+        for bad in ([1, 3, 7], [0, 3, 6], [0, 3, 8], [0, 4, 3, 7], [0, -1, 7], [0], [[0, 3, 7]])
+    ),
+    ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 4, 8, 9])}, ValueError, "cu_seqlens_q"),
+    ("attention_varlen", {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k"),
+    ("attention_varlen", {"max_seqlen_q": 3}, ValueError, "max_seqlen_q.*3.*4"),
+    ("attention_varlen", {"max_seqlen_k": 4}, ValueError, "max_seqlen_k"),
+    ("attention_varlen", {"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
+    *(("attention_varlen", {"max_seqlen_q": b}, TypeError, "max_seqlen_q") for b in (4.0, True)),
+    ("attention_varlen", {"query": randn(1, 7, 4, 8)}, ValueError, "query"),
+    ("attention_varlen", {"align": "top"}, ValueError, "align"),
+    ("attention_varlen", {"window": (-3, 0)}, ValueError, "window"),
+    ("attention_varlen", {"dropout_p": 2.0}, ValueError, "dropout_p"),
+    *(
+        ("attention_decode", {"cache_seqlens": torch.tensor(bad)}, ValueError, "cache_seqlens")
+        for bad in ([3, 7], [-1, 2], [2, 2**40], [1, 2, 3], [[1, 2]])
+    ),
+    ("attention_decode", {"cache_seqlens": 7}, ValueError, "cache_seqlens.*6.*got 7"),
+    ("attention_decode", {"cache_seqlens": True}, TypeError, "cache_seqlens"),
+    ("attention_decode", {"cache_seqlens": 1.0}, TypeError, "cache_seqlens"),
+    (
+        "attention_decode",
+        {"block_table": torch.tensor([[4, 0], [1, 5]])},
+        ValueError,
+        "block_table",
+    ),
+    (
+        "attention_decode",
+        {"block_table": torch.tensor([[-1, 0], [1, 0]])},
+        ValueError,
+        "block_table",
+    ),
+    ("attention_decode", {"block_table": torch.tensor([[4], [1]])}, ValueError, "cache_seqlens"),
+    ("attention_decode", {"block_table": None}, ValueError, "key_cache"),
+    ("attention_decode", {"key": None}, ValueError, "key"),
+    ("attention_decode", {"value": None}, ValueError, "value"),
+    ("attention_decode", {"value": randn(2, 2, 1, 7)}, ValueError, "value"),
+    ("attention_decode", {"query": randn(2, 3, 2, 8)}, ValueError, "key_cache.*heads.*3"),
+    ("attention_decode", {"rotary_sin": None}, ValueError, "rotary_sin"),
+    ("attention_decode", {"rotary_sin": randn(8, 3)}, ValueError, "rotary_sin"),
+    ("attention_decode", {"rotary_interleaved": None}, TypeError, "rotary_interleaved"),
+    (
+        "attention_decode",
+        {"rotary_cos": randn(7, 3), "rotary_sin": randn(7, 3)},
+        ValueError,
+        "rotary_cos.*8 positions",
+    ),
+    (
+        "attention_decode",
+        {"rotary_cos": None, "rotary_sin": None},
+        ValueError,
+        "rotary_interleaved",
+    ),
+    ("attention_decode", {"causal": 1}, TypeError, "causal"),
+    ("attention_decode", {"softcap": -1.0}, ValueError, "softcap"),
+    ("attention_decode", {"query": randn(2, 4, 2, 8).requires_grad_()}, ValueError, "query.*grad"),
+    (
+        "attention_decode",
+        {"value_cache": randn(1, 2, 4, 7).expand(5, -1, -1, -1)},
+        ValueError,
+        "value_cache.*expanded",
+    ),
     ("scaled_dot_product_attention", {"is_causal": True}, ValueError, "attn_mask"),
     ("scaled_dot_product_attention", {"attn_mask": randn(6, 5)}, ValueError, "attn_mask"),
     ("scaled_dot_product_attention", {"dropout_p": -1}, ValueError, "dropout_p"),
@@ -260,8 +357,10 @@ def test_views_that_torch_resolves_late(function: str) -> None:
     """Negated views and tensors made in inference mode are like any other."""
     arguments = GOOD[function]
     expected = getattr(fastattn, function)(**arguments)
-    late = {
-        name: negative(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+    late = {  # but for what is written to, which torch lets be negated in one argument only
+        name: negative(a)
+        if isinstance(a, Tensor) and a.is_floating_point() and not name.endswith("_cache")
+        else a
         for name, a in arguments.items()
     }
     torch.testing.assert_close(getattr(fastattn, function)(**late), expected)

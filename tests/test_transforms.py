@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import registry
-from fastattn.testing import Case, Draw, all_cases, run
+from fastattn.testing import Case, Draw, all_cases, numbers, run
 
 CASES = {case.id: case for case in all_cases()}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -39,6 +39,16 @@ TINY = [
     tiny("attention", {"causal": True, "softcap": 2.0, "return_lse": True}, **QKV, bias=(2, 3, 4)),
     tiny("attention", {"dropout_p": 0.4, "seed": 5}, **QKV, sinks=(2,), mask=Draw((3, 4), "mask")),
     tiny("attention", {"window": (1, 1)}, **QKV, alibi_slopes=Draw((2,), "slopes"), bias=(3, 1)),
+    tiny(
+        "attention_varlen",
+        {"causal": True, "dropout_p": 0.3, "seed": 6, "return_lse": True},
+        query=(5, 2, 2),
+        key=(6, 1, 2),
+        value=(6, 1, 3),
+        cu_seqlens_q=numbers(0, 2, 5),
+        cu_seqlens_k=numbers(0, 3, 6),
+        sinks=(2,),
+    ),
     tiny("scaled_dot_product_attention", {"enable_gqa": True}, **QKV, attn_mask=(3, 4)),
     tiny("layer_norm", {"normalized_shape": [5]}, **NORM, bias=(5,)),
     tiny("add_layer_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
@@ -131,6 +141,7 @@ def test_vmap_over_one_argument() -> None:
 
 ONE_EACH = [
     "attention-everything",
+    "attention_varlen-everything",
     "scaled_dot_product_attention-float_mask",
     "layer_norm-odd_sizes",
     "add_layer_norm-dropout",
@@ -144,7 +155,10 @@ by_one_each = pytest.mark.parametrize("case_id", ONE_EACH)
 
 
 def test_one_each_is_every_function() -> None:
-    assert {CASES[case_id].function for case_id in ONE_EACH} == set(registry.FUNCTIONS)
+    differentiable = {
+        name for name, (_, record) in registry.FUNCTIONS.items() if isinstance(record, registry.Op)
+    }
+    assert {CASES[case_id].function for case_id in ONE_EACH} == differentiable
 
 
 def gradients(function: Callable, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -259,7 +273,7 @@ def test_subsets_of_gradients(case_id: str) -> None:
         assert found.equal(complete[f"grad {name}"]), name
 
 
-AUTOCAST = {"attention", "scaled_dot_product_attention", "linear", "ffn"}
+AUTOCAST = {"attention", "attention_varlen", "scaled_dot_product_attention", "linear", "ffn"}
 
 
 @by_one_each
@@ -273,7 +287,8 @@ def test_autocast_is_that_of_pytorch(case_id: str) -> None:
     assert found["out 0"].dtype == dtype
     for name in case.differentiable(inputs):
         assert found[f"grad {name}"].dtype == torch.float32
-    keep = ("bias", "sinks", "alibi_slopes") if case.function == "attention" else ()
+    narrow = case.function in ("attention", "attention_varlen")
+    keep = ("bias", "sinks", "alibi_slopes") if narrow else ()
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() and name not in keep else tensor
         for name, tensor in inputs.items()

@@ -140,6 +140,37 @@ FASTATTN_INLINE void transpose(Vec<float>* r) {
   }
 }
 
+// Folds n vectors of n lanes onto each other until lane i holds the sum of vector i.
+template <int Half>
+FASTATTN_INLINE void fold_pairs(Vec<float>* v) {
+  constexpr int n = lanes<float>;
+  constexpr auto index = std::make_index_sequence<n>{};
+  if constexpr (Half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Half; i++) {
+      const Vec<float> a = v[i], b = v[i + Half];
+      v[i] = shuffle(a, b, index, [](int j) constexpr { return (j & Half) ? j + n : j; }) +
+             shuffle(a, b, index,
+                     [](int j) constexpr { return (j & Half) ? (j ^ Half) + n : j ^ Half; });
+    }
+    fold_pairs<Half / 2>(v);
+  }
+}
+// to[i] = the sum of the lanes of v[i].
+template <int Count>
+FASTATTN_INLINE void sum_each(Vec<float> (&v)[Count], float* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i += lanes<float>) {
+    fold_pairs<lanes<float> / 2>(v + i);
+    store(to + i, v[i]);
+  }
+}
+template <int Count>
+FASTATTN_INLINE void sum_each(Vec<double> (&v)[Count], double* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i++) to[i] = sum<double>(v[i]);
+}
+
 // Packs one panel: to[k * width + i] = from[i * outer + k * inner] for i < count, 0 up to width.
 // Writes whole vectors, up to kSlack elements past the panel: pack panels in order of address.
 constexpr int64_t kSlack = 16;

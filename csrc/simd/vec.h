@@ -107,7 +107,13 @@ template <class A>
 FASTATTN_INLINE Vec<float> load(const bf16* from) {
   VecH half;
   std::memcpy(&half, from, sizeof(half));
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  // GCC 12 converts in halves of 256 bits.
+  return bits<Vec<float>>(bits<VecU>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(half)))
+                          << 16);
+#else
   return bits<Vec<float>>(__builtin_convertvector(half, VecU) << 16);
+#endif
 }
 template <class A>
 FASTATTN_INLINE Vec<float> load(const f16* from) {

@@ -32,13 +32,15 @@ def philox_4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def keep(seed: Tensor, heads: int, rows: int, keys: int, dropout_p: float) -> Tensor:
-    """Bool [heads, rows, keys], True = kept, from a seed of one int64."""
+def keep(
+    seed: Tensor, heads: int, rows: int, keys: int, dropout_p: float, first_head: int = 0
+) -> Tensor:
+    """Bool [heads, rows, keys], True = kept, from a seed of one int64; heads count from the first."""
     seed = seed.reshape(())
     blocks = (keys + BLOCK - 1) // BLOCK
     counter = torch.arange(blocks * LANES, device=seed.device)
     row = torch.arange(rows, device=seed.device)
-    head = torch.arange(heads, device=seed.device)
+    head = torch.arange(heads, device=seed.device) + first_head
     words = philox_4x32_10(
         [
             counter[None, None],
