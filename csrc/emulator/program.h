@@ -47,7 +47,7 @@ enum Special : int32_t {
   kClusterX, kClusterY, kClusterZ, kNclusterX, kNclusterY, kNclusterZ,
   kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ,
   kClusterNctaidX, kClusterNctaidY, kClusterNctaidZ,
-  kClusterCtarank, kClusterNctarank, kDynamicShared, kTotalShared, kSmId, kGridId
+  kClusterCtarank, kClusterNctarank, kDynamicShared, kTotalShared
 };
 
 struct Program {

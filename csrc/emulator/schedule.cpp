@@ -356,6 +356,12 @@ void Machine::arrive(Context& c, int id, uint32_t expected, bool sleep) {
 }
 
 void Machine::release(Block& block, Barrier& barrier) {
+  if (!barrier.expected && block.live < block.threads.size()) {
+    auto [warp, lane] = barrier.sleepers.front();
+    report("barrier-after-exit", block, warp->index * kWarp + lane, barrier.instruction, {}, {},
+           "%u threads meet at a barrier of the whole block, and the rest have ended",
+           barrier.arrived);
+  }
   std::vector<Clock*> group;
   for (auto [warp, lane] : barrier.sleepers) {
     warp->held &= ~(1u << lane);
@@ -392,10 +398,6 @@ bool Machine::unblock(Block& block) {
     if (warp.stopped) return complete(block, warp, true);
   for (Barrier& barrier : block.barriers) {
     if (barrier.sleepers.empty() || barrier.expected || barrier.arrived < block.live) continue;
-    auto [warp, lane] = barrier.sleepers.front();
-    report("barrier-after-exit", block, warp->index * kWarp + lane, barrier.instruction, {}, {},
-           "%u threads wait for a barrier of the whole block, and the rest have ended",
-           barrier.arrived);
     release(block, barrier);
     return true;
   }

@@ -15,8 +15,8 @@ import torch
 from fastattn.emulator import abi
 from fastattn.emulator.opcodes import BUFFER_SHIFT
 from fastattn.emulator.ptx import WIDTHS, Function, PtxModule, Variable, parse
-from fastattn.emulator.report import Counters, Finding, Place, Report, SiteCount, space_of
 from fastattn.emulator.report import SPACES as SPACE_NAMES
+from fastattn.emulator.report import Counters, Finding, Place, Report, SiteCount, space_of
 from fastattn.emulator.translate import Program, translate
 
 ORDERS = ("forward", "reverse", "random")
@@ -98,13 +98,12 @@ class _Storages:
 
     def native(self) -> ctypes.Array:
         """The buffers for the runtime."""
-        return (abi.Buffer * max(1, len(self.buffers)))(
-            *(
-                (b["host"], self.base(i) + b["host"] - b["storage"], b["size"])
-                + (b["writable"], b["checked"], b["initialised"], 0)
-                for i, b in enumerate(self.buffers)
-            )
-        )
+        native = (abi.Buffer * max(1, len(self.buffers)))()
+        for index, buffer in enumerate(self.buffers):
+            base = self.base(index) + buffer["host"] - buffer["storage"]
+            fields = (buffer[name] for name in ("size", "writable", "checked", "initialised"))
+            native[index] = (buffer["host"], base, *fields, 0)
+        return native
 
 
 def _span(shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int, int]:
@@ -206,9 +205,7 @@ class Kernel:
                 if parameter.bytes != 8:
                     raise TypeError(f"argument {index} is an array, and {parameter.name} is not")
                 at, size, into, writable = _extent(value)
-                value = storages.add(
-                    f"argument {index}", at, size, offset=into, writable=writable
-                )
+                value = storages.add(f"argument {index}", at, size, offset=into, writable=writable)
             data = _scalar(0 if value is None else value, parameter)
             ctypes.memmove(host + offsets[index], data, len(data))
         return packed

@@ -81,18 +81,18 @@ FORMS: dict[str, Form] = {
 
 # Without effect on what a kernel computes.
 HINTS = frozenset(
-    "prefetch prefetchu applypriority griddepcontrol setmaxnreg pmevent brkpt".split()
+    ["prefetch", "prefetchu", "applypriority", "griddepcontrol", "setmaxnreg", "pmevent", "brkpt"]
 )
 
 SPECIAL_REGISTERS = {
     name: index
     for index, name in enumerate(
-        """tid.x tid.y tid.z ntid.x ntid.y ntid.z ctaid.x ctaid.y ctaid.z nctaid.x nctaid.y nctaid.z
-        laneid warpid nwarpid lanemask_eq lanemask_le lanemask_lt lanemask_ge lanemask_gt
-        clusterid.x clusterid.y clusterid.z nclusterid.x nclusterid.y nclusterid.z
-        cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z
-        cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z
-        cluster_ctarank cluster_nctarank dynamic_smem_size total_smem_size smid gridid""".split()
+        [f"{word}.{axis}" for word in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"]
+        + ["laneid", "warpid", "nwarpid"]
+        + [f"lanemask_{which}" for which in ("eq", "le", "lt", "ge", "gt")]
+        + [f"{word}.{axis}" for word in ("clusterid", "nclusterid") for axis in "xyz"]
+        + [f"cluster_{word}.{axis}" for word in ("ctaid", "nctaid") for axis in "xyz"]
+        + ["cluster_ctarank", "cluster_nctarank", "dynamic_smem_size", "total_smem_size"]
     )
 }
 
@@ -106,8 +106,8 @@ ROUNDINGS = {
 SPACES = {"global": 1, "shared": 2, "local": 3, "const": 4, "param": 4}
 SHUFFLES = {"bfly": 0, "up": 1, "down": 2, "idx": 3}
 # Cache hints of loads and stores.
-CACHE = frozenset("ca cg cs cv lu wb wt nc".split())
-SCOPES = frozenset("cta cluster gpu sys".split())
+CACHE = frozenset(["ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc"])
+SCOPES = frozenset(["cta", "cluster", "gpu", "sys"])
 
 SHARED_WINDOW, LOCAL_WINDOW = 1 << 44, 2 << 44
 BUFFER_SHIFT = 34

@@ -22,9 +22,11 @@ class Location:
 
     file: str
     line: int
+    inlined_at: Location | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        outer = f", inlined at {self.inlined_at}" if self.inlined_at else ""
+        return f"{self.file}:{self.line}{outer}"
 
 
 @dataclass
@@ -168,9 +170,9 @@ class _Reader:
 
 _WORD = re.compile(r"[.\w$]+")
 _DIRECTIVE_LINE = re.compile(r"\.(?:version|target|address_size|pragma)\b[^\n]*")
-_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+[^\n]*")
+_LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:[^\n]*\binlined_at\s+(\d+)\s+(\d+))?[^\n]*")
 _FILE_LINE = re.compile(r"\.file\b[^\n]*")
-_SECTION = re.compile(r"\.section\s+[.\w]+\s*\{.*?\n\s*\}", re.S)
+_SECTION = re.compile(r"\.section\s+[.\w]+\s*\{[^}]*\}")
 _ENTRY = re.compile(
     r"(?:\.(?:visible|weak|extern)\s+)*\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{;]*)\{", re.S
 )
@@ -243,6 +245,9 @@ def _body(reader: _Reader, function: Function, files: dict[str, str]) -> None:
         scopes[-1][name] = unique
         return unique
 
+    def name_of(file: str) -> str:
+        return files.get(file, f"file {file}")
+
     def resolve(text: str) -> str:
         def rename(match: re.Match[str]) -> str:
             for scope in reversed(scopes):
@@ -254,7 +259,9 @@ def _body(reader: _Reader, function: Function, files: dict[str, str]) -> None:
 
     while True:
         if found := reader.match(_LOC):
-            source = Location(files.get(found[1], f"file {found[1]}"), int(found[2]))
+            file, line, outer_file, outer_line = found.groups()
+            outer = Location(name_of(outer_file), int(outer_line)) if outer_file else None
+            source = Location(name_of(file), int(line), outer)
             continue
         line = reader.line
         if found := reader.match(_BRACE):

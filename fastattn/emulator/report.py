@@ -151,7 +151,16 @@ class Report:
     def __str__(self) -> str:
         if self.ok:
             return f"{self.kernel}: nothing found"
-        return "\n".join(map(str, self.findings))
+        # Unrolling makes many instructions of one source line: the first stands for all.
+        alike: dict[object, list[Finding]] = {}
+        for finding in self.findings:
+            sources = [p and (p.source or p.line) for p in (finding.place, finding.other_place)]
+            alike.setdefault((finding.kind, *sources), []).append(finding)
+        texts = []
+        for first, *more in alike.values():
+            others = f"\n  and at {len(more)} more PTX lines" if more else ""
+            texts.append(str(first) + others)
+        return "\n".join(texts)
 
     def require(self) -> Report:
         """The report itself. Raises EmulatorError with the findings where there are any."""

@@ -353,7 +353,9 @@ def _cvt(t: _Translation, qualifiers: list[str], operands: list[str]) -> None:
     to, source = rest
     name = f"cvt.{to}.{source}"
     if to in ("f16x2", "bf16x2"):
-        t.emit(name, [t.slot(operands[0], 4), *(t.slot(x, 4) for x in operands[1:]), rounding], flags)
+        t.emit(
+            name, [t.slot(operands[0], 4), *(t.slot(x, 4) for x in operands[1:]), rounding], flags
+        )
     elif to == "tf32":
         t.emit(name, [t.slot(operands[0], 4), t.slot(operands[1], 4), rounding], flags)
     else:
