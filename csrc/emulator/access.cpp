@@ -148,10 +148,12 @@ Flow copy_async(Context& c) {
       place.shadow->write(place.offset, bytes, thread.clock, epoch, nullptr, nullptr,
                           [](const Conflict&) {});
     }
-    Copy copy{place.host, from.place[lane].host, bytes, taken[lane], thread.committed,
-              place.offset};
-    if (machine.launch.late) std::memset(copy.to, 0xff, bytes);
-    else deliver(copy);
+    Copy copy{place.host,  from.place[lane].host, bytes,
+              taken[lane], thread.committed,      place.offset};
+    if (machine.launch.late)
+      std::memset(copy.to, 0xff, bytes);
+    else
+      deliver(copy);
     thread.copies.push_back(copy);
   });
   return Flow::next;
@@ -217,10 +219,10 @@ void add_accesses(Table& table) {
   add_atomic<B32, B64>(table, "xor", [](auto a, auto b, auto) { return a ^ b; });
   add_atomic<B32, B64>(table, "exch", [](auto, auto b, auto) { return b; });
   add_atomic<B16, B32, B64>(table, "cas", [](auto a, auto b, auto c) { return a == b ? c : a; });
-  add_atomic<U32>(table, "inc", [](uint32_t a, uint32_t b, uint32_t) { return a >= b ? 0 : a + 1; });
-  add_atomic<U32>(table, "dec", [](uint32_t a, uint32_t b, uint32_t) {
-    return a == 0 || a > b ? b : a - 1;
-  });
+  add_atomic<U32>(table, "inc",
+                  [](uint32_t a, uint32_t b, uint32_t) { return a >= b ? 0 : a + 1; });
+  add_atomic<U32>(table, "dec",
+                  [](uint32_t a, uint32_t b, uint32_t) { return a == 0 || a > b ? b : a - 1; });
   table.add("cp.async", copy_async);
   table.add("cp.async.commit_group", commit_copies);
   table.add("cp.async.wait_group", wait_copies);

@@ -54,10 +54,10 @@ inline Shared joined(const Shared& a, const Shared& b) {
 struct Clock {
   Shared known;
   Agent thread = 0;
-  uint32_t threads = 0;     // in the block
+  uint32_t threads = 0;  // in the block
   uint32_t own = 1;
-  uint32_t copied = 0;      // groups of cp.async waited for
-  uint32_t fenced = 0;      // own clock at the last fence.proxy.async
+  uint32_t copied = 0;  // groups of cp.async waited for
+  uint32_t fenced = 0;  // own clock at the last fence.proxy.async
   // Scope 0 reaches the block, scope 1 the device.
   Shared released[2];  // as of the last fence: what a relaxed write publishes
   Shared acquired[2];  // through relaxed reads: what the next fence brings in

@@ -37,8 +37,8 @@ D to_integer(double x) {
 template <class D, class S>
 D saturated(S x) {
   auto wide = static_cast<__int128>(x);
-  return static_cast<D>(std::clamp<__int128>(wide, std::numeric_limits<D>::min(),
-                                             std::numeric_limits<D>::max()));
+  return static_cast<D>(
+      std::clamp<__int128>(wide, std::numeric_limits<D>::min(), std::numeric_limits<D>::max()));
 }
 
 template <class D, class S>
@@ -49,8 +49,10 @@ D convert(S x, int mode, uint32_t flags) {
     if (flags & kFtz) x = flushed(x);
     return to_integer<D>(integral(widen(x), mode));
   } else if constexpr (!is_float<S>) {
-    if constexpr (is_half<D>) return narrow<D>(x);
-    else return static_cast<D>(x);
+    if constexpr (is_half<D>)
+      return narrow<D>(x);
+    else
+      return static_cast<D>(x);
   } else {
     if (flags & kFtz) x = flushed(x);
     double value = widen(x);
@@ -61,7 +63,8 @@ D convert(S x, int mode, uint32_t flags) {
       result = to_bf16(to_odd(value), mode == kZero ? Round::zero : Round::nearest);
     else if constexpr (std::is_same_v<D, f16>)
       result = to_f16(to_odd(value), mode == kZero ? Round::zero : Round::nearest);
-    else result = static_cast<D>(value);
+    else
+      result = static_cast<D>(value);
     return flags & kFtz ? flushed(result) : result;
   }
 }
@@ -77,8 +80,10 @@ Flow cvt(Context& c) {
     std::memcpy(&x, file + from + lane * from_bytes, sizeof x);
     auto y = convert<typename D::lane>(x, c.operand(4), c.in.flags);
     uint64_t extended = 0;
-    if constexpr (is_float<decltype(y)>) std::memcpy(&extended, &y, sizeof y);
-    else extended = static_cast<uint64_t>(static_cast<int64_t>(y));
+    if constexpr (is_float<decltype(y)>)
+      std::memcpy(&extended, &y, sizeof y);
+    else
+      extended = static_cast<uint64_t>(static_cast<int64_t>(y));
     std::memcpy(file + to + lane * to_bytes, &extended, to_bytes);
   });
   return Flow::next;

@@ -157,9 +157,8 @@ Flow shuffle(Context& c) {
 
 uint32_t ballot(Context& c, int k) {
   uint32_t votes = 0;
-  for_lanes(c.active, [&](int lane) {
-    votes |= static_cast<uint32_t>(predicate(c, k, lane)) << lane;
-  });
+  for_lanes(c.active,
+            [&](int lane) { votes |= static_cast<uint32_t>(predicate(c, k, lane)) << lane; });
   return votes;
 }
 
@@ -172,8 +171,10 @@ Flow vote(Context& c) {
   if (c.operand(3)) votes = ~votes & c.active;
   bool all = votes == c.active, none = votes == 0;
   for_lanes(c.active, [&](int lane) {
-    if (kVote == kBallot) set_value(c, 0, lane, votes);
-    else set_predicate(c, 0, lane, kVote == kAny ? !none : kVote == kAll ? all : all || none);
+    if (kVote == kBallot)
+      set_value(c, 0, lane, votes);
+    else
+      set_predicate(c, 0, lane, kVote == kAny ? !none : kVote == kAll ? all : all || none);
   });
   return Flow::next;
 }

@@ -58,9 +58,12 @@ inline f16 to_f16(float x, Round round = Round::nearest) {
 
 template <class T>
 T from_float(float x) {
-  if constexpr (std::is_same_v<T, f16>) return to_f16(x);
-  else if constexpr (std::is_same_v<T, bf16>) return to_bf16(x);
-  else return x;
+  if constexpr (std::is_same_v<T, f16>)
+    return to_f16(x);
+  else if constexpr (std::is_same_v<T, bf16>)
+    return to_bf16(x);
+  else
+    return x;
 }
 
 // To fp16 from fp64 in one rounding: fp32 rounded to odd keeps what the second rounding needs.
@@ -75,19 +78,21 @@ inline float to_odd(double x) {
 // TF32 keeps ten bits of the mantissa; tensor cores ignore the rest.
 inline float tf32_operand(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
 
-inline float flush(float x) {
-  return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
-}
+inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
 // fp8 with `exponent` bits of exponent; E4M3 has no infinity, 0x7f is NaN.
 inline float from_fp8(uint8_t bits, bool e4m3) {
   int mantissa_bits = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15;
   int exponent = (bits & 0x7f) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
   float value;
-  if (e4m3 && (bits & 0x7f) == 0x7f) value = NAN;
-  else if (!e4m3 && exponent == 31) value = mantissa ? NAN : INFINITY;
-  else if (exponent == 0) value = std::ldexp(float(mantissa), 1 - bias - mantissa_bits);
-  else value = std::ldexp(float(mantissa | 1 << mantissa_bits), exponent - bias - mantissa_bits);
+  if (e4m3 && (bits & 0x7f) == 0x7f)
+    value = NAN;
+  else if (!e4m3 && exponent == 31)
+    value = mantissa ? NAN : INFINITY;
+  else if (exponent == 0)
+    value = std::ldexp(float(mantissa), 1 - bias - mantissa_bits);
+  else
+    value = std::ldexp(float(mantissa | 1 << mantissa_bits), exponent - bias - mantissa_bits);
   return bits & 0x80 ? -value : value;
 }
 

@@ -223,16 +223,17 @@ void add_logic(Table& table) {
   table.function<B32, B32, B32, U32>("shf.l.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return both(a, b) << (n & 31) >> 32;
   });
-  table.function<B32, B32, B32, U32>("shf.r.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
-    return both(a, b) >> (n & 31);
-  });
+  table.function<B32, B32, B32, U32>(
+      "shf.r.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) { return both(a, b) >> (n & 31); });
   table.function<B32, B32, B32, U32>("shf.l.clamp.b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return both(a, b) << std::min(n, 32u) >> 32;
   });
   table.function<B32, B32, B32, U32>("shf.r.clamp.b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return both(a, b) >> std::min(n, 32u);
   });
-  auto bfe = [](auto a, uint32_t position, uint32_t length) { return extract(a, position, length); };
+  auto bfe = [](auto a, uint32_t position, uint32_t length) {
+    return extract(a, position, length);
+  };
   table.function<S32, S32, U32, U32>("bfe.s32", bfe);
   table.function<U32, U32, U32, U32>("bfe.u32", bfe);
   table.function<S64, S64, U32, U32>("bfe.s64", bfe);

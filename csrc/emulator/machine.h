@@ -81,7 +81,7 @@ struct Copy {
   const uint8_t* from;
   uint32_t bytes, taken;  // of which `taken` come from memory, zeros follow
   uint32_t group;
-  uint64_t offset;        // in shared memory
+  uint64_t offset;  // in shared memory
 };
 
 struct Thread {
@@ -113,7 +113,7 @@ struct Barrier {
   uint32_t arrived = 0;   // threads, asleep or gone on
   uint32_t expected = 0;  // 0: all of the block
   int32_t instruction = -1;
-  Shared news;            // from those who have gone on
+  Shared news;  // from those who have gone on
 };
 
 struct Block {

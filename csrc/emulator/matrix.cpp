@@ -151,8 +151,7 @@ Flow mma_f64(Context& c) {
   for_lanes(c.active, [&](int lane) {
     for (int e = 0; e < 2; e++) {
       double sum = c.lanes<double>(4 + e)[lane];
-      for (int k = 0; k < 4; k++)
-        sum = std::fma(a[lane / 4][k], b[k][lane % 4 * 2 + e], sum);
+      for (int k = 0; k < 4; k++) sum = std::fma(a[lane / 4][k], b[k][lane % 4 * 2 + e], sum);
       c.lanes<double>(e).set(lane, sum);
     }
   });

@@ -39,9 +39,7 @@ uint64_t wavefronts(const std::array<uint64_t, kWarp>& address, uint32_t lanes, 
 }  // namespace
 
 Block* Machine::peer(Block& block, uint32_t rank) {
-  return rank == block.rank ? &block
-         : rank < resident_.size() ? resident_[rank].get()
-                                   : nullptr;
+  return rank == block.rank ? &block : rank < resident_.size() ? resident_[rank].get() : nullptr;
 }
 
 uint32_t Machine::locate(Context& c, Access& access) {
@@ -142,7 +140,7 @@ void Machine::check_read(Context& c, int lane, const Place& place, uint32_t byte
                 conflict.other.agent >= clock.threads;
     report(copy ? "copy-not-waited-for" : conflict.kind, c.block, c.thread(lane), c.pc, at,
            other(c.block, conflict.other), "%s",
-           copy ? "an asynchronous copy may still be on its way"
+           copy                   ? "an asynchronous copy may still be on its way"
            : conflict.other.clock ? "nothing orders this read after the write"
                                   : "nobody has written it");
   });
@@ -154,14 +152,15 @@ void Machine::check_write(Context& c, int lane, const Place& place, uint32_t byt
   const Clock& clock = c.state(lane).clock;
   place.shadow->write(place.offset, bytes, clock, c.epoch(lane), after ? place.host : nullptr,
                       after, [&](const Conflict& conflict) {
-    Place at = place;
-    at.offset = conflict.offset;
-    bool copy = conflict.other.block == c.block.linear && conflict.other.agent >= clock.threads;
-    report(copy ? "copy-not-waited-for" : conflict.kind, c.block, c.thread(lane), c.pc, at,
-           other(c.block, conflict.other), "%s",
-           copy ? "an asynchronous copy may still be on its way"
-                : "nothing orders this write after the other access");
-  });
+                        Place at = place;
+                        at.offset = conflict.offset;
+                        bool copy = conflict.other.block == c.block.linear &&
+                                    conflict.other.agent >= clock.threads;
+                        report(copy ? "copy-not-waited-for" : conflict.kind, c.block,
+                               c.thread(lane), c.pc, at, other(c.block, conflict.other), "%s",
+                               copy ? "an asynchronous copy may still be on its way"
+                                    : "nothing orders this write after the other access");
+                      });
 }
 
 // Relaxed or stronger accesses carry what their writers have fenced off to those who read them.
@@ -209,9 +208,18 @@ void Machine::report(const char* kind, const Block& block, int thread, int32_t i
     return;
   }
   if (findings.size() >= static_cast<size_t>(launch.max_findings)) return;
-  Finding finding{kind, instruction, other.instruction, static_cast<int32_t>(block.linear),
-                  other.block, thread, other.thread, place.space, place.buffer,
-                  static_cast<int64_t>(place.offset), 1, {}};
+  Finding finding{kind,
+                  instruction,
+                  other.instruction,
+                  static_cast<int32_t>(block.linear),
+                  other.block,
+                  thread,
+                  other.thread,
+                  place.space,
+                  place.buffer,
+                  static_cast<int64_t>(place.offset),
+                  1,
+                  {}};
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(finding.detail, sizeof finding.detail, format, arguments);

@@ -16,10 +16,10 @@ struct Pair {
 };
 
 // PTX's name for a type, and what a lane of it holds.
-#define FASTATTN_PTX_TYPE(Name, text, lane_type)        \
-  struct Name {                                         \
-    using lane = lane_type;                             \
-    static constexpr const char* name = text;           \
+#define FASTATTN_PTX_TYPE(Name, text, lane_type) \
+  struct Name {                                  \
+    using lane = lane_type;                      \
+    static constexpr const char* name = text;    \
   };
 FASTATTN_PTX_TYPE(S8, "s8", int8_t)
 FASTATTN_PTX_TYPE(U8, "u8", uint8_t)
@@ -49,19 +49,25 @@ constexpr bool is_float = is_half<T> || std::is_floating_point_v<T>;
 // What a function computes with: halves in fp64, so that only the last step rounds.
 template <class T>
 auto widen(T x) {
-  if constexpr (is_half<T>) return static_cast<double>(to_float(x));
-  else return x;
+  if constexpr (is_half<T>)
+    return static_cast<double>(to_float(x));
+  else
+    return x;
 }
 template <class T, class V>
 T narrow(V x) {
-  if constexpr (is_half<T>) return from_float<T>(to_odd(static_cast<double>(x)));
-  else return static_cast<T>(x);
+  if constexpr (is_half<T>)
+    return from_float<T>(to_odd(static_cast<double>(x)));
+  else
+    return static_cast<T>(x);
 }
 
 template <class T>
 T flushed(T x) {
-  if constexpr (std::is_same_v<T, float>) return flush(x);
-  else return x;
+  if constexpr (std::is_same_v<T, float>)
+    return flush(x);
+  else
+    return x;
 }
 // Into [0, 1] or [0, inf), NaN to 0.
 template <class V>
@@ -93,8 +99,10 @@ constexpr bool is_pair<Pair<T>> = true;
 template <class F, class D, class... A>
 void for_operands(uint32_t active, uint32_t flags, Lanes<D> d, Lanes<A>... a) {
   for_lanes(active, [&](int lane) {
-    if constexpr (is_pair<D>) d.set(lane, apply_pair<F, D>(flags, a[lane]...));
-    else d.set(lane, apply<F, D>(flags, a[lane]...));
+    if constexpr (is_pair<D>)
+      d.set(lane, apply_pair<F, D>(flags, a[lane]...));
+    else
+      d.set(lane, apply<F, D>(flags, a[lane]...));
   });
 }
 
@@ -108,8 +116,10 @@ Flow elementwise(Context& c) {
                       c.lanes<typename A::lane>(I + 1)...);
     };
     // The common case on its own, for the compiler to vectorise.
-    if (flags == 0) run(0);
-    else run(flags);
+    if (flags == 0)
+      run(0);
+    else
+      run(flags);
   }(std::index_sequence_for<A...>{});
   return Flow::next;
 }

@@ -1,4 +1,5 @@
-// What Python and the emulator tell each other: plain structs, mirrored in fastattn/emulator/abi.py.
+// What Python and the emulator tell each other: plain structs, mirrored in
+// fastattn/emulator/abi.py.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +10,17 @@ constexpr int kWarp = 32;  // lanes of a warp
 
 // Modifiers that an operation may be asked to honour.
 enum Flag : uint32_t {
-  kFtz = 1 << 0,        // subnormal inputs and results count as zero
-  kSat = 1 << 1,        // clamp to [0, 1], or to the range of an integer
-  kRelu = 1 << 2,       // clamp to [0, inf)
-  kNan = 1 << 3,        // min and max propagate NaN
-  kNegated = 1 << 4,    // the guard is @!p
-  kStrong = 1 << 5,     // volatile, relaxed or stronger: not a data race with its like
-  kAcquire = 1 << 6,    // memory order
-  kRelease = 1 << 7,    // memory order
-  kGpuScope = 1 << 8,   // orders accesses of other blocks, too
-  kAligned = 1 << 9,    // every live lane of the warp must execute it together
-  kAsyncProxy = 1 << 10 // a fence between ordinary accesses and those of the copy engine
+  kFtz = 1 << 0,         // subnormal inputs and results count as zero
+  kSat = 1 << 1,         // clamp to [0, 1], or to the range of an integer
+  kRelu = 1 << 2,        // clamp to [0, inf)
+  kNan = 1 << 3,         // min and max propagate NaN
+  kNegated = 1 << 4,     // the guard is @!p
+  kStrong = 1 << 5,      // volatile, relaxed or stronger: not a data race with its like
+  kAcquire = 1 << 6,     // memory order
+  kRelease = 1 << 7,     // memory order
+  kGpuScope = 1 << 8,    // orders accesses of other blocks, too
+  kAligned = 1 << 9,     // every live lane of the warp must execute it together
+  kAsyncProxy = 1 << 10  // a fence between ordinary accesses and those of the copy engine
 };
 
 // One PTX instruction. Its operands are slots (offsets in bytes into the register file of a warp,
@@ -41,13 +42,42 @@ struct Initial {
 };
 
 enum Special : int32_t {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ,
-  kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ,
-  kLaneId, kWarpId, kNwarpId, kMaskEq, kMaskLe, kMaskLt, kMaskGe, kMaskGt,
-  kClusterX, kClusterY, kClusterZ, kNclusterX, kNclusterY, kNclusterZ,
-  kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ,
-  kClusterNctaidX, kClusterNctaidY, kClusterNctaidZ,
-  kClusterCtarank, kClusterNctarank, kDynamicShared, kTotalShared
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneId,
+  kWarpId,
+  kNwarpId,
+  kMaskEq,
+  kMaskLe,
+  kMaskLt,
+  kMaskGe,
+  kMaskGt,
+  kClusterX,
+  kClusterY,
+  kClusterZ,
+  kNclusterX,
+  kNclusterY,
+  kNclusterZ,
+  kClusterCtaidX,
+  kClusterCtaidY,
+  kClusterCtaidZ,
+  kClusterNctaidX,
+  kClusterNctaidY,
+  kClusterNctaidZ,
+  kClusterCtarank,
+  kClusterNctarank,
+  kDynamicShared,
+  kTotalShared
 };
 
 struct Program {
@@ -55,9 +85,9 @@ struct Program {
   const int32_t* operands;
   const Initial* initials;
   int32_t instruction_count, initial_count;
-  int32_t file_bytes;    // the register file of a warp
-  int32_t local_bytes;   // local memory of a thread
-  int32_t static_shared; // before the dynamic shared memory
+  int32_t file_bytes;     // the register file of a warp
+  int32_t local_bytes;    // local memory of a thread
+  int32_t static_shared;  // before the dynamic shared memory
   int32_t pad;
 };
 
@@ -78,11 +108,11 @@ struct Launch {
   uint32_t grid[3], block[3], cluster[3];
   uint32_t dynamic_shared;
   int32_t order;
-  int32_t late;         // asynchronous copies arrive when they are waited for, not when issued
-  int32_t check;        // data races, uninitialised memory
-  int32_t count;        // bank conflicts and sectors
+  int32_t late;   // asynchronous copies arrive when they are waited for, not when issued
+  int32_t check;  // data races, uninitialised memory
+  int32_t count;  // bank conflicts and sectors
   uint64_t seed;
-  uint64_t patience;    // warp instructions without progress that count as a hang
+  uint64_t patience;  // warp instructions without progress that count as a hang
   int32_t buffer_count;
   int32_t max_findings;
   const Buffer* buffers;
@@ -102,8 +132,8 @@ struct Finding {
 
 // What one instruction did in all.
 struct Site {
-  uint64_t executed, lanes;    // by warps, by threads
-  uint64_t transfers, ideal;   // wavefronts of shared or sectors of global memory
+  uint64_t executed, lanes;   // by warps, by threads
+  uint64_t transfers, ideal;  // wavefronts of shared or sectors of global memory
 };
 
 enum Space : int32_t { kGeneric, kGlobal, kShared, kLocal, kConst };

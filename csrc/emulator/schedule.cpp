@@ -7,8 +7,8 @@
 namespace fastattn::emulator {
 namespace {
 
-constexpr uint64_t kSlice = 1 << 14;       // instructions until another warp gets its turn
-constexpr uint32_t kVisits = 1 << 10;      // jumps of a diverged group until the others get theirs
+constexpr uint64_t kSlice = 1 << 14;   // instructions until another warp gets its turn
+constexpr uint32_t kVisits = 1 << 10;  // jumps of a diverged group until the others get theirs
 
 uint32_t volume(const uint32_t (&size)[3]) { return size[0] * size[1] * size[2]; }
 
@@ -71,8 +71,8 @@ void Machine::run() {
       Block& block = *resident_[rank];
       block.rank = rank;
       for (int d = 0; d < 3; d++) block.index[d] = corner[d] * launch.cluster[d] + within[d];
-      start(block, block.index[0] +
-                       launch.grid[0] * (block.index[1] + launch.grid[1] * block.index[2]));
+      start(block,
+            block.index[0] + launch.grid[0] * (block.index[1] + launch.grid[1] * block.index[2]));
     }
     run_resident();
   }
@@ -102,8 +102,8 @@ void Machine::start(Block& block, uint32_t linear) {
   block.warps.resize((threads + kWarp - 1) / kWarp);
   for (size_t i = 0; i < block.warps.size(); i++) {
     Warp& warp = block.warps[i];
-    auto file = warp.file ? std::move(warp.file)
-                          : std::make_unique_for_overwrite<uint8_t[]>(image_.size());
+    auto file =
+        warp.file ? std::move(warp.file) : std::make_unique_for_overwrite<uint8_t[]>(image_.size());
     warp = Warp{};
     warp.index = static_cast<int>(i);
     warp.file = std::move(file);
@@ -123,27 +123,46 @@ void Machine::fill_specials(Block& block, Warp& warp) {
       auto within = position(block.rank, launch.cluster);
       int s = initial.special;
       uint64_t value = 0;
-      if (s <= kTidZ) value = tid[s - kTidX];
-      else if (s <= kNtidZ) value = launch.block[s - kNtidX];
-      else if (s <= kCtaidZ) value = block.index[s - kCtaidX];
-      else if (s <= kNctaidZ) value = launch.grid[s - kNctaidX];
-      else if (s == kLaneId) value = lane;
-      else if (s == kWarpId) value = warp.index;
-      else if (s == kNwarpId) value = block.warps.size();
-      else if (s == kMaskEq) value = 1u << lane;
-      else if (s == kMaskLe) value = (2ull << lane) - 1;
-      else if (s == kMaskLt) value = (1ull << lane) - 1;
-      else if (s == kMaskGe) value = ~0u << lane;
-      else if (s == kMaskGt) value = static_cast<uint32_t>(~0ull << (lane + 1));
-      else if (s <= kClusterZ) value = block.index[s - kClusterX] / launch.cluster[s - kClusterX];
+      if (s <= kTidZ)
+        value = tid[s - kTidX];
+      else if (s <= kNtidZ)
+        value = launch.block[s - kNtidX];
+      else if (s <= kCtaidZ)
+        value = block.index[s - kCtaidX];
+      else if (s <= kNctaidZ)
+        value = launch.grid[s - kNctaidX];
+      else if (s == kLaneId)
+        value = lane;
+      else if (s == kWarpId)
+        value = warp.index;
+      else if (s == kNwarpId)
+        value = block.warps.size();
+      else if (s == kMaskEq)
+        value = 1u << lane;
+      else if (s == kMaskLe)
+        value = (2ull << lane) - 1;
+      else if (s == kMaskLt)
+        value = (1ull << lane) - 1;
+      else if (s == kMaskGe)
+        value = ~0u << lane;
+      else if (s == kMaskGt)
+        value = static_cast<uint32_t>(~0ull << (lane + 1));
+      else if (s <= kClusterZ)
+        value = block.index[s - kClusterX] / launch.cluster[s - kClusterX];
       else if (s <= kNclusterZ)
         value = launch.grid[s - kNclusterX] / launch.cluster[s - kNclusterX];
-      else if (s <= kClusterCtaidZ) value = within[s - kClusterCtaidX];
-      else if (s <= kClusterNctaidZ) value = launch.cluster[s - kClusterNctaidX];
-      else if (s == kClusterCtarank) value = block.rank;
-      else if (s == kClusterNctarank) value = volume(launch.cluster);
-      else if (s == kDynamicShared) value = launch.dynamic_shared;
-      else if (s == kTotalShared) value = block.shared.size();
+      else if (s <= kClusterCtaidZ)
+        value = within[s - kClusterCtaidX];
+      else if (s <= kClusterNctaidZ)
+        value = launch.cluster[s - kClusterNctaidX];
+      else if (s == kClusterCtarank)
+        value = block.rank;
+      else if (s == kClusterNctarank)
+        value = volume(launch.cluster);
+      else if (s == kDynamicShared)
+        value = launch.dynamic_shared;
+      else if (s == kTotalShared)
+        value = block.shared.size();
       std::memcpy(warp.file.get() + initial.slot + lane * initial.bytes, &value, initial.bytes);
     }
   }

@@ -60,8 +60,8 @@ class Shadow {
     each(offset, size, [&](Cell& cell, uint64_t at) {
       if (!clock.knows(cell.write) && !(access.strong && cell.write.strong)) {
         uint64_t from = std::max(at, offset), to = std::min(at + (1 << shift_), offset + size);
-        bool same = before && !std::memcmp(before + (from - offset), after + (from - offset),
-                                           to - from);
+        bool same =
+            before && !std::memcmp(before + (from - offset), after + (from - offset), to - from);
         if (!same) report(Conflict{"race-write-after-write", cell.write, at});
       }
       auto check = [&](const Epoch& reader) {
