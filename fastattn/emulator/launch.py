@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from fastattn.emulator import abi
+from fastattn.emulator.lower import Program
 from fastattn.emulator.opcodes import BUFFER_SHIFT
 from fastattn.emulator.ptx import WIDTHS, Function, PtxModule, Variable, parse
 from fastattn.emulator.report import SPACES as SPACE_NAMES
 from fastattn.emulator.report import Counters, Finding, Place, Report, SiteCount, space_of
-from fastattn.emulator.translate import Program, translate
+from fastattn.emulator.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
 MOST_FINDINGS = 256
