@@ -6,21 +6,6 @@
 namespace fastattn::emulator {
 namespace {
 
-// The three operands of an address from `first`: a slot, its bytes a lane, an offset to add.
-Access access(const Context& c, int first, Space space, uint32_t bytes, bool write) {
-  Access a{space, bytes, write, {}, {}};
-  const uint8_t* slot = c.warp.file.get() + c.operand(first);
-  int width = c.operand(first + 1);
-  int64_t offset = c.operand(first + 2);
-  for_lanes(c.active, [&](int lane) {
-    uint64_t address = 0;
-    std::memcpy(&address, slot + lane * width, width);
-    address += offset;
-    a.address[lane] = width == 4 ? static_cast<uint32_t>(address) : address;
-  });
-  return a;
-}
-
 // Stores of one instruction to the same place win in the order of the schedule.
 template <class F>
 void for_lanes_in_order(const Context& c, uint32_t lanes, F f) {
@@ -37,7 +22,7 @@ void for_lanes_in_order(const Context& c, uint32_t lanes, F f) {
 Flow load(Context& c) {
   uint32_t bytes = c.operand(4), count = c.operand(5);
   bool is_signed = c.operand(6);
-  Access a = access(c, 0, static_cast<Space>(c.operand(3)), bytes * count, false);
+  Access a = access_at(c, 0, static_cast<Space>(c.operand(3)), bytes * count, false);
   for_lanes(c.machine.locate(c, a), [&](int lane) {
     const Place& place = a.place[lane];
     if (c.flag(kStrong)) c.machine.observe(c, lane, place);
@@ -59,7 +44,7 @@ Flow load(Context& c) {
 // its bytes a lane.
 Flow store(Context& c) {
   uint32_t bytes = c.operand(4), count = c.operand(5);
-  Access a = access(c, 0, static_cast<Space>(c.operand(3)), bytes * count, true);
+  Access a = access_at(c, 0, static_cast<Space>(c.operand(3)), bytes * count, true);
   for_lanes_in_order(c, c.machine.locate(c, a), [&](int lane) {
     const Place& place = a.place[lane];
     uint8_t value[64];
@@ -78,7 +63,7 @@ template <class F, class T>
 Flow atomic(Context& c) {
   using V = typename T::lane;
   auto d = c.lanes<V>(0), x = c.lanes<V>(5), y = c.lanes<V>(6);
-  Access a = access(c, 1, static_cast<Space>(c.operand(4)), sizeof(V), true);
+  Access a = access_at(c, 1, static_cast<Space>(c.operand(4)), sizeof(V), true);
   for_lanes_in_order(c, c.machine.locate(c, a), [&](int lane) {
     const Place& place = a.place[lane];
     c.machine.observe(c, lane, place);
@@ -112,17 +97,12 @@ auto atomic_add = [](auto a, auto b, auto) {
 
 // --- cp.async: a copy that somebody must wait for
 
-void deliver(const Copy& copy) {
-  std::memset(copy.to, 0, copy.bytes);
-  if (copy.taken) std::memcpy(copy.to, copy.from, copy.taken);
-}
-
 // Operands: destination (3), source (3), bytes, the slot of how many of them to take from the
 // source or -1, the predicate of whether to take none or -1.
 Flow copy_async(Context& c) {
   Machine& machine = c.machine;
   uint32_t bytes = c.operand(6);
-  Access to = access(c, 0, kShared, bytes, true), from = access(c, 3, kGlobal, bytes, false);
+  Access to = access_at(c, 0, kShared, bytes, true), from = access_at(c, 3, kGlobal, bytes, false);
   std::array<uint32_t, kWarp> taken;
   uint32_t ignore = c.operand(8) < 0 ? 0 : c.mask(8);
   uint32_t reading = 0;
@@ -143,7 +123,7 @@ Flow copy_async(Context& c) {
       // The copy writes in its own time, after all that its thread knows of now.
       machine.check_write(c, lane, place, bytes, nullptr);
       Epoch epoch = c.epoch(lane);
-      epoch.agent = static_cast<uint16_t>(thread.clock.threads + c.thread(lane));
+      epoch.agent = static_cast<uint16_t>(thread.clock.agent(kCopies));
       epoch.clock = thread.committed + 1;
       place.shadow->write(place.offset, bytes, thread.clock, epoch, nullptr, nullptr,
                           [](const Conflict&) {});
@@ -174,7 +154,8 @@ Flow wait_copies(Context& c) {
     for (; rest != thread.copies.end() && rest->group < done; ++rest)
       if (c.machine.launch.late) deliver(*rest);
     thread.copies.erase(thread.copies.begin(), rest);
-    thread.clock.copied = std::max(thread.clock.copied, done);
+    uint32_t& seen = thread.clock.progress[kCopies];
+    seen = std::max(seen, done);
   });
   return Flow::next;
 }
@@ -187,8 +168,14 @@ Flow wait_all_copies(Context& c) {
 // --- fences and addresses
 
 Flow fence(Context& c) {
-  if (c.machine.launch.check)
-    for_lanes(c.active, [&](int lane) { c.state(lane).clock.fence(c.flag(kGpuScope)); });
+  if (!c.machine.launch.check) return Flow::next;
+  for_lanes(c.active, [&](int lane) {
+    Clock& clock = c.state(lane).clock;
+    if (c.flag(kAsyncProxy))
+      clock.fence_proxy();
+    else
+      clock.fence(c.flag(kGpuScope));
+  });
   return Flow::next;
 }
 

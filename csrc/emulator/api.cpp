@@ -16,6 +16,9 @@ const std::vector<Operation>& operations() {
     add_accesses(table);
     add_exchanges(table);
     add_matrix(table);
+    add_mbarriers(table);
+    add_wgmma(table);
+    add_bulk_copies(table);
     return rows;
   }();
   return all;

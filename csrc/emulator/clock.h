@@ -10,9 +10,12 @@
 
 namespace fastattn::emulator {
 
-// Agents of a block of n threads: its threads 0..n-1, the copies that thread t has issued with
-// cp.async (n + t), and one per mbarrier for the copies that complete on it (2n and up).
+// Who touches memory in a block of n threads. Thread t acts as itself (agent t), through the copies
+// that it has issued with cp.async (n + t), where it leads a warp through the products that the
+// warp has issued with wgmma (2 n + t), and through its bulk stores (3 n + t). Behind these stand
+// the mbarriers (4 n and up), for the copies that complete on them.
 using Agent = uint32_t;
+enum Role : uint32_t { kItself, kCopies, kProducts, kStores, kRoles };
 
 // Who touched memory when. Clock 0 stands for nobody.
 struct Epoch {
@@ -26,6 +29,7 @@ struct Epoch {
 struct Known {
   uint32_t block = 0;
   std::vector<uint32_t> agents;
+  std::vector<uint32_t> fenced;  // of these, what a fence lets the asynchronous units see
   std::map<uint32_t, std::vector<uint32_t>> others;
 };
 using Shared = std::shared_ptr<const Known>;
@@ -35,7 +39,12 @@ inline void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from)
   for (size_t i = 0; i < from.size(); i++) into[i] = std::max(into[i], from[i]);
 }
 
+inline bool covers(const std::vector<uint32_t>& seen, const Epoch& e) {
+  return e.clock == 0 || (e.agent < seen.size() && seen[e.agent] >= e.clock);
+}
+
 inline void join(Known& into, const Known& from) {
+  if (into.block == from.block) join(into.fenced, from.fenced);
   join(into.block == from.block ? into.agents : into.others[from.block], from.agents);
   for (const auto& [block, agents] : from.others)
     if (block != into.block) join(into.others[block], agents);
@@ -54,24 +63,25 @@ inline Shared joined(const Shared& a, const Shared& b) {
 struct Clock {
   Shared known;
   Agent thread = 0;
-  uint32_t threads = 0;  // in the block
-  uint32_t own = 1;
-  uint32_t copied = 0;  // groups of cp.async waited for
-  uint32_t fenced = 0;  // own clock at the last fence.proxy.async
+  uint32_t threads = 0;                      // in the block
+  uint32_t progress[kRoles] = {1, 0, 0, 0};  // own clock; groups of each role waited for
   // Scope 0 reaches the block, scope 1 the device.
   Shared released[2];  // as of the last fence: what a relaxed write publishes
   Shared acquired[2];  // through relaxed reads: what the next fence brings in
 
+  Agent agent(Role role) const {
+    return role * threads + (role == kProducts ? thread / 32 * 32 : thread);
+  }
+
   bool knows(const Epoch& e) const {
-    if (e.clock == 0) return true;
-    if (e.block != known->block) {
+    if (e.block != known->block && e.clock) {
       auto other = known->others.find(e.block);
-      return other != known->others.end() && e.agent < other->second.size() &&
-             other->second[e.agent] >= e.clock;
+      return other != known->others.end() && covers(other->second, e);
     }
     if (e.agent == thread) return true;
-    if (e.agent == threads + thread && e.clock <= copied) return true;
-    return e.agent < known->agents.size() && known->agents[e.agent] >= e.clock;
+    for (Role role : {kCopies, kProducts, kStores})
+      if (e.agent == agent(role) && e.clock <= progress[role]) return true;
+    return covers(known->agents, e);
   }
 
   // All that this thread has done and seen, for others to learn.
@@ -82,9 +92,14 @@ struct Clock {
   }
 
   void publish(Known& to) const {
-    to.agents[thread] = std::max(to.agents[thread], own);
-    to.agents[threads + thread] = std::max(to.agents[threads + thread], copied);
+    for (Role role : {kItself, kCopies, kProducts, kStores}) {
+      uint32_t& seen = to.agents[agent(role)];
+      seen = std::max(seen, progress[role]);
+    }
   }
+
+  // Moves on, so that what comes now is not mistaken for what others have been told of.
+  void step() { progress[kItself]++; }
 
   void learn(const Shared& news) { known = joined(known, news); }
 
@@ -96,7 +111,15 @@ struct Clock {
     }
     released[0] = snapshot();
     if (scope == 1) released[1] = released[0];
-    own++;
+    step();
+  }
+
+  // Lets the asynchronous units see what this thread can see.
+  void fence_proxy() {
+    auto all = std::make_shared<Known>(*snapshot());
+    join(all->fenced, all->agents);
+    known = all;
+    step();
   }
 };
 
@@ -113,7 +136,7 @@ inline void meet(std::span<Clock* const> group) {
   for (Clock* clock : group) clock->publish(*all);
   for (Clock* clock : group) {
     clock->known = all;
-    clock->own++;
+    clock->step();
     for (int s = 0; s < 2; s++) clock->released[s] = released[s];
   }
 }

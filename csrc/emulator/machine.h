@@ -84,20 +84,27 @@ struct Copy {
   uint64_t offset;  // in shared memory
 };
 
+inline void deliver(const Copy& copy) {
+  std::memset(copy.to, 0, copy.bytes);
+  if (copy.taken) std::memcpy(copy.to, copy.from, copy.taken);
+}
+
 struct Thread {
   Clock clock;
   std::vector<Copy> copies;
   uint32_t committed = 0;  // groups of copies
+  uint32_t stored = 0;     // groups of bulk stores
 };
 
 struct Warp {
   int index = 0;
   uint32_t live = 0;
-  uint32_t held = 0;     // lanes asleep at a barrier
-  uint32_t stopped = 0;  // lanes at an instruction that others must reach, too
-  uint32_t tired = 0;    // lanes that others go before, so that a poll cannot starve them
-  uint32_t visits = 0;   // jumps since the warp diverged
-  uint64_t idle = 0;     // instructions since the last synchronisation
+  uint32_t held = 0;      // lanes asleep at a barrier
+  uint32_t stopped = 0;   // lanes at an instruction that others must reach, too
+  uint32_t tired = 0;     // lanes that others go before, so that a poll cannot starve them
+  uint32_t visits = 0;    // jumps since the warp diverged
+  uint64_t idle = 0;      // instructions since the last synchronisation
+  uint32_t products = 0;  // groups of wgmma issued
   std::array<int32_t, kWarp> pc{};
   std::unique_ptr<uint8_t[]> file;
 
@@ -116,6 +123,25 @@ struct Barrier {
   Shared news;  // from those who have gone on
 };
 
+// Bytes that the copy engine holds back until they are waited for.
+struct Delivery {
+  uint8_t* to;
+  std::vector<uint8_t> bytes;
+};
+
+struct Mbarrier {
+  Agent agent = 0;
+  int32_t expected = 0, pending = 0;  // arrivals
+  int64_t bytes = 0;                  // on their way
+  uint32_t phase = 0;                 // phases completed
+  bool live = false;
+  Shared news, done;  // from the arrivals of this phase, and of the one completed last
+  std::vector<Delivery> late;
+
+  void settle();  // ends the phase once all have arrived
+  void deliver_late();
+};
+
 struct Block {
   uint32_t linear = 0;
   std::array<uint32_t, 3> index{};
@@ -127,6 +153,7 @@ struct Block {
   Shadow shadow;
   std::array<Barrier, 16> barriers;
   std::unordered_map<uint64_t, std::array<Shared, 2>> published;  // by atomics in shared memory
+  std::unordered_map<uint64_t, Mbarrier> mbarriers;
 };
 
 // Where an address leads. A null host means nowhere.
@@ -163,8 +190,8 @@ struct Context {
   int thread(int lane) const { return warp.index * kWarp + lane; }
   Thread& state(int lane) const { return block.threads[thread(lane)]; }
   Epoch epoch(int lane) const {
-    return {block.linear, state(lane).clock.own, pc, static_cast<uint16_t>(thread(lane)),
-            flag(kStrong)};
+    return {block.linear, state(lane).clock.progress[kItself], pc,
+            static_cast<uint16_t>(thread(lane)), flag(kStrong)};
   }
 };
 
@@ -193,6 +220,8 @@ class Machine {
   uint32_t locate(Context& c, Access& access);
   void check_read(Context& c, int lane, const Place& place, uint32_t bytes);
   void check_write(Context& c, int lane, const Place& place, uint32_t bytes, const uint8_t* after);
+  // What an asynchronous unit reads for a thread that acts in `role`.
+  void check_async_read(Context& c, int lane, const Place& place, uint32_t bytes, Epoch reader);
   // Ordering through memory, for strong accesses.
   void publish(Context& c, int lane, const Place& place);
   void observe(Context& c, int lane, const Place& place);

@@ -15,15 +15,7 @@ template <bool kStore>
 Flow tiles(Context& c) {
   int count = c.operand(3);
   bool transposed = c.operand(4);
-  Access a{kShared, 16, kStore, {}, {}};
-  const uint8_t* slot = c.warp.file.get() + c.operand(0);
-  int width = c.operand(1);
-  for (int lane = 0; lane < 8 * count; lane++) {
-    std::memcpy(&a.address[lane], slot + lane * width, width);
-    a.address[lane] += c.operand(2);
-    // A generic address of shared memory is as good.
-    if (width == 8) a.address[lane] &= kSharedWindow - 1;
-  }
+  Access a = access_at(c, 0, kShared, 16, kStore);
   Context rows = c;
   rows.active = c.active & (count == 4 ? ~0u : (1u << 8 * count) - 1);
   uint32_t good = c.machine.locate(rows, a);

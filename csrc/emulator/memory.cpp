@@ -163,6 +163,24 @@ void Machine::check_write(Context& c, int lane, const Place& place, uint32_t byt
                       });
 }
 
+void Machine::check_async_read(Context& c, int lane, const Place& place, uint32_t bytes,
+                               Epoch reader) {
+  if (!place.shadow) return;
+  const Clock& clock = c.state(lane).clock;
+  for (uint32_t i = 0; i < bytes; i += 4) {
+    const Epoch& write = place.shadow->at(place.offset + i).write;
+    if (write.agent >= clock.threads || !clock.knows(write) || covers(clock.known->fenced, write))
+      continue;
+    Place at = place;
+    at.offset += i;
+    report("missing-proxy-fence", c.block, c.thread(lane), c.pc, at, other(c.block, write),
+           "no fence.proxy.async lets an asynchronous unit see what a thread wrote");
+  }
+  // As for a thread, and then on record as the unit's.
+  check_read(c, lane, place, bytes);
+  place.shadow->read(place.offset, bytes, clock, reader, [](const Conflict&) {});
+}
+
 // Relaxed or stronger accesses carry what their writers have fenced off to those who read them.
 void Machine::publish(Context& c, int lane, const Place& place) {
   if (!launch.check) return;
@@ -194,7 +212,7 @@ void Machine::observe(Context& c, int lane, const Place& place) {
 Machine::Other Machine::other(const Block& block, const Epoch& e) const {
   if (!e.clock) return {};
   uint32_t threads = block.threads[0].clock.threads;
-  int32_t thread = e.agent < threads ? e.agent : e.agent < 2 * threads ? e.agent - threads : -1;
+  int32_t thread = e.agent < kRoles * threads ? e.agent % threads : -1;
   return {e.instruction, static_cast<int32_t>(e.block), thread};
 }
 

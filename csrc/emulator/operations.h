@@ -124,6 +124,23 @@ Flow elementwise(Context& c) {
   return Flow::next;
 }
 
+// The three operands of an address from `first`: a slot, its bytes a lane, an offset to add.
+inline Access access_at(const Context& c, int first, Space space, uint32_t bytes, bool write) {
+  Access a{space, bytes, write, {}, {}};
+  const uint8_t* slot = c.warp.file.get() + c.operand(first);
+  int width = c.operand(first + 1);
+  int64_t offset = c.operand(first + 2);
+  for_lanes(c.active, [&](int lane) {
+    uint64_t address = 0;
+    std::memcpy(&address, slot + lane * width, width);
+    address += offset;
+    a.address[lane] = width == 4 ? static_cast<uint32_t>(address) : address;
+    // A generic address of shared memory is as good as one of shared memory.
+    if (space == kShared) a.address[lane] &= kSharedWindow - 1;
+  });
+  return a;
+}
+
 class Table {
  public:
   explicit Table(std::vector<Operation>& rows) : rows_(rows) {}
@@ -164,5 +181,8 @@ void add_conversions(Table& table);
 void add_accesses(Table& table);
 void add_exchanges(Table& table);
 void add_matrix(Table& table);
+void add_mbarriers(Table& table);
+void add_wgmma(Table& table);
+void add_bulk_copies(Table& table);
 
 }  // namespace fastattn::emulator

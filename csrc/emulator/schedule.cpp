@@ -89,10 +89,11 @@ void Machine::start(Block& block, uint32_t linear) {
   if (launch.check) block.shadow.reset(block.shared.size(), false, threads);
   block.barriers = {};
   block.published.clear();
+  block.mbarriers.clear();
   block.threads.assign(threads, {});
   auto nothing = std::make_shared<Known>();
   nothing->block = linear;
-  nothing->agents.assign(2 * threads, 0);
+  nothing->agents.assign(kRoles * threads, 0);
   for (uint32_t t = 0; t < threads; t++) {
     Clock& clock = block.threads[t].clock;
     clock.known = nothing;
@@ -363,7 +364,7 @@ void Machine::arrive(Context& c, int id, uint32_t expected, bool sleep) {
     } else if (launch.check) {
       Clock& clock = c.state(lane).clock;
       barrier.news = joined(barrier.news, clock.snapshot());
-      clock.own++;
+      clock.step();
     }
   });
   uint32_t want = barrier.expected ? barrier.expected : c.block.live;

@@ -200,6 +200,9 @@ def _atom(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
 def _cp(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     if qualifiers[0] != "async":
         raise PtxError("unknown instruction")
+    if qualifiers[1] == "bulk":
+        _bulk(t, qualifiers[2:], operands)
+        return
     match qualifiers[1]:
         case "commit_group":
             t.emit("cp.async.commit_group", [])
@@ -215,14 +218,121 @@ def _cp(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
                 taken = t.slot(operands[3], 4)
             where = [*t.address(operands[0]), *t.address(operands[1])]
             t.emit("cp.async", [*where, number(operands[2]), taken, ignored])
+        case "mbarrier":
+            counted = int("noinc" in qualifiers)
+            t.emit("cp.async.mbarrier.arrive", [*t.address(operands[0]), counted])
         case _:
             raise PtxError("unknown asynchronous copy")
+
+
+def _bulk(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
+    """Copies by the copy engine; a cache policy at the end is dropped."""
+    kind = qualifiers[0].split("::")[0]
+    if kind in ("commit_group", "wait_group"):
+        t.emit(f"bulk.{kind}", [number(operands[0])] if operands else [])
+        return
+    if kind == "prefetch":
+        t.emit("nothing", [])
+        return
+    tensor = kind == "tensor"
+    spaces = [q.split("::")[0] for q in qualifiers if q.split("::")[0] in ("shared", "global")]
+    known = {"tile", "bulk_group", "mbarrier::complete_tx::bytes", "L2::cache_hint", "tensor"}
+    words = {q for q in qualifiers if q.split("::")[0] not in ("shared", "global")} - known
+    if any(not re.fullmatch(r"[1-5]d", word) for word in words):
+        raise PtxError("unknown asynchronous copy")
+    loading = spaces[0] == "shared"
+    shared, other = operands[:2] if loading else operands[1::-1]
+    mbarrier = t.address(operands[2 if tensor else 3]) if loading else t.address("[0]")
+    if tensor:
+        base, corner = split_operands(other[1:-1])
+        tail = [t.slot(text, 4) for text in _elements(corner)]
+        where = t.address(f"[{base}]")
+        tail = [len(tail), *tail]
+    else:
+        where, tail = t.address(other), [t.slot(operands[2], 4)]
+    name = f"bulk.{'tensor.' * tensor}{'load' if loading else 'store'}"
+    t.emit(name, [*t.address(shared), *where, *mbarrier, *tail])
+
+
+# Where the fields of a tensor map lie, and from one index to the next (csrc/emulator/bulk.cpp).
+MAP_FIELDS = {
+    **{"global_address": (0, 0), "rank": (8, 0), "box_dim": (12, 4), "global_dim": (32, 4)},
+    **{"global_stride": (56, 8), "element_stride": (88, 4), "elemtype": (108, 0)},
+    **{"interleave_layout": (112, 0), "swizzle_mode": (116, 0), "fill_mode": (120, 0)},
+}
+
+
+@_lowers("tensormap")
+def _tensormap(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
+    if qualifiers[0] == "cp_fenceproxy":
+        where = [*t.address(operands[0]), *t.address(operands[1])]
+        t.emit("tensormap.publish", where, FLAGS["aligned"])
+        return
+    if qualifiers[:2] != ["replace", "tile"]:
+        raise PtxError("unknown instruction")
+    begin, step = MAP_FIELDS[qualifiers[2]]
+    base, width, offset = t.address(operands[0])
+    offset += begin + step * (number(operands[1]) if len(operands) == 3 else 0)
+    space, bytes_ = SPACES[qualifiers[3].split("::")[0]], WIDTHS[qualifiers[-1]]
+    value = t.slot(operands[-1], bytes_)
+    t.emit("st", [base, width, offset, space, bytes_, 1, value, bytes_])
+
+
+@_lowers("mbarrier")
+def _mbarrier(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
+    one, nothing = t.constant(1, 4), t.constant(0, 4)
+    match qualifiers[0]:
+        case "init":
+            t.emit("mbarrier.init", [*t.address(operands[0]), t.slot(operands[1], 4)])
+        case "inval":
+            t.emit("mbarrier.inval", t.address(operands[0]))
+        case "expect_tx":
+            t.emit("mbarrier.expect_tx", [*t.address(operands[0]), t.slot(operands[1], 4)])
+        case "arrive":
+            state, where = t.slot(operands[0], 8), t.address(operands[1])
+            amount = t.slot(operands[2], 4) if len(operands) > 2 else one
+            amounts = [one, amount] if "expect_tx" in qualifiers else [amount, nothing]
+            t.emit("mbarrier.arrive", [state, *where, *amounts])
+        case "try_wait" | "test_wait":
+            parity = int("parity" in qualifiers)
+            value = t.slot(operands[2], 4 if parity else 8)
+            t.emit(
+                "mbarrier.wait", [t.slot(operands[0], 0), *t.address(operands[1]), value, parity]
+            )
+        case _:
+            raise PtxError("unknown instruction")
+
+
+@_lowers("wgmma")
+def _wgmma(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
+    aligned = FLAGS["aligned"]
+    if qualifiers[0] == "fence":
+        t.emit("nothing", [], aligned)
+        return
+    if qualifiers[0] in ("commit_group", "wait_group"):
+        t.emit(f"wgmma.{qualifiers[0]}", [number(text) for text in operands], aligned)
+        return
+    _mma_async, _sync, _aligned, shape, d, a, b = qualifiers
+    match = re.fullmatch(r"m64n(\d+)k16", shape)
+    if match is None or d != "f32" or a != b:
+        raise PtxError("unknown form of wgmma")
+    results, left, right, adding, *numbers = operands
+    registers = left.startswith("{")
+    signs, transposed = numbers[:2], [number(text) for text in numbers[2:]]
+    transposed = [0] * (2 - len(transposed)) + transposed
+    n = int(match[1])
+    slots = [t.slot(text, 4) for text in _elements(results)]
+    if len(slots) != n // 2:
+        raise PtxError(f"takes {n // 2} registers")
+    slots += [t.slot(text, 4 if registers else 8) for text in _elements(left)]
+    head = [n, int(registers), *transposed, *map(number, signs), t.slot(adding, 0)]
+    t.emit(f"wgmma.{a}", [*head, *slots, t.slot(right, 8)], aligned)
 
 
 @_lowers("fence", "membar")
 def _fence(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     flags = 0 if "cta" in qualifiers else FLAGS["gpu"]
-    if qualifiers[0] in ("proxy", "mbarrier_init"):
+    if qualifiers[0] == "proxy" and qualifiers[1].split("::")[0] == "async":
         flags |= FLAGS["async_proxy"]
     t.emit("fence", [], flags)
 
