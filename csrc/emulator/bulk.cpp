@@ -60,12 +60,13 @@ std::vector<Piece> pieces(const TensorMap& map, uint32_t shared, const int32_t* 
   return all;
 }
 
-// The place of one lane's access.
+// The place of one lane's access, whose elements alone are aligned.
 Place locate(Context& c, int lane, Space space, uint64_t address, uint32_t bytes, bool write) {
-  Access a{space, bytes, write, {}, {}};
+  Access a{space, bytes, write, {}, {}, true};
   Context one = c;
   one.active = 1u << lane;
   a.address[lane] = address;
+  a.aligned = false;
   return c.machine.locate(one, a) ? a.place[lane] : Place{};
 }
 

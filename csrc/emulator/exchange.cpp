@@ -66,7 +66,7 @@ Flow barrier(Context& c) {
 }
 
 Flow warp_barrier(Context& c) {
-  c.warp.idle = 0;
+  c.machine.progress(c.warp);
   if (!c.machine.launch.check) return Flow::next;
   std::vector<Clock*> group;
   for_lanes(c.active, [&](int lane) { group.push_back(&c.state(lane).clock); });

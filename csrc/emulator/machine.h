@@ -202,6 +202,7 @@ struct Access {
   bool write;
   std::array<uint64_t, kWarp> address;
   std::array<Place, kWarp> place;
+  bool aligned = true;  // whether it must be, to its size
 };
 
 class Machine {
@@ -232,6 +233,8 @@ class Machine {
   void arrive(Context& c, int barrier, uint32_t expected, bool sleep);
   void exit(Context& c);
   uint32_t random();
+  // Says that a warp has got somewhere, and does not hang.
+  void progress(Warp& warp) { warp.idle = polls_ = 0; }
   uint64_t tick() { return ++ticks_; }
   const int32_t* operands_at(int32_t pc) const { return code_[pc].operands; }
 
@@ -268,6 +271,7 @@ class Machine {
   std::unordered_map<std::string, size_t> known_findings_;
   uint64_t random_;
   uint64_t ticks_ = 0;
+  uint64_t polls_ = 0;  // that failed, without anything else happening
 };
 
 // All operations that the emulator knows.

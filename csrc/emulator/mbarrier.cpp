@@ -89,7 +89,7 @@ void arrive_at(Context& c, int lane, Mbarrier& m, const Place& place, int count)
                      "its phase takes %d", m.expected);
     m.pending = 0;
   }
-  c.warp.idle = 0;
+  c.machine.progress(c.warp);
   m.settle();
 }
 
@@ -146,7 +146,7 @@ Flow wait(Context& c) {
   });
   c.set_mask(0, done);
   if (done == c.active) {
-    c.warp.idle = 0;
+    c.machine.progress(c.warp);
     return Flow::next;
   }
   for_lanes(c.active, [&](int lane) { c.warp.pc[lane] = c.pc + 1; });

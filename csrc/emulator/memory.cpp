@@ -88,7 +88,7 @@ uint32_t Machine::locate(Context& c, Access& access) {
       if (buffer.checked && launch.check) place.shadow = &shadows_[index];
     }
     uint32_t align = access.bytes & -access.bytes;
-    if (access.address[lane] % align)
+    if (access.aligned && access.address[lane] % align)
       return fail("misaligned", "not on a multiple of its size, in a buffer of", size);
     if (place.offset >= size || access.bytes > size - place.offset)
       return fail("out-of-bounds", "outside of", size);

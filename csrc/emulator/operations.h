@@ -126,7 +126,7 @@ Flow elementwise(Context& c) {
 
 // The three operands of an address from `first`: a slot, its bytes a lane, an offset to add.
 inline Access access_at(const Context& c, int first, Space space, uint32_t bytes, bool write) {
-  Access a{space, bytes, write, {}, {}};
+  Access a{space, bytes, write, {}, {}, true};
   const uint8_t* slot = c.warp.file.get() + c.operand(first);
   int width = c.operand(first + 1);
   int64_t offset = c.operand(first + 2);

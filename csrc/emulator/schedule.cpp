@@ -8,6 +8,7 @@ namespace fastattn::emulator {
 namespace {
 
 constexpr uint64_t kSlice = 1 << 14;   // instructions until another warp gets its turn
+constexpr uint64_t kPolls = 1 << 10;   // polls of every warp in a row that mean nobody moves
 constexpr uint32_t kVisits = 1 << 10;  // jumps of a diverged group until the others get theirs
 
 uint32_t volume(const uint32_t (&size)[3]) { return size[0] * size[1] * size[2]; }
@@ -170,6 +171,7 @@ void Machine::fill_specials(Block& block, Warp& warp) {
 }
 
 void Machine::run_resident() {
+  polls_ = 0;
   std::vector<std::pair<Block*, Warp*>> warps;
   for (auto& block : resident_)
     for (Warp& warp : block->warps) warps.push_back({block.get(), &warp});
@@ -191,11 +193,11 @@ void Machine::run_resident() {
     }
     auto [block, warp] = warps[turn % warps.size()];
     if (advance(*block, *warp)) turn++;
-    if (warp->idle > launch.patience) {
+    if (warp->idle > launch.patience || polls_ > kPolls * warps.size()) {
       int lane = std::countr_zero(warp->live);
       report("hang", *block, warp->index * kWarp + lane, warp->pc[lane], {}, {},
-             "no synchronisation in %llu instructions of a warp",
-             static_cast<unsigned long long>(warp->idle));
+             "%llu instructions of this warp and %llu polls of all without synchronisation",
+             static_cast<unsigned long long>(warp->idle), static_cast<unsigned long long>(polls_));
       return;
     }
   }
@@ -283,6 +285,7 @@ bool Machine::advance(Block& block, Warp& warp) {
         break;
       case Flow::yield:
         warp.tired |= active;
+        polls_++;
         [[fallthrough]];
       case Flow::park:
         leave(group.pc + 1, group.lanes & ~active);
@@ -292,6 +295,7 @@ bool Machine::advance(Block& block, Warp& warp) {
     if (!whole || warp.idle > enough || (launch.order == kRandom && random() % 4 == 0)) {
       leave(group.pc, group.lanes);
       if (!whole && ++warp.visits % kVisits == 0) warp.tired |= group.lanes;
+      if (warp.idle > enough) polls_ = 0;
       return warp.idle > enough;
     }
   }
@@ -385,7 +389,7 @@ void Machine::release(Block& block, Barrier& barrier) {
   std::vector<Clock*> group;
   for (auto [warp, lane] : barrier.sleepers) {
     warp->held &= ~(1u << lane);
-    warp->idle = 0;
+    progress(*warp);
     group.push_back(&block.threads[warp->index * kWarp + lane].clock);
   }
   if (launch.check && !group.empty()) {
@@ -407,7 +411,7 @@ void Machine::exit(Context& c) {
   });
   c.warp.live &= ~c.active;
   c.block.live -= std::popcount(c.active);
-  c.warp.idle = 0;
+  progress(c.warp);
   // Those who wait for the rest of the warp may have waited for these.
   complete(c.block, c.warp, false);
 }

@@ -14,6 +14,7 @@ of the source (`nvcc -lineinfo`), the block, the thread and the address.
 from fastattn.emulator.launch import Kernel, Module, load
 from fastattn.emulator.ptx import PtxError
 from fastattn.emulator.report import Counters, EmulatorError, Finding, Report
+from fastattn.emulator.tensor_map import TensorMap
 
 __all__ = [
     "Counters",
@@ -23,5 +24,6 @@ __all__ = [
     "Module",
     "PtxError",
     "Report",
+    "TensorMap",
     "load",
 ]

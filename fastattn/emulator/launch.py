@@ -18,6 +18,7 @@ from fastattn.emulator.opcodes import BUFFER_SHIFT
 from fastattn.emulator.ptx import WIDTHS, Function, PtxModule, Variable, parse
 from fastattn.emulator.report import SPACES as SPACE_NAMES
 from fastattn.emulator.report import Counters, Finding, Place, Report, SiteCount, space_of
+from fastattn.emulator.tensor_map import TensorMap
 from fastattn.emulator.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
@@ -202,11 +203,15 @@ class Kernel:
         host = packed.data_ptr()
         storages.add("the parameters", host, packed.numel(), writable=False, checked=False)
         for index, (value, parameter) in enumerate(zip(arguments, params, strict=True)):
-            if _is_array(value):
+            label = f"argument {index}"
+            if isinstance(value, TensorMap):
+                at, size, into, _ = _extent(value.tensor)
+                value = value.pack(storages.add(label, at, size, offset=into))
+            elif _is_array(value):
                 if parameter.bytes != 8:
-                    raise TypeError(f"argument {index} is an array, and {parameter.name} is not")
+                    raise TypeError(f"{label} is an array, and {parameter.name} is not")
                 at, size, into, writable = _extent(value)
-                value = storages.add(f"argument {index}", at, size, offset=into, writable=writable)
+                value = storages.add(label, at, size, offset=into, writable=writable)
             data = _scalar(0 if value is None else value, parameter)
             ctypes.memmove(host + offsets[index], data, len(data))
         return packed
@@ -228,7 +233,7 @@ class Kernel:
 
         grid, block   one to three numbers each
         arguments     one for each parameter: a numpy array or torch CPU tensor for a pointer (None
-                      is null), a number, or bytes for a struct
+                      is null), a number, bytes for a struct, a TensorMap
         shared        bytes of dynamic shared memory
         order         in which lanes, warps and blocks take turns: "forward", "reverse", or
                       "random", which `seed` decides
@@ -369,6 +374,7 @@ class _Snapshot:
     def __init__(self, arguments: Sequence[Any]):
         self.saved: list[tuple[int, int, bytes]] = []
         for index, value in enumerate(arguments):
+            value = value.tensor if isinstance(value, TensorMap) else value
             if _is_array(value):
                 host, size, _, writable = _extent(value)
                 if writable:
