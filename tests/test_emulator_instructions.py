@@ -420,6 +420,22 @@ def test_products_of_tensor_cores(shape: str, kind: str, dtype: torch.dtype):
     assert torch.equal(out.view(torch.float32).reshape(16, 8), (a.double() @ b.double()).float())
 
 
+def test_indexed_jumps():
+    body = """
+    and.b32 %r1, %r0, 3;
+    targets: .branchtargets L0, L1, L2;
+    brx.idx %r1, targets;
+    L0: mov.u32 %r2, 10; bra END;
+    L1: mov.u32 %r2, 11; bra END;
+    L2: mov.u32 %r2, 12;
+    END: st.global.u32 [%a0], %r2;
+    """
+    out = torch.zeros(LANES, dtype=torch.int64)
+    report = kernel(body, 1).launch(1, LANES, out)
+    assert out.tolist() == [10, 11, 12, 0] * 8  # the fourth target is not there
+    assert [finding.kind for finding in report.findings] == ["bad-jump"]
+
+
 # --- what is not known is refused, all of it and by name
 
 

@@ -16,12 +16,24 @@ Flow leave(Context& c) {
   return Flow::park;
 }
 
-// Operands: the index, then the targets.
+// Operands: the index, how many targets there are, the targets.
 Flow branch_indexed(Context& c) {
   auto index = c.lanes<uint32_t>(0);
+  uint32_t lost = 0;
   for_lanes(c.active, [&](int lane) {
-    c.warp.pc[lane] = c.operand(1 + std::min<uint32_t>(index[lane], 0x7fff));
+    if (index[lane] < static_cast<uint32_t>(c.operand(1)))
+      c.warp.pc[lane] = c.operand(2 + static_cast<int>(index[lane]));
+    else
+      lost |= 1u << lane;
   });
+  if (lost) {
+    int lane = std::countr_zero(lost);
+    c.machine.report("bad-jump", c.block, c.thread(lane), c.pc, {}, {}, "target %u of %d",
+                     index[lane], c.operand(1));
+    Context leaving = c;
+    leaving.active = lost;
+    c.machine.exit(leaving);
+  }
   return Flow::park;
 }
 

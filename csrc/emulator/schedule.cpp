@@ -187,8 +187,7 @@ void Machine::run_resident() {
         left |= block->live > 0;
         if (block->live && !moved) moved = unblock(*block);
       }
-      if (!left) return;
-      if (!moved) return;
+      if (!left || !moved) return;
       continue;
     }
     auto [block, warp] = warps[turn % warps.size()];
@@ -380,7 +379,7 @@ void Machine::arrive(Context& c, int id, uint32_t expected, bool sleep) {
 }
 
 void Machine::release(Block& block, Barrier& barrier) {
-  if (!barrier.expected && block.live < block.threads.size()) {
+  if (!barrier.expected && block.live < block.threads.size() && !barrier.sleepers.empty()) {
     auto [warp, lane] = barrier.sleepers.front();
     report("barrier-after-exit", block, warp->index * kWarp + lane, barrier.instruction, {}, {},
            "%u threads meet at a barrier of the whole block, and the rest have ended",

@@ -346,9 +346,9 @@ def _bra(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
 @_lowers("brx")
 def _brx(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     targets = t.function.tables[operands[1]]
-    begin = len(t.program.operands) + 1
+    begin = len(t.program.operands) + 2
     t.jumps.extend((begin + i, target) for i, target in enumerate(targets))
-    t.emit("brx.idx", [t.slot(operands[0], 4), *(0 for _ in targets)])
+    t.emit("brx.idx", [t.slot(operands[0], 4), len(targets), *(0 for _ in targets)])
 
 
 @_lowers("ret", "exit")
