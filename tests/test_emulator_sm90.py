@@ -104,6 +104,13 @@ def test_fault_is_caught(kernels, name: str, order: str):
     assert any(kind.startswith(FAULTS[name]) for kind in kinds(report)), report
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_products_arrive_as_late_or_early_as_they_may(kernels, late: bool):
+    a, b, c = torch.ones(64, 16).bfloat16(), torch.ones(8, 16).bfloat16(), torch.zeros(64, 8)
+    kernels["wgmma_no_wait"].launch(1, 128, a, b, c, late=late)
+    assert c.isnan().all() if late else (c == 16).all()
+
+
 def test_a_removed_instruction_is_missed(kernels):
     """The same by taking single instructions out of the sound kernel's PTX."""
     text = (DATA / "emulator_sm90.ptx").read_text()

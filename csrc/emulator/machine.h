@@ -96,6 +96,13 @@ struct Thread {
   uint32_t stored = 0;     // groups of bulk stores
 };
 
+// A register that a product is still to write.
+struct Result {
+  uint32_t group;
+  int32_t slot;
+  std::array<float, kWarp> value;
+};
+
 struct Warp {
   int index = 0;
   uint32_t live = 0;
@@ -105,6 +112,7 @@ struct Warp {
   uint32_t visits = 0;    // jumps since the warp diverged
   uint64_t idle = 0;      // instructions since the last synchronisation
   uint32_t products = 0;  // groups of wgmma issued
+  std::vector<Result> late;
   std::array<int32_t, kWarp> pc{};
   std::unique_ptr<uint8_t[]> file;
 

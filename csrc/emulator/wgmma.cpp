@@ -1,5 +1,6 @@
 // wgmma: products of a group of four warps, whose operands lie in shared memory.
 #include <algorithm>
+#include <cmath>
 
 #include "emulator/operations.h"
 
@@ -71,6 +72,15 @@ struct Reader {
   }
 };
 
+// Puts the results of the first `groups` groups where they belong.
+void deliver(Warp& warp, uint32_t groups) {
+  auto rest = warp.late.begin();
+  for (; rest != warp.late.end() && rest->group < groups; ++rest)
+    for (int lane = 0; lane < kWarp; lane++)
+      Lanes<float>{warp.file.get() + rest->slot}.set(lane, rest->value[lane]);
+  warp.late.erase(warp.late.begin(), rest);
+}
+
 // D [64, N] = A B (+ D), m64nNk16; a warp has rows 16 (w % 4) and up. Operands: N, whether A lies
 // in registers, whether A and B are transposed, the signs of A and B, the predicate of whether to
 // add, then the registers of D, the descriptor or registers of A, the descriptor of B.
@@ -80,6 +90,7 @@ Flow product(Context& c) {
   bool registers = c.operand(1);
   uint32_t leader = std::countr_zero(c.active);
   static thread_local float a[16][16], b[256][16];
+  deliver(c.warp, c.warp.products + 1);  // products may follow one another without a wait
   const Clock& clock = c.state(leader).clock;
   Epoch epoch{c.block.linear, c.warp.products + 1, c.pc,
               static_cast<uint16_t>(clock.agent(kProducts)), false};
@@ -100,15 +111,18 @@ Flow product(Context& c) {
   reader.read<T>(matrix, 0, n, b);
   float sign = static_cast<float>(c.operand(4) * c.operand(5));
   uint32_t adding = c.mask(6);
-  for_lanes(c.active, [&](int lane) {
-    for (int j = 0; j < n / 2; j++) {
+  for (int j = 0; j < n / 2; j++) {
+    auto d = c.lanes<float>(d_at + j);
+    Result result{c.warp.products, c.operand(d_at + j), {}};
+    for_lanes(c.active, [&](int lane) {
       int row = lane / 4 + j / 2 % 2 * 8, column = j / 4 * 8 + lane % 4 * 2 + j % 2;
-      auto d = c.lanes<float>(d_at + j);
       double sum = 0;
       for (int k = 0; k < 16; k++) sum += double{a[row][k]} * b[column][k];
-      d.set(lane, static_cast<float>(sign * sum + (adding >> lane & 1 ? d[lane] : 0.0f)));
-    }
-  });
+      result.value[lane] = static_cast<float>(sign * sum + (adding >> lane & 1 ? d[lane] : 0.0f));
+      d.set(lane, c.machine.launch.late ? NAN : result.value[lane]);
+    });
+    if (c.machine.launch.late) c.warp.late.push_back(result);
+  }
   return Flow::next;
 }
 
@@ -121,6 +135,7 @@ Flow commit(Context& c) {
 Flow wait(Context& c) {
   uint32_t pending = c.operand(0);
   uint32_t done = c.warp.products > pending ? c.warp.products - pending : 0;
+  deliver(c.warp, done);
   for_lanes(c.active, [&](int lane) {
     uint32_t& seen = c.state(lane).clock.progress[kProducts];
     seen = std::max(seen, done);
