@@ -367,13 +367,13 @@ CASES: tuple[Case, ...] = (
     # norms
     Norm(kind="layer_norm", rows=128, cols=768),
     Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),
-    Norm(kind="layer_norm", rows=4096, cols=4096, backward=True, quick=True),
+    Norm(kind="layer_norm", rows=4096, cols=4096, backward=True),
     Norm(kind="rms_norm", rows=128, cols=768),
     Norm(kind="rms_norm", rows=4096, cols=4096, quick=True),
     Norm(kind="rms_norm", rows=4096, cols=4096, backward=True, quick=True),
     Norm(kind="rms_norm", rows=4096, cols=4096, dtype="bfloat16"),
     Norm(kind="add_layer_norm", rows=128, cols=768),
-    Norm(kind="add_layer_norm", rows=4096, cols=768, quick=True),
+    Norm(kind="add_layer_norm", rows=4096, cols=768),
     Norm(kind="add_layer_norm", rows=4096, cols=768, backward=True),
     Norm(kind="add_layer_norm", rows=4096, cols=768, postnorm=True),
     Norm(kind="add_layer_norm", rows=4096, cols=768, dropout=0.1, backward=True, quick=True),
@@ -381,7 +381,7 @@ CASES: tuple[Case, ...] = (
     Norm(kind="add_rms_norm", rows=4096, cols=4096),
     Norm(kind="add_rms_norm", rows=4096, cols=4096, dropout=0.1, backward=True),
     # rotary position embedding
-    Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, quick=True),
+    Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128),
     Rope(batch=1, heads=32, kv_heads=8, seq=2048, head_dim=128),
     Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, backward=True),
     Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, dtype="bfloat16"),
@@ -395,7 +395,7 @@ CASES: tuple[Case, ...] = (
     FeedForward(rows=128, width=768, hidden=3072, quick=True),
     FeedForward(rows=512, width=768, hidden=3072),
     FeedForward(rows=512, width=768, hidden=3072, backward=True),
-    FeedForward(rows=128, width=768, hidden=2048, activation="silu", gated=True, quick=True),
+    FeedForward(rows=128, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True, backward=True),
 )
