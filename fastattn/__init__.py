@@ -2,6 +2,7 @@
 
 from fastattn._library import isa
 from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kernel
+from fastattn.ops.additive_attention import additive_attention
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.ffn import ffn, linear
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "UnavailableKernelError",
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "backends",
     "explain",

@@ -1,8 +1,6 @@
 // What happens to a block of scores between the product and the softmax, for one batch and head.
 #pragma once
 
-#include <limits>
-
 #include "attention/attention.h"
 #include "simd/gemm.h"
 #include "simd/philox.h"
@@ -13,22 +11,6 @@ namespace {
 constexpr int64_t kKeys = 192;  // keys in a block: a multiple of the tile's rows and columns and of
 static_assert(kKeys % Tile<float>::rows == 0 && kKeys % Tile<float>::cols == 0);  // Philox' block
 static_assert(kKeys % kPhiloxBlock == 0);
-
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-
-template <class A>
-constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
-
-template <class T>
-const T* at(const Source& view, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
-         i * view.stride[2] + j * view.stride[3];
-}
-template <class T>
-T* at(const Target& view, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
-         j * view.stride[3];
-}
 
 // Keys [first, end) that a query can see at all, before the mask.
 struct Range {

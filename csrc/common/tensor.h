@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/view.h"
 
 namespace fastattn {
 
@@ -72,6 +73,42 @@ inline void check_sizes(const char* name, const Tensor& tensor,
 
 inline void check_dtype(const char* name, const Tensor& tensor, Dtype dtype) {
   FASTATTN_CHECK(dtype_of(tensor) == dtype, name, " has not the dtype that the others ask for");
+}
+
+// A view of four dimensions, each of the size given or 1, which broadcasts.
+inline Source view(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  FASTATTN_CHECK(tensor.dim() == 4, name, " must have four dimensions");
+  Source source{tensor.const_data_ptr(), {}};
+  int dim = 0;
+  for (const int64_t size : sizes) {
+    const int64_t own = tensor.size(dim);
+    FASTATTN_CHECK(own == size || own == 1, name, " does not broadcast to the sizes of the others");
+    source.stride[dim] = own == 1 ? 0 : tensor.stride(dim);
+    dim++;
+  }
+  return source;
+}
+
+// The same without broadcasting.
+inline Source exact(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  int dim = 0;
+  for (const int64_t size : sizes)
+    FASTATTN_CHECK(tensor.dim() == 4 && tensor.size(dim++) == size, name,
+                   " has not the shape that the others ask for");
+  Source source = view(name, tensor, sizes);
+  for (dim = 0; dim < 4; dim++) source.stride[dim] = tensor.stride(dim);
+  return source;
+}
+
+// A tensor [B, H, S, D] that lies in memory as [B, S, H, D].
+inline Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype) {
+  return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype);
+}
+
+inline Target target(const Tensor& tensor) {
+  Target to{tensor.mutable_data_ptr(), {}};
+  for (int dim = 0; dim < 4; dim++) to.stride[dim] = tensor.stride(dim);
+  return to;
 }
 
 inline const void* read(const OptionalTensor& tensor) {

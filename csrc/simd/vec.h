@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -14,6 +15,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/view.h"
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
@@ -38,6 +40,11 @@ using Vec = Vector<A, lanes<A>>;  // A is float or double
 using VecU = Vector<uint32_t, lanes<float>>;
 using VecI = Vector<int32_t, lanes<float>>;
 using VecH = Vector<uint16_t, lanes<float>>;
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+template <class A>
+constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
 template <class To, class From>
 FASTATTN_INLINE To bits(From from) {
@@ -297,6 +304,18 @@ FASTATTN_INLINE Vec<float> normal_cdf(Vec<float> x) {
 }
 FASTATTN_INLINE Vec<double> normal_cdf(Vec<double> x) {
   return each_lane(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); });
+}
+
+// Where element [b, h, i, j] lies.
+template <class T>
+const T* at(const Source& view, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
+         i * view.stride[2] + j * view.stride[3];
+}
+template <class T>
+T* at(const Target& view, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
+         j * view.stride[3];
 }
 
 // Runs f(task) for every task in [0, tasks) on torch's threads.

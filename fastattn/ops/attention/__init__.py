@@ -104,16 +104,6 @@ def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _broadcast(name: str, tensor: Tensor, scores: tuple[int, ...]) -> Tensor:
-    """View `tensor` as four dimensions, each 1 or that of the scores [B, H, Sq, Sk]."""
-    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
-        raise ValueError(
-            f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(tensor.shape)}"
-        )
-    return tensor if tensor.dim() == 4 else tensor.reshape(shape)
-
-
 def _bounds(
     causal: bool, window: tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
@@ -180,16 +170,13 @@ def _attention_args(
         raise ValueError(f'align must be "bottom_right" or "top_left", got {align!r}')
     left, right = _bounds(causal, window)
     if mask is not None:
-        checks.on_device("mask", mask, "query", query)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}; use bias")
-        mask = _broadcast("mask", mask, (batch, heads, q_len, kv_len))
+        mask = checks.mask(mask, query, (batch, heads, q_len, kv_len))
     if bias is not None:
         checks.floating("bias", bias)
         checks.on_device("bias", bias, "query", query)
         if bias.dtype not in (query.dtype, torch.float32):
             raise TypeError(f"bias must be {query.dtype} or torch.float32, got {bias.dtype}")
-        bias = _broadcast("bias", bias, (batch, heads, q_len, kv_len))
+        bias = checks.broadcastable("bias", bias, (batch, heads, q_len, kv_len))
     if alibi_slopes is not None:
         checks.floating("alibi_slopes", alibi_slopes)
         checks.on_device("alibi_slopes", alibi_slopes, "query", query)
