@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import Attention, Case, FeedForward, Linear, Model, Norm
+from bench.cases import AdditiveAttention, Attention, Case, FeedForward, Linear, Model, Norm
 from bench.work import SEED, Work, differentiate
 
 
@@ -128,6 +128,24 @@ def attention(case: Attention) -> Recipe:
     return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, by_head)
 
 
+def additive_attention(case: AdditiveAttention) -> Recipe:
+    """query (B, H, Sq, D), key and value (B, H, Sk, D), weight (H, D)."""
+    lead = (case.batch, case.heads)
+    inputs = {
+        "query": torch.randn(*lead, case.q_len, case.head_dim),
+        "key": torch.randn(*lead, case.kv_len, case.head_dim),
+        "value": torch.randn(*lead, case.kv_len, case.head_dim),
+        "weight": torch.randn(case.heads, case.head_dim) * case.head_dim**-0.5,
+    }
+
+    def eager(query, key, value, weight):
+        features = torch.tanh(query[:, :, :, None] + key[:, :, None])  # [B, H, Sq, Sk, D]
+        scores = features @ weight[:, None, :, None]  # [B, H, Sq, Sk, 1]
+        return scores.squeeze(-1).softmax(-1) @ value
+
+    return Recipe(inputs, {"fused": fastattn.additive_attention, "eager": eager}, eager)
+
+
 def kept(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
     """Bool [B, H, S, S]: which weights the dropout of `function` keeps under the seed.
 
@@ -229,6 +247,7 @@ def feed_forward(case: FeedForward) -> Recipe:
 
 
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
+    AdditiveAttention: additive_attention,
     Attention: attention,
     Norm: norm,
     Linear: linear,

@@ -60,11 +60,3 @@ def broadcastable(name: str, value: Tensor, scores: tuple[int, ...]) -> Tensor:
             f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(value.shape)}"
         )
     return value if value.dim() == 4 else value.reshape(shape)
-
-
-def mask(value: object, query: Tensor, scores: tuple[int, ...]) -> Tensor:
-    """The argument `mask`, bool and on the device of `query`, viewed as `broadcastable` does."""
-    on_device("mask", value, "query", query)
-    if value.dtype != torch.bool:
-        raise TypeError(f"mask must be torch.bool (True = attend), got {value.dtype}")
-    return broadcastable("mask", value, scores)

@@ -208,6 +208,8 @@ CHECKED = [
     "attention-everything",
     "attention-sinks",
     "attention-plain",
+    "additive_attention-causal_tall",
+    "additive_attention-plain",
     "add_layer_norm-odd_sizes",
     "layer_norm-no_parameters",
     "add_rms_norm-fp32_parameters",

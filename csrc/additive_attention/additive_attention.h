@@ -23,13 +23,15 @@ struct AdditiveAttention {
 struct AdditiveForward {
   AdditiveAttention in;
   Target out;  // [B, H, Sq, Dv]
-  void* lse;   // [B, H, Sq], at least fp32, natural logarithm
+  // [B, H, Sq], at least fp32: the highest score, and the sum of exp(score - highest); 0 of
+  // nothing.
+  void *highest, *total;
 };
 
 struct AdditiveBackward {
   AdditiveAttention in;
   Source grad_out, out;  // [B, H, Sq, Dv]
-  const void* lse;
+  const void *highest, *total;
   Target grad_query, grad_key, grad_value;
   void* grad_weight;  // [H, D]
 };

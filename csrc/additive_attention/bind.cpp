@@ -38,29 +38,35 @@ AdditiveAttention checked(const Tensor& query, const Tensor& key, const Tensor& 
   return in;
 }
 
-std::tuple<Tensor, Tensor> additive_attention_fwd(Tensor query, Tensor key, Tensor value,
-                                                  Tensor weight, OptionalTensor mask,
-                                                  std::optional<int64_t> right) {
+Tensor statistics(const AdditiveAttention& in) {
+  return empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_fwd(Tensor query, Tensor key, Tensor value,
+                                                          Tensor weight, OptionalTensor mask,
+                                                          std::optional<int64_t> right) {
   const AdditiveAttention in = checked(query, key, value, weight, mask, right);
   Tensor out = rows_first(in.batch, in.heads, in.q_len, in.value_dim, in.dtype);
-  Tensor lse =
-      empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype));
-  additive_forward({in, target(out), lse.mutable_data_ptr()});
-  return {out, lse};
+  Tensor highest = statistics(in), total = statistics(in);
+  additive_forward({in, target(out), highest.mutable_data_ptr(), total.mutable_data_ptr()});
+  return {out, highest, total};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_bwd(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor weight, OptionalTensor mask,
-    Tensor out, Tensor lse, std::optional<int64_t> right) {
+    Tensor out, Tensor highest, Tensor total, std::optional<int64_t> right) {
   AdditiveBackward args{};
   args.in = checked(query, key, value, weight, mask, right);
   const AdditiveAttention& in = args.in;
   for (const Tensor* tensor : {&grad_out, &out}) check_dtype("grad_out or out", *tensor, in.dtype);
   args.grad_out = exact("grad_out", grad_out, {in.batch, in.heads, in.q_len, in.value_dim});
   args.out = exact("out", out, {in.batch, in.heads, in.q_len, in.value_dim});
-  check_sizes("lse", lse, {in.batch, in.heads, in.q_len});
-  check_dtype("lse", lse, wide(in.dtype));
-  args.lse = lse.const_data_ptr();
+  for (const Tensor* tensor : {&highest, &total}) {
+    check_sizes("highest or total", *tensor, {in.batch, in.heads, in.q_len});
+    check_dtype("highest or total", *tensor, wide(in.dtype));
+  }
+  args.highest = highest.const_data_ptr();
+  args.total = total.const_data_ptr();
 
   Tensor grad_query = rows_first(in.batch, in.heads, in.q_len, in.head_dim, in.dtype);
   Tensor grad_key = rows_first(in.batch, in.heads, in.kv_len, in.head_dim, in.dtype);

@@ -5,21 +5,22 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-constexpr int kVecs = 4;  // vectors of keys side by side, so that divisions overlap
+constexpr int kVecs = 2;  // vectors of keys side by side, so that divisions overlap
 template <class A>
 constexpr int64_t kPanel = kVecs * lanes<A>;  // keys in a panel
 constexpr int64_t kKeys = 256;                // keys that are packed at once
 constexpr int64_t kQueries = 64;              // queries that they serve in the forward pass
 static_assert(kKeys % kPanel<float> == 0 && kKeys % kPanel<double> == 0);
 
-// tanh(q + k) = 1 - 2 / (e^2q e^2k + 1), so that a pair costs a division and a query or a key one
-// exponential. Features past this bound leave the range of fp32, and take tanh of the sum.
-constexpr double kTame = 40;
+// tanh(q + k) = (e^2q e^2k - 1) / (e^2q e^2k + 1), so that a pair costs a division and a query or a
+// key one exponential. Past this bound their product leaves the range of fp32, and tanh is taken of
+// the sum.
+constexpr double kTame = 20;
 
 template <bool Tame, class A>
 FASTATTN_INLINE Vec<A> activation(A query, Vec<A> key) {
   if constexpr (Tame) {
-    return 1 - 2 / (query * key + 1);
+    return divide(query * key - 1, query * key + 1);
   } else {
     return tanh(key + query);
   }
@@ -73,6 +74,27 @@ void pack_panels(A* to, const T* from, int64_t row_stride, int64_t col_stride, i
                smaller(kPanel<A>, cols - col), rows);
 }
 
+// The weight of scores relative to the highest: 0 where they are hidden, even if that is NaN.
+template <class A>
+FASTATTN_INLINE Vec<A> relative(Vec<A> scores, A highest) {
+  const Vec<A> weight = exp2_nonpositive((scores - highest) * static_cast<A>(kLog2e));
+  return scores == minus_infinity<A> ? Vec<A>{} : weight;
+}
+
+template <class E>
+void clear(E* sums, int64_t count) {
+  std::memset(sums, 0, static_cast<size_t>(count) * sizeof(E));
+}
+
+// Empties sums into their totals: an error grows with the length of a chain of additions.
+template <class A>
+void move(A* sums, A* totals, int64_t count) {
+  each_vector<A>(count, [&](int64_t c, auto n) {
+    store_count<A>(totals + c, load_count<A>(totals + c, n) + load_count<A>(sums + c, n), n);
+  });
+  clear(sums, count);
+}
+
 // One head of one sequence.
 template <class T, class A = Acc<T>>
 struct Head {
@@ -103,10 +125,12 @@ struct Head {
     read(to, at<T>(from, b, h, i, 0), from.stride[3], count);
   }
 
-  // The row with `factor` and of the type of the tensor.
-  void write(const Target& to, int64_t i, const A* from, int64_t count) const {
+  // Row i of `to`, times a factor for every column if given.
+  void write(const Target& to, int64_t i, const A* from, int64_t count, const A* factors) const {
+    T* row = at<T>(to, b, h, i, 0);
     each_vector<A>(count, [&](int64_t c, auto n) {
-      store_count<A>(at<T>(to, b, h, i, c), load_count<A>(from + c, n), n);
+      const Vec<A> x = load_count<A>(from + c, n);
+      store_count<A>(row + c, factors == nullptr ? x : x * load_count<A>(factors + c, n), n);
     });
   }
 
@@ -183,7 +207,7 @@ void forward(const AdditiveForward& args) {
     A* out = scratch.take<A>(count * width);
     A* row_max = scratch.take<A>(count);
     A* row_sum = scratch.take<A>(count);
-    std::memset(out, 0, static_cast<size_t>(count * width) * sizeof(A));
+    clear(out, count * width);
     for (int64_t r = 0; r < count; r++) {
       head.read_query(queries + r * depth, first + r);
       row_max[r] = minus_infinity<A>;
@@ -203,32 +227,35 @@ void forward(const AdditiveForward& args) {
                             nullptr);
         if (!any) continue;
         // Scores become weights relative to the highest so far, and what was summed is rescaled.
-        Vec<A> top = set<A>(row_max[r]), sums{};
+        Vec<A> top = set<A>(row_max[r]), sums[kVecs] = {};
         for (int64_t c = 0; c < padded; c += lanes<A>) top = max(top, load<A>(weights + c));
         const A before = row_max[r], now = highest<A>(top);
-        for (int64_t c = 0; c < padded; c += lanes<A>) {
-          const Vec<A> weight =
-              exp2_nonpositive((load<A>(weights + c) - now) * static_cast<A>(kLog2e));
-          sums += weight;
-          store(weights + c, weight);
-        }
+        for (int64_t c = 0; c < padded; c += kPanel<A>)
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; v++) {
+            A* at = weights + c + v * lanes<A>;
+            const Vec<A> weight = relative(load<A>(at), now);
+            sums[v] += weight;
+            store(at, weight);
+          }
         if (before < now && before > minus_infinity<A>) {
           const A rescale = std::exp(before - now);
           row_sum[r] *= rescale;
           for (int64_t c = 0; c < width; c++) out[r * width + c] *= rescale;
         }
         row_max[r] = now;
-        row_sum[r] += sum<A>(sums);
+        for (const Vec<A> part : sums) row_sum[r] += sum<A>(part);
         for (int64_t c = 0; c < width; c += kPanel<A>)
           add_rows(weights, values + c * key_count, key_count, out + r * width + c);
       }
     }
-    auto* lse = static_cast<A*>(args.lse) + task / blocks * in.q_len + first;
+    const int64_t row = task / blocks * in.q_len + first;
     for (int64_t r = 0; r < count; r++) {
       const A total = row_sum[r];
-      lse[r] = total == 0 ? minus_infinity<A> : row_max[r] + std::log(total);
+      static_cast<A*>(args.highest)[row + r] = total == 0 ? A{0} : row_max[r];
+      static_cast<A*>(args.total)[row + r] = total;
       for (int64_t c = 0; c < width; c++) out[r * width + c] *= total == 0 ? A{0} : 1 / total;
-      head.write(args.out, first + r, out + r * width, in.value_dim);
+      head.write(args.out, first + r, out + r * width, in.value_dim, nullptr);
     }
   });
 }
@@ -247,45 +274,56 @@ class BackwardTask {
         values_(scratch.take<A>(kKeys * in_.value_dim + kSlack)),
         grad_keys_(scratch.take<A>(kKeys * in_.head_dim)),
         grad_values_(scratch.take<A>(kKeys * in_.value_dim)),
+        key_totals_(scratch.take<A>(kKeys * in_.head_dim)),
+        value_totals_(scratch.take<A>(kKeys * in_.value_dim)),
         query_(scratch.take<A>(in_.head_dim)),
         grad_out_(scratch.take<A>(in_.value_dim)),
         out_(scratch.take<A>(in_.value_dim)),
         activations_(scratch.take<A>(kPanel<A> * in_.head_dim)),
         query_sums_(scratch.take<A>(lanes<A> * in_.head_dim)),
         weight_sums_(scratch.take<A>(lanes<A> * in_.head_dim)),
-        row_(scratch.take<A>(larger(in_.head_dim, in_.value_dim))),
-        lse_(static_cast<const A*>(args.lse) + head * in_.q_len) {}
+        rows_(scratch.take<A>(kPanel<A> * round_up(larger(in_.head_dim, in_.value_dim), lanes<A>) +
+                              kSlack)) {}
 
   // The keys [first, end); grad_query [Sq, D] without the factor weight, grad_weight [D].
   void run(int64_t first, int64_t end, A* grad_query, double* grad_weight) const {
     const int64_t depth = in_.head_dim;
-    std::memset(grad_query, 0, static_cast<size_t>(in_.q_len * depth) * sizeof(A));
-    std::memset(grad_weight, 0, static_cast<size_t>(depth) * sizeof(double));
+    clear(grad_query, in_.q_len * depth);
+    clear(grad_weight, depth);
     for (int64_t j = first; j < end; j += kKeys) {
       const int64_t count = smaller(kKeys, end - j), padded = round_up(count, kPanel<A>);
       head_.read_keys(keys_, j, count);
       const int64_t* stride = in_.value.stride;
       pack_panels(values_, at<T>(in_.value, head_.b, head_.h, j, 0), stride[3], stride[2],
                   in_.value_dim, count);
-      std::memset(grad_keys_, 0, static_cast<size_t>(padded * depth) * sizeof(A));
-      std::memset(grad_values_, 0, static_cast<size_t>(padded * in_.value_dim) * sizeof(A));
-      for (int64_t i = 0; i < in_.q_len; i++)
-        if (j < head_.key_end(i)) query(i, j, padded, grad_query + i * depth, grad_weight);
-      write(args_.grad_key, j, count, depth, grad_keys_, head_.weight);
-      write(args_.grad_value, j, count, in_.value_dim, grad_values_, nullptr);
+      const int64_t key_size = padded * depth, value_size = padded * in_.value_dim;
+      clear(grad_keys_, key_size);
+      clear(grad_values_, value_size);
+      clear(key_totals_, key_size);
+      clear(value_totals_, value_size);
+      for (int64_t start = 0; start < in_.q_len; start += kQueries) {
+        for (int64_t i = start; i < smaller(start + kQueries, in_.q_len); i++)
+          if (j < head_.key_end(i)) query(i, j, padded, grad_query + i * depth, grad_weight);
+        move(grad_keys_, key_totals_, key_size);
+        move(grad_values_, value_totals_, value_size);
+      }
+      write(args_.grad_key, j, count, depth, key_totals_, head_.weight);
+      write(args_.grad_value, j, count, in_.value_dim, value_totals_, nullptr);
     }
   }
 
  private:
   void query(int64_t i, int64_t j, int64_t padded, A* grad_query, double* grad_weight) const {
-    const int64_t depth = in_.head_dim;
+    const int64_t depth = in_.head_dim, row = (head_.b * in_.heads + head_.h) * in_.q_len + i;
+    const A highest = static_cast<const A*>(args_.highest)[row];
+    const A total = static_cast<const A*>(args_.total)[row];
     head_.read_query(query_, i);
     head_.read(grad_out_, args_.grad_out, i, in_.value_dim);
     head_.read(out_, args_.out, i, in_.value_dim);
     A delta = 0;  // what the normalisation of the softmax takes off
     for (int64_t c = 0; c < in_.value_dim; c++) delta += grad_out_[c] * out_[c];
-    std::memset(query_sums_, 0, static_cast<size_t>(lanes<A> * depth) * sizeof(A));
-    std::memset(weight_sums_, 0, static_cast<size_t>(lanes<A> * depth) * sizeof(A));
+    clear(query_sums_, lanes<A> * depth);
+    clear(weight_sums_, lanes<A> * depth);
     for (int64_t c = 0; c < padded; c += kPanel<A>) {
       A weights[kPanel<A>], grads[kPanel<A>] = {};
       if (!head_.score(query_, i, j + c, keys_ + c * depth, weights, activations_)) continue;
@@ -293,8 +331,8 @@ class BackwardTask {
       Vec<A> weight[kVecs], grad[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; v++) {
-        weight[v] =
-            exp2_nonpositive((load<A>(weights + v * lanes<A>) - lse_[i]) * static_cast<A>(kLog2e));
+        weight[v] = relative(load<A>(weights + v * lanes<A>), highest);
+        weight[v] = weight[v] == 0 ? weight[v] : weight[v] / total;
         grad[v] = weight[v] == 0 ? Vec<A>{} : weight[v] * (load<A>(grads + v * lanes<A>) - delta);
       }
       add_values(weight, grad_values_ + c * in_.value_dim);
@@ -340,23 +378,23 @@ class BackwardTask {
   // Panels [depth, kPanel] to the rows j ... j + count, times a factor for every column if given.
   void write(const Target& to, int64_t j, int64_t count, int64_t depth, const A* panels,
              const A* factors) const {
-    for (int64_t c = 0; c < count; c++) {
-      const A* from = panels + c / kPanel<A> * kPanel<A> * depth + c % kPanel<A>;
-      for (int64_t d = 0; d < depth; d++)
-        row_[d] = from[d * kPanel<A>] * (factors == nullptr ? A{1} : factors[d]);
-      head_.write(to, j + c, row_, depth);
+    const int64_t width = round_up(depth, lanes<A>);
+    for (int64_t c = 0; c < count; c += kPanel<A>) {
+      const int64_t rows = smaller(kPanel<A>, count - c);
+      pack_panel(rows_, width, panels + c * depth, kPanel<A>, 1, depth, rows);
+      for (int64_t r = 0; r < rows; r++)
+        head_.write(to, j + c + r, rows_ + r * width, depth, factors);
     }
   }
 
   const AdditiveBackward& args_;
   const AdditiveAttention& in_;
   const Head<T> head_;
-  A *keys_, *values_, *grad_keys_, *grad_values_;  // panels of kPanel keys
-  A *query_, *grad_out_, *out_;                    // one row
-  A* activations_;                                 // [D, kPanel]
-  A *query_sums_, *weight_sums_;                   // [D, lanes]
-  A* row_;
-  const A* lse_;
+  A *keys_, *values_, *grad_keys_, *grad_values_, *key_totals_, *value_totals_;  // panels
+  A *query_, *grad_out_, *out_;                                                  // one row
+  A* activations_;                                                               // [D, kPanel]
+  A *query_sums_, *weight_sums_;                                                 // [D, lanes]
+  A* rows_;  // [kPanel, D or Dv]
 };
 
 template <class T>
@@ -386,9 +424,9 @@ void backward(const AdditiveBackward& args) {
         A* to = total + i * depth + c;
         Vec<A> sums = load_count<A>(to, n);
         for (int64_t run = 1; run < runs; run++) sums += load_count<A>(to + run * rows, n);
-        store_count<A>(to, sums * load_count<A>(head.weight + c, n), n);
+        store_count<A>(to, sums, n);
       });
-      head.write(args.grad_query, i, total + i * depth, depth);
+      head.write(args.grad_query, i, total + i * depth, depth, head.weight);
     }
   });
   A* row = scratch.take<A>(depth);

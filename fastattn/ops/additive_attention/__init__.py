@@ -29,13 +29,13 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
 
 ADDITIVE_ATTENTION = registry.op(
     "additive_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask,"
-    " SymInt? right) -> (Tensor out, Tensor lse)",
+    " SymInt? right) -> (Tensor out, Tensor highest, Tensor total)",
     "additive_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-    " Tensor weight, Tensor? mask, Tensor out, Tensor lse, SymInt? right)"
+    " Tensor weight, Tensor? mask, Tensor out, Tensor highest, Tensor total, SymInt? right)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_weight)",
     reference=reference.additive_attention,
-    backward_arguments=lambda grad_out, query, key, value, weight, mask, out, lse, right: (
-        (query, key, value, weight, mask, right),
+    backward_arguments=lambda grad_out, *rest: (
+        (*rest[:5], rest[-1]),
         (grad_out,),
         (0, 1, 2, 3),
     ),
@@ -48,7 +48,7 @@ ADDITIVE_ATTENTION = registry.op(
     ),
     derivative=_derivative,
     kernels={"cpu": _refusals},
-    keep=(0, 1),
+    keep=(0, 1, 2),
 )
 
 
@@ -90,7 +90,10 @@ def _args(
     batch, heads, q_len, width = query.shape
     kv_len = key.shape[2]
     if mask is not None:
-        mask = checks.mask(mask, query, (batch, heads, q_len, kv_len))
+        checks.on_device("mask", mask, "query", query)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}")
+        mask = checks.broadcastable("mask", mask, (batch, heads, q_len, kv_len))
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     weight = weight.expand(heads, width).contiguous()

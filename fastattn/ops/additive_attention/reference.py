@@ -15,11 +15,12 @@ def additive_attention(
     weight: Tensor,
     mask: Tensor | None,
     right: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Sq, Dv], lse [B, H, Sq]); weight [H, D]; softmax and lse are at least fp32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, H, Sq, Dv], highest score and sum of exp(score - highest), each [B, H, Sq]).
 
-    Query i sees the keys up to i + right, all if None. What a query does not see does not touch
-    it, NaN or not; one that sees nothing gives 0 and an lse of -inf.
+    weight is [H, D]; scores and softmax are at least fp32. Query i sees the keys up to i + right,
+    all if None. What a query does not see does not touch it, NaN or not; one that sees a
+    non-finite value gives NaN, and one that sees nothing 0.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -38,10 +39,10 @@ def additive_attention(
         highest = scores.new_zeros(*scores.shape[:-1], 1)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
-    lse = (highest + torch.log(total)).squeeze(-1)
-    weights = (weights / total.masked_fill(total == 0, 1)).to(value.dtype)
+    weights = (weights / total.masked_fill(total == 0, 1)).masked_fill(~seen, 0).to(value.dtype)
     strange = ~value.isfinite().all(-1)[:, :, None]  # [B, H, 1, Sk]
     spoilt = (seen & strange).any(-1, keepdim=True)  # [B, H, Sq, 1]
     out = weights @ value.masked_fill(~value.isfinite(), 0)
     out = out * torch.where(spoilt, math.nan, 1.0).to(out.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, highest.squeeze(-1), total.squeeze(-1)

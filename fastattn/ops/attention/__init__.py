@@ -170,7 +170,10 @@ def _attention_args(
         raise ValueError(f'align must be "bottom_right" or "top_left", got {align!r}')
     left, right = _bounds(causal, window)
     if mask is not None:
-        mask = checks.mask(mask, query, (batch, heads, q_len, kv_len))
+        checks.on_device("mask", mask, "query", query)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}; use bias")
+        mask = checks.broadcastable("mask", mask, (batch, heads, q_len, kv_len))
     if bias is not None:
         checks.floating("bias", bias)
         checks.on_device("bias", bias, "query", query)
