@@ -135,7 +135,7 @@ class AdditiveAttention(Case):
 
     @property
     def shape(self) -> str:
-        return f"B{self.batch} H{self.heads} S{self.q_len},{self.kv_len} D{self.head_dim}"
+        return f"B{self.batch} H{self.heads} S{self.q_len}x{self.kv_len} D{self.head_dim}"
 
     @property
     def eager_bytes(self) -> float:

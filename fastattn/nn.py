@@ -1,4 +1,4 @@
-"""Drop-in modules: torch.nn's constructors, state dicts and meaning, computed by fastattn's ops."""
+"""Drop-in modules with torch.nn's constructors and state dicts; long because its options are many."""
 
 from __future__ import annotations
 

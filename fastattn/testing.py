@@ -1,4 +1,4 @@
-"""What tests of kernels need: the error rule, poisoned memory, a chosen ISA, the table of cases.
+"""What tests of kernels need: the error rule, poison, an ISA, cases; long because these are many.
 
 The cases enumerate each public function with its features and the shapes that break kernels; `run`
 computes one of them, gradients included, on any kernel, dtype and memory layout:
