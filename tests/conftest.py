@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--fuzz-cases",
+        type=int,
+        default=2000,
+        help="calls that tests/test_fuzz.py draws; up to 2000 (the default) always the same",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
