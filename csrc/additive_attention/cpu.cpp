@@ -31,7 +31,7 @@ FASTATTN_INLINE Vec<A> activation(A query, Vec<A> key) {
 template <bool Tame, bool Keep, class A>
 __attribute__((noinline)) void add_scores(const A* query, const A* keys, const A* weight,
                                           int64_t depth, A* scores, A* activations) {
-  constexpr int64_t chain = 64;  // an error grows with the length of a chain of additions
+  constexpr int64_t chain = 32;  // an error grows with the length of a chain of additions
   for (int64_t start = 0; start < depth; start += chain) {
     Vec<A> sums[kVecs] = {};
     for (int64_t d = start; d < smaller(start + chain, depth); d++)
