@@ -1,8 +1,7 @@
 """Random calls of every function against the oracle: shapes, strides, features, dtypes, ISAs.
 
-`pytest tests/test_fuzz.py --fuzz-cases 50000` draws more; up to the default number the calls are the
-same in every run. A failure prints the smallest call that shows it, which can be replayed as
-`check(<what was printed>)`.
+`pytest tests/test_fuzz.py --fuzz-cases 50000` draws more; up to the default number the calls are
+the same in every run. A failure prints the smallest call that shows it, and how to replay it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, bfloat16, float16, float32, float64  # noqa: F401  names of a replay
+from torch import Tensor, bfloat16, float16, float32, float64
 
 import fastattn
 from fastattn import _library
