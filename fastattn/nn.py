@@ -1,4 +1,4 @@
-"""Drop-in modules with torch.nn's constructors and state dicts; long because its options are many."""
+"""Drop-in modules with the arguments of torch.nn's own; long because these are many."""
 
 from __future__ import annotations
 
