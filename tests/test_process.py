@@ -46,7 +46,7 @@ def rounds(calls):
         results()
 
 torch.set_num_threads(1)
-rounds(600)
+rounds(3000)
 before = resident()
 rounds(10000)
 grown = [resident() - before]
