@@ -12,19 +12,36 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import AdditiveAttention, Attention, Case, FeedForward, Linear, Model, Norm
+from bench.cases import (
+    AdditiveAttention,
+    Attention,
+    Case,
+    Decode,
+    FeedForward,
+    Linear,
+    Model,
+    Norm,
+    Rope,
+    Varlen,
+)
 from bench.work import SEED, Work, differentiate
 
 
 class Recipe(NamedTuple):
-    """Inputs by name, per provider the function that takes them, and the function that is exact."""
+    """Inputs by name, per provider the function that takes them, and the function that is exact.
+
+    `kept` says what the dropout of a function of the inputs keeps; the oracle takes it as `keep`.
+    """
 
     inputs: dict[str, Tensor | None]
     functions: dict[str, Callable[..., Any]]
     oracle: Callable[..., Any]
+    kept: Callable[[Callable[..., Any], dict[str, Tensor | None]], Tensor] | None = None
+    outputs: tuple[str, ...] = ("output", "sum")
 
 
 def build(case: Case, *, compiled: bool = False) -> Work:
@@ -37,7 +54,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
 
         return models.build(case, compiled=compiled)
     torch.manual_seed(SEED)
-    inputs, functions, oracle = RECIPES[type(case)](case)
+    inputs, functions, oracle, kept, results = RECIPES[type(case)](case)
     dtype = getattr(torch, case.dtype)
     inputs = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
     if compiled:
@@ -64,7 +81,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
             for provider, function in functions.items()
         },
         exact=exact,
-        names=["output", "sum"][: len(outputs)] + [f"gradient of {name}" for name in leaves],
+        names=[*results[: len(outputs)], *(f"gradient of {name}" for name in leaves)],
         outputs=len(outputs),
         random=case.dropout > 0,
     )
@@ -125,7 +142,65 @@ def attention(case: Attention) -> Recipe:
         ]
         return torch.cat([checkpoint(eager, *one, use_reentrant=False) for one in heads], 1)
 
-    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, by_head)
+    functions = {"fused": fused, "eager": eager, "sdpa": sdpa}
+    return Recipe(inputs, functions, by_head, kept_weights)
+
+
+def varlen(case: Varlen) -> Recipe:
+    """query, key and value (rows, H, D) of all sequences; SDPA pads them, and is charged for it."""
+    shape = (sum(case.lengths), case.heads, case.head_dim)
+    inputs = {name: torch.randn(shape) for name in ("query", "key", "value")}
+    ends = torch.tensor([0, *case.lengths]).cumsum(0)
+    inside = torch.arange(max(case.lengths)) < torch.tensor(case.lengths)[:, None]  # [B, S]
+    triangle = torch.ones(case.seq, case.seq, dtype=torch.bool).tril()
+    mask = inside[:, None, None] & (triangle if case.causal else True)
+
+    def fused(query, key, value):
+        return fastattn.attention_varlen(query, key, value, ends, ends, causal=case.causal)
+
+    def eager(query, key, value):
+        outs = []
+        for tensors in zip(*(t.split(case.lengths) for t in (query, key, value)), strict=True):
+            rows, keys, values = (t.transpose(0, 1) for t in tensors)  # [H, S, D]
+            scores = rows @ keys.transpose(-1, -2) * case.head_dim**-0.5
+            if case.causal:
+                length = rows.shape[1]
+                scores = scores.masked_fill(~triangle[:length, :length], float("-inf"))
+            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+        return torch.cat(outs)
+
+    def sdpa(query, key, value):
+        padded = (
+            pad_sequence(t.split(case.lengths), batch_first=True).transpose(1, 2)
+            for t in (query, key, value)
+        )
+        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[inside]
+
+    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
+
+
+def decode(case: Decode) -> Recipe:
+    """query (B, H, 1, D), and a full cache (B, Hkv, S, D)."""
+    cache = (case.batch, case.kv_heads, case.seq, case.head_dim)
+    inputs = {
+        "query": torch.randn(case.batch, case.heads, 1, case.head_dim),
+        "key": torch.randn(cache),
+        "value": torch.randn(cache),
+    }
+    lengths = torch.full((case.batch,), case.seq)
+
+    def fused(query, key, value):
+        return fastattn.attention_decode(query, key, value, cache_seqlens=lengths)
+
+    def eager(query, key, value):
+        key, value = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (key, value))
+        scores = query @ key.transpose(-1, -2) * case.head_dim**-0.5  # [B, H, 1, S]
+        return scores.softmax(-1) @ value
+
+    def sdpa(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 
 
 def additive_attention(case: AdditiveAttention) -> Recipe:
@@ -146,7 +221,7 @@ def additive_attention(case: AdditiveAttention) -> Recipe:
     return Recipe(inputs, {"fused": fastattn.additive_attention, "eager": eager}, eager)
 
 
-def kept(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
+def kept_weights(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
     """Bool [B, H, S, S]: which weights the dropout of `function` keeps under the seed.
 
     Read off its own output: with columns of the identity as values it returns the weights. The
@@ -177,16 +252,65 @@ def norm(case: Norm) -> Recipe:
     kernel = getattr(fastattn, case.kind)
 
     def fused(input, *, residual=None, **affine):
-        added = () if residual is None else (residual,)
-        return kernel(input, *added, shape, eps=1e-5, **affine)
+        if residual is None:
+            return kernel(input, shape, eps=1e-5, **affine)
+        options = {"dropout_p": case.dropout, "return_sum": not case.postnorm}
+        return kernel(input, residual, shape, eps=1e-5, **affine, **options)
 
-    def eager(input, *, residual=None, **affine):
+    def eager(input, *, residual=None, keep=None, **affine):
         if residual is None:
             return plain(input, shape, eps=1e-5, **affine)
-        summed = input + residual
-        return plain(summed, shape, eps=1e-5, **affine), summed
+        if keep is not None:
+            input = input * keep / (1 - case.dropout)
+        elif case.dropout:
+            input = F.dropout(input, case.dropout)
+        summed = residual + input
+        out = plain(summed, shape, eps=1e-5, **affine)
+        return out if case.postnorm else (out, summed)
 
-    return Recipe(inputs, {"fused": fused, "eager": eager}, eager)
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, kept_elements)
+
+
+def kept_elements(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Tensor:
+    """Bool (rows, cols): which elements the dropout of `function` keeps under the seed.
+
+    Read off the norm of ones that were dropped or not, plus zeros: what is kept lies above the
+    mean of its row.
+    """
+    probe = {"input": torch.ones_like(inputs["input"])}
+    probe["residual"] = torch.zeros_like(inputs["input"])
+    torch.manual_seed(SEED)
+    out = function(**inputs | probe)
+    normed = (out if isinstance(out, Tensor) else out[0]).detach()
+    affine = [inputs.get(name) for name in ("weight", "bias")]
+    weight, bias = (0 if t is None else t.detach() for t in affine)
+    return (normed - bias) / weight > 0
+
+
+def rope(case: Rope) -> Recipe:
+    """query (B, H, S, D) and key (B, Hkv, S, D), which lie in memory as (B, S, H, D)."""
+    shapes = {"query": case.heads, "key": case.kv_heads}
+    inputs = {
+        name: torch.randn(case.batch, case.seq, heads, case.head_dim).transpose(1, 2)
+        for name, heads in shapes.items()
+    }
+    frequencies = 10000 ** -(torch.arange(0, case.head_dim, 2) / case.head_dim)
+    angles = torch.arange(case.seq)[:, None] * frequencies  # [S, D / 2]
+    tables = angles.cos(), angles.sin()
+    doubled = [torch.cat((table, table), -1) for table in tables]  # as transformers holds them
+
+    def fused(query, key):
+        return fastattn.apply_rope(query, key, *tables)
+
+    def rotate_half(x):
+        return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+    def eager(query, key):
+        cos, sin = (table.to(query.dtype) for table in doubled)
+        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+
+    names = ("query", "key")
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, outputs=names)
 
 
 ACTIVATIONS = {
@@ -247,9 +371,12 @@ def feed_forward(case: FeedForward) -> Recipe:
 
 
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
-    AdditiveAttention: additive_attention,
     Attention: attention,
+    Varlen: varlen,
+    Decode: decode,
+    AdditiveAttention: additive_attention,
     Norm: norm,
+    Rope: rope,
     Linear: linear,
     FeedForward: feed_forward,
 }

@@ -117,6 +117,65 @@ class Attention(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Varlen(Case):
+    """The same of sequences from 1/8 of seq up to seq, packed; its rivals pad to the longest."""
+
+    batch: int
+    heads: int
+    seq: int
+    head_dim: int
+    causal: bool = False
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 2, "heads": 2, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return "attention varlen causal" if self.causal else "attention varlen"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads} S{self.lengths[0]}-{self.seq} D{self.head_dim}"
+
+    @property
+    def lengths(self) -> list[int]:
+        least = max(1, self.seq // 8)
+        return [least + (self.seq - least) * n // max(1, self.batch - 1) for n in range(self.batch)]
+
+    @property
+    def flops(self) -> float:
+        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
+        return 4.0 * self.heads * self.head_dim * pairs * (3.5 if self.backward else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(Case):
+    """One query a sequence against a cache of seq keys, whose heads several queries share."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    head_dim: int
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return "attention decode"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads}/{self.kv_heads} S{self.seq} D{self.head_dim}"
+
+    @property
+    def traffic(self) -> float:
+        size = 4.0 if self.dtype == "float32" else 2.0
+        return 2 * self.batch * self.kv_heads * self.seq * self.head_dim * size
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdditiveAttention(Case):
     """softmax(w . tanh(q + k)) v over every pair of a query and a key, each (B, H, S, D)."""
 
@@ -150,13 +209,16 @@ class Norm(Case):
     kind: str  # layer_norm, rms_norm, add_layer_norm, add_rms_norm
     rows: int
     cols: int
+    dropout: float = 0.0  # of what is added to the residual
+    postnorm: bool = False  # the sum is not wanted
 
     group: ClassVar[str] = "norm"
     tiny: ClassVar[dict[str, int]] = {"rows": 8}
 
     @property
     def title(self) -> str:
-        return self.kind
+        options = {"postnorm": self.postnorm, f"dropout {self.dropout:g}": self.dropout > 0}
+        return " ".join([self.kind, *(word for word, on in options.items() if on)])
 
     @property
     def shape(self) -> str:
@@ -168,10 +230,39 @@ class Norm(Case):
 
     @property
     def traffic(self) -> float:
-        tensors = 4 if self.residual else 2  # read x (and the residual), write y (and the sum)
-        if self.backward:
-            tensors += 4 if self.residual else 3  # read x, dy (and dsum), write dx
+        sums = self.residual and not self.postnorm
+        tensors = 2 + self.residual + sums  # read x (and the residual), write y (and the sum)
+        if self.backward:  # read x, dy (and dsum), write dx (and with dropout that of the residual)
+            tensors += 3 + sums + (self.dropout > 0)
         return tensors * self.rows * self.cols * (4.0 if self.dtype == "float32" else 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Case):
+    """Rotary position embedding of query (B, H, S, D) and key (B, Hkv, S, D)."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    head_dim: int
+
+    group: ClassVar[str] = "rope"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "heads": 2, "kv_heads": 1, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        return "apply_rope"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads}+{self.kv_heads} S{self.seq} D{self.head_dim}"
+
+    @property
+    def traffic(self) -> float:
+        elements = self.batch * (self.heads + self.kv_heads) * self.seq * self.head_dim
+        passes = 2 if self.backward else 1
+        return 2 * passes * elements * (4.0 if self.dtype == "float32" else 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +372,14 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="bfloat16"),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True),
+    # attention of one query to a cache
+    Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, quick=True),
+    Decode(batch=8, heads=32, kv_heads=8, seq=4096, head_dim=128),
+    Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128),
+    Decode(batch=8, heads=32, kv_heads=8, seq=16384, head_dim=128),
+    Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128, dtype="bfloat16"),
     # attention forward and backward
     Attention(batch=1, heads=12, seq=512, head_dim=64, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, backward=True),
@@ -291,6 +390,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
+    Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),
     # additive attention
     AdditiveAttention(batch=8, heads=1, q_len=64, kv_len=128, head_dim=128, quick=True),
     AdditiveAttention(
@@ -309,7 +409,16 @@ CASES: tuple[Case, ...] = (
     Norm(kind="add_layer_norm", rows=128, cols=768),
     Norm(kind="add_layer_norm", rows=4096, cols=768, quick=True),
     Norm(kind="add_layer_norm", rows=4096, cols=768, backward=True),
+    Norm(kind="add_layer_norm", rows=4096, cols=768, postnorm=True),
+    Norm(kind="add_layer_norm", rows=4096, cols=768, dropout=0.1, backward=True, quick=True),
+    Norm(kind="add_layer_norm", rows=4096, cols=768, dropout=0.1, postnorm=True, backward=True),
     Norm(kind="add_rms_norm", rows=4096, cols=4096),
+    Norm(kind="add_rms_norm", rows=4096, cols=4096, dropout=0.1, backward=True),
+    # rotary position embedding
+    Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, quick=True),
+    Rope(batch=1, heads=32, kv_heads=8, seq=2048, head_dim=128),
+    Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, backward=True),
+    Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, dtype="bfloat16"),
     # linear and feed-forward
     Linear(rows=1, width_in=768, width_out=3072, activation="gelu"),
     Linear(rows=128, width_in=768, width_out=3072, activation="gelu", quick=True),

@@ -14,7 +14,7 @@ def tensor(name: str, value: object) -> None:
     """`value` is a tensor with sizes and strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
@@ -29,14 +29,14 @@ def floating(name: str, value: object) -> None:
 def on_device(name: str, value: object, other_name: str, other: Tensor) -> None:
     """`value` is a tensor on the device of `other`."""
     tensor(name, value)
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s {other.device}, got {value.device}")
 
 
 def same(name: str, value: object, other_name: str, other: Tensor, *, shape: bool = True) -> None:
     """`value` has the device and dtype, and unless told otherwise the shape, of `other`."""
     on_device(name, value, other_name, other)
-    if value.dtype != other.dtype:
+    if value.dtype is not other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {value.dtype}")
     if shape and value.shape != other.shape:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from fastattn import _library
 
 if TYPE_CHECKING:
-    from fastattn.registry import Op
+    from fastattn.registry import InferenceOp, Op
 
 log = logging.getLogger("fastattn")
 
@@ -102,7 +102,7 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             reasons.append(f"a tensor is on {tensor.device}")
             break
         if tensor.dtype not in CPU_DTYPES:
@@ -115,7 +115,7 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
     return reasons
 
 
-def choose(op: Op, args: tuple[Any, ...]) -> Choice:
+def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
     """The kernel for one call of `op`: the first in its list that refuses nothing.
 
     Raises:
@@ -126,22 +126,24 @@ def choose(op: Op, args: tuple[Any, ...]) -> Choice:
         if _forced not in (None, name):
             continue
         if not (reasons := refusals(*args)):
-            return _logged(op.name, Choice(name, refused))
+            return Choice(name, refused)
         refused[name] = reasons
         if _forced is not None:
             raise UnavailableKernelError(f"{op.name}: {name!r} is forced, but {'; '.join(reasons)}")
-    return _logged(op.name, Choice("reference", refused))
+    return Choice("reference", refused)
 
 
-def _logged(op: str, choice: Choice) -> Choice:
+def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
+    """The name of the kernel that `choose` gives, logged where it says something new."""
+    choice = choose(op, args)
     if torch.compiler.is_compiling():
-        return choice
+        return choice.kernel
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s: %s", op, choice)
-    elif choice.refused and (op, text := str(choice)) not in _told:
-        _told.add((op, text))
-        log.warning("%s falls back: %s", op, text)
-    return choice
+        log.debug("%s: %s", op.name, choice)
+    elif choice.refused and (op.name, text := str(choice)) not in _told:
+        _told.add((op.name, text))
+        log.warning("%s falls back: %s", op.name, text)
+    return choice.kernel
 
 
 def backends() -> dict[str, str]:

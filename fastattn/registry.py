@@ -14,8 +14,8 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
-OPS: dict[str, Op] = {}
-FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op]] = {}
+OPS: dict[str, Op | InferenceOp] = {}
+FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op | InferenceOp]] = {}
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, which torch.compile needs
@@ -39,7 +39,7 @@ class Op:
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed."""
-        if dispatch.choose(self, args).kernel == "reference":
+        if dispatch.kernel_for(self, args) == "reference":
             return self.reference(*args)
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
@@ -55,6 +55,7 @@ def op(
     backward_schema: str,
     *,
     reference: Callable[..., tuple[torch.Tensor, ...]],
+    fake: Callable[..., tuple[torch.Tensor, ...]] | None = None,
     backward_fake: Callable[..., tuple[torch.Tensor, ...]],
     backward_arguments: Callable[..., tuple],
     derivative: Callable[..., Tensors],
@@ -64,9 +65,10 @@ def op(
 ) -> Op:
     """Define `fastattn::<name>_fwd` and `_bwd`, with the reference as their fallback on any device.
 
-    The forward reference also computes output shapes on fake tensors. The backward op needs none of
-    its own: `backward_arguments(*backward_args)` gives the forward arguments and the gradients from
-    which autograd over the reference derives it.
+    The forward reference also computes output shapes on fake tensors, unless `fake` is given
+    because the reference reads values. The backward op needs none of its own:
+    `backward_arguments(*backward_args)` gives the forward arguments and the gradients from which
+    autograd over the reference derives it.
     """
     name = schema.split("(", 1)[0].removesuffix("_fwd")
     record = Op(name, reference, derivative, kernels, differentiable, keep)
@@ -82,14 +84,14 @@ def op(
                 out.zero_() if grad is None else out.copy_(grad)
         return outs
 
-    for definition, implementation, fake in (
-        (schema, reference, reference),
+    for definition, implementation, shapes in (
+        (schema, reference, fake or reference),
         (backward_schema, reference_backward, backward_fake),
     ):
         qualified = "fastattn::" + definition.split("(", 1)[0]
         torch.library.define(qualified, definition[definition.index("(") :])
         torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
-        torch.library.register_fake(qualified, fake)
+        torch.library.register_fake(qualified, shapes)
     object.__setattr__(record, "forward", getattr(torch.ops.fastattn, f"{name}_fwd").default)
     object.__setattr__(record, "backward", getattr(torch.ops.fastattn, f"{name}_bwd").default)
     object.__setattr__(record, "function", _function(record))
@@ -97,7 +99,57 @@ def op(
     return record
 
 
-def function(name: str, prepare: Callable[..., tuple], record: Op) -> None:
+@dataclass(frozen=True, eq=False)
+class InferenceOp:
+    """A torch op without a derivative, which may write into its arguments."""
+
+    name: str
+    reference: Callable[..., Any]
+    kernels: dict[str, Callable[..., list[str]]]
+    forward: Any
+    written: tuple[int, ...]  # the arguments that the schema marks as written to
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op on the kernel that dispatch chooses."""
+        if dispatch.choose(self, args).kernel == "reference":
+            return self.reference(*args)
+        outs = self.forward(*args)
+        if not torch.compiler.is_compiling():  # else autograd would miss what a kernel wrote
+            for i in self.written:
+                if not args[i].is_inference():
+                    torch.autograd.graph.increment_version(args[i])
+        return outs
+
+
+def inference_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernels: dict[str, Callable[..., list[str]]],
+) -> InferenceOp:
+    """Define `fastattn::<name>`, with the reference as its fallback on any device.
+
+    `fake` computes output shapes. Arguments that the op writes to bear an alias annotation with an
+    exclamation mark in the schema.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"fastattn::{name}"
+    torch.library.define(qualified, schema[len(name) :])
+    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    torch.library.register_fake(qualified, fake)
+    forward = getattr(torch.ops.fastattn, name).default
+    written = tuple(
+        i
+        for i, argument in enumerate(forward._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    record = InferenceOp(name, reference, kernels, forward, written)
+    OPS[name] = record
+    return record
+
+
+def function(name: str, prepare: Callable[..., tuple], record: Op | InferenceOp) -> None:
     """Let `fastattn.explain(name, ...)` know how public arguments become the op's."""
     FUNCTIONS[name] = (prepare, record)
 

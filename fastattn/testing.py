@@ -1,4 +1,5 @@
-"""What tests of kernels need: the error rule, poison, an ISA, cases; long because these are many.
+"""What tests of kernels need: the error rule, poison, an ISA, cases; long because the cases have a
+line for every feature of every function.
 
 The cases enumerate each public function with its features and the shapes that break kernels; `run`
 computes one of them, gradients included, on any kernel, dtype and memory layout:
@@ -15,11 +16,13 @@ computes one of them, gradients included, on any kernel, dtype and memory layout
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -179,15 +182,19 @@ class Draw(NamedTuple):
     """How to draw a tensor argument.
 
     kind: "normal"; "weight", normal over the square root of the last size; "fp32", normal and fp32
-    whatever the dtype of the case; "holes", normal with some -inf; "slopes", in (0, 1) and fp32;
-    "mask", bool with four fifths True and the first row all False. Only a floating tensor other
-    than slopes gets a gradient.
+    whatever the dtype of the case; "wide", normal and at least fp32; "holes", normal with some
+    -inf; "slopes", in (0, 1) and fp32; "mask", bool with four fifths True and the first row all
+    False; "distinct", normal and never laid out as "expanded"; "numbers", int64 and not drawn but
+    given. Only a floating tensor other than slopes gets a gradient.
     """
 
     shape: tuple[int, ...]
     kind: str = "normal"
+    values: tuple[int, ...] = ()
 
     def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        if self.kind == "numbers":
+            return torch.tensor(self.values).reshape(self.shape)
         if self.kind == "mask":
             mask = torch.rand(self.shape, generator=generator) < 0.8
             if mask.dim() > 1 and mask.shape[-2] > 1:
@@ -200,7 +207,9 @@ class Draw(NamedTuple):
             values /= math.sqrt(max(1, self.shape[-1]))
         if self.kind == "holes":
             values[torch.rand(self.shape, generator=generator) < 0.2] = -math.inf
-        return values.to(torch.float32 if self.kind == "fp32" else dtype)
+        if self.kind == "fp32" or (self.kind == "wide" and dtype != torch.float64):
+            dtype = torch.float32
+        return values.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,8 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernel leaves the case to the reference.
+    which the C++ kernel leaves the case to the reference, `written` the arguments that the call
+    writes to. An `inference` case has no gradients.
     """
 
     function: str
@@ -217,6 +227,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     vanishing: tuple[str, ...] = ()
     refused: str = ""
+    written: tuple[str, ...] = ()
+    inference: bool = False
 
     @property
     def id(self) -> str:
@@ -226,7 +238,10 @@ class Case:
         """The tensor arguments; values depend on the case alone, except that "expanded" repeats."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
         return {
-            name: laid_out(draw.draw(generator, dtype), layout)
+            name: laid_out(
+                draw.draw(generator, dtype),
+                "contiguous" if (layout, draw.kind) == ("expanded", "distinct") else layout,
+            )
             for name, draw in self.tensors.items()
         }
 
@@ -237,11 +252,18 @@ class Case:
 
     def differentiable(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Names of the arguments that get a gradient."""
+        if self.inference:
+            return []
         return [
             name
             for name, tensor in tensors.items()
             if tensor.is_floating_point() and self.tensors[name].kind != "slopes"
         ]
+
+
+def numbers(*values: int) -> Draw:
+    """An argument of one dimension that holds these numbers."""
+    return Draw((len(values),), "numbers", values)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -280,14 +302,21 @@ def widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def run(
     case: Case, inputs: Mapping[str, Tensor], kernel: str | None = None, gradients: bool = True
 ) -> dict[str, Tensor]:
-    """Outputs "out 0", ... and gradients "grad query", ... for fixed random output gradients."""
-    leaves = {name: tensor.detach() for name, tensor in inputs.items()}
+    """Outputs "out 0", ... and gradients "grad query", ... for fixed random output gradients.
+
+    What the call writes to is a copy of the input, and an output "written key_cache", ... too.
+    """
+    leaves = {
+        name: copy.deepcopy(tensor) if name in case.written else tensor.detach()
+        for name, tensor in inputs.items()
+    }
     wanted = case.differentiable(leaves) if gradients else []
     for name in wanted:
         leaves[name].requires_grad_()
     with fastattn.use_kernel(kernel) if kernel else contextlib.nullcontext():
         outs = case.call(**leaves)
         found = {f"out {i}": out.detach() for i, out in enumerate(outs)}
+        found |= {f"written {name}": leaves[name] for name in case.written}
         if wanted:
             generator = torch.Generator().manual_seed(1)
             # Sixteenths are exact in every dtype, so the oracle gets the same gradients.
@@ -419,6 +448,110 @@ def _additive_cases(function: str) -> Iterator[Case]:
     yield case("no_keys", (2, 2, 5, 0, 8, 8), refused="empty")
 
 
+def _varlen_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        q_lens: tuple[int, ...],
+        kv_lens: tuple[int, ...],
+        sizes: tuple[int, int, int, int],
+        *,
+        refused: str = "",
+        tensors: Mapping[str, Draw] | None = None,
+        **options: Any,
+    ) -> Case:
+        heads, kv_heads, head_dim, value_dim = sizes
+        drawn = {
+            "query": Draw((sum(q_lens), heads, head_dim), "distinct"),
+            "key": Draw((sum(kv_lens), kv_heads, head_dim), "distinct"),
+            "value": Draw((sum(kv_lens), kv_heads, value_dim), "distinct"),
+            "cu_seqlens_q": numbers(0, *accumulate(q_lens)),
+            "cu_seqlens_k": numbers(0, *accumulate(kv_lens)),
+        }
+        return Case(function, name, drawn | dict(tensors or {}), options, refused=refused)
+
+    lengths = (5, 70, 1, 33)
+    yield case("plain", lengths, lengths, (3, 3, 16, 16))
+    yield case("causal", lengths, lengths, (2, 2, 16, 16), causal=True, max_seqlen_q=70)
+    yield case("one_sequence", (70,), (130,), (2, 1, 24, 24), return_lse=True)
+    yield case("no_rows", (0, 40, 0, 3, 7), (9, 0, 0, 50, 8), (2, 2, 16, 8), return_lse=True)
+    yield case("long_and_short", (3, 900, 2), (2, 800, 5), (1, 1, 16, 16), causal=True)
+    yield case(
+        "everything",
+        (20, 61, 0, 130),
+        (50, 61, 3, 100),
+        (4, 2, 24, 40),
+        tensors={"alibi_slopes": Draw((4, 4), "slopes"), "sinks": Draw((4,))},
+        causal=True,
+        align="top_left",
+        window=(40, None),
+        softcap=4.0,
+        dropout_p=0.2,
+        seed=7,
+        return_lse=True,
+    )
+    yield case("nothing", (0, 0), (0, 4), (2, 2, 8, 8), refused="empty", return_lse=True)
+
+
+def _decode_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        lengths: tuple[int, ...],
+        sizes: tuple[int, int, int, int, int, int],
+        *,
+        page: int | None = None,
+        new: int = 0,
+        rotary: int = 0,
+        refused: str = "",
+        tensors: Mapping[str, Draw] | None = None,
+        **options: Any,
+    ) -> Case:
+        heads, kv_heads, q_len, room, head_dim, value_dim = sizes
+        batch = len(lengths)
+        lead = (batch, kv_heads, room)
+        drawn = {"query": Draw((batch, heads, q_len, head_dim))}
+        if page is not None:
+            columns = -(-room // page)
+            lead = (batch * columns + 1, kv_heads, page)  # one page that nobody owns
+            table = [n * 7 % lead[0] for n in range(1, lead[0])]  # 7 divides no such number here
+            drawn["block_table"] = Draw((batch, columns), "numbers", tuple(table))
+        drawn |= {
+            "key_cache": Draw((*lead, head_dim), "distinct"),
+            "value_cache": Draw((*lead, value_dim), "distinct"),
+            "cache_seqlens": numbers(*lengths),
+        }
+        if new:
+            drawn["key"] = Draw((batch, kv_heads, new, head_dim))
+            drawn["value"] = Draw((batch, kv_heads, new, value_dim))
+        if rotary:
+            drawn["rotary_cos"] = drawn["rotary_sin"] = Draw((room, rotary))
+        written = ("key_cache", "value_cache") if new else ()
+        drawn |= tensors or {}
+        return Case(function, name, drawn, options, (), refused, written, inference=True)
+
+    yield case("plain", (300, 7, 1), (4, 4, 1, 300, 32, 32), return_lse=True)
+    yield case("grouped", (520, 260), (12, 2, 1, 530, 40, 24), new=1)
+    yield case("few_queries", (600, 0, 255), (6, 2, 4, 700, 32, 16), new=4, causal=True)
+    yield case("paged", (70, 33, 0), (4, 2, 2, 90, 16, 16), page=16, new=3, return_lse=True)
+    yield case("rotary", (40, 9), (4, 1, 3, 50, 24, 8), new=3, rotary=10, rotary_interleaved=False)
+    yield case("window", (900, 30), (2, 1, 2, 900, 16, 16), window=(300, 0), softcap=2.0)
+    yield case("odd_sizes", (37, 11), (5, 5, 3, 37, 7, 13), scale=-0.4)
+    yield case(
+        "everything",
+        (500, 3),
+        (8, 2, 3, 510, 48, 40),
+        page=9,
+        new=5,
+        rotary=20,
+        rotary_interleaved=True,
+        tensors={"alibi_slopes": Draw((2, 8), "slopes"), "sinks": Draw((8,))},
+        causal=True,
+        window=(400, None),
+        softcap=4.0,
+        return_lse=True,
+    )
+    yield case("no_keys", (0, 0), (2, 2, 1, 0, 8, 8), refused="empty", return_lse=True)
+
+
 def _norm_cases(function: str) -> Iterator[Case]:
     added, centred = function.startswith("add_"), function.endswith("layer_norm")
 
@@ -428,11 +561,12 @@ def _norm_cases(function: str) -> Iterator[Case]:
         dims: int = 1,
         weight: str | None = "normal",
         bias: str | None = "normal",
+        residual: str = "normal",
         **options: Any,
     ) -> Case:
         tensors = {"input": Draw(shape)}
         if added:
-            tensors["residual"] = Draw(shape)
+            tensors["residual"] = Draw(shape, residual)
         normalized = shape[len(shape) - dims :]
         if weight:
             tensors["weight"] = Draw(normalized, weight)
@@ -448,7 +582,22 @@ def _norm_cases(function: str) -> Iterator[Case]:
     yield case("weight_only", (40, 72), bias=None)
     yield case("two_dimensions", (2, 15, 6, 21), dims=2)
     yield case("few_columns", (500, 3))
+    yield case("many_columns", (2, 9000))
     yield case("no_rows", (0, 16))
+    if not added:
+        return
+    yield case("dropout", (70, 200), dropout_p=0.3, seed=2**62 + 12345)
+    yield case("fp32_residual", (5, 13, 50), residual="wide", weight="fp32")
+    yield case("sum_unwritten", (40, 130), return_sum=False)
+    yield case(
+        "everything",
+        (3, 15, 4, 30),
+        dims=2,
+        residual="wide",
+        dropout_p=0.2,
+        seed=7,
+        return_sum=False,
+    )
 
 
 def _linear_cases(function: str) -> Iterator[Case]:
@@ -514,8 +663,45 @@ def _ffn_cases(function: str) -> Iterator[Case]:
     yield case("no_hidden", (4,), (16, 0, 8), gated=False)
 
 
+def _rope_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        sizes: tuple[int, int, int, int, int],
+        angles: int,
+        tables: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> Case:
+        batch, heads, kv_heads, length, width = sizes
+        table = Draw((*(tables or (length,)), angles), "slopes")
+        tensors = {"query": Draw((batch, heads, length, width)), "cos": table, "sin": table}
+        if kv_heads:
+            tensors["key"] = Draw((batch, kv_heads, length, width))
+        else:
+            options["key"] = None
+        return Case(function, name, tensors, options)
+
+    yield case("plain", (2, 3, 3, 50, 64), 32)
+    yield case("interleaved", (2, 3, 3, 50, 64), 32, interleaved=True)
+    yield case("partial", (2, 4, 2, 33, 40), 12)
+    yield case("partial_interleaved", (2, 4, 2, 33, 40), 12, interleaved=True)
+    yield case("odd_sizes", (3, 5, 1, 7, 13), 5)
+    yield case("odd_sizes_interleaved", (3, 5, 1, 7, 13), 5, interleaved=True)
+    yield case("angles_of_batches", (2, 3, 1, 20, 32), 16, tables=(2, 20))
+    yield case("one_row", (1, 8, 2, 1, 128), 64, tables=(1, 1))
+    yield case("query_alone", (2, 3, 0, 17, 24), 12)
+    positions = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    yield case("positions", (2, 3, 1, 5, 32), 16, tables=(10,), positions=positions)
+    yield case(
+        "shared_positions", (2, 3, 1, 5, 32), 8, (10,), positions=positions[0], interleaved=True
+    )
+    yield case("no_angles", (2, 2, 2, 5, 8), 0)
+    yield case("no_rows", (2, 2, 2, 0, 8), 4)
+
+
 _TABLE = {
     "attention": _attention_cases,
+    "attention_varlen": _varlen_cases,
+    "attention_decode": _decode_cases,
     "scaled_dot_product_attention": _attention_cases,
     "additive_attention": _additive_cases,
     "layer_norm": _norm_cases,
@@ -524,6 +710,7 @@ _TABLE = {
     "add_rms_norm": _norm_cases,
     "linear": _linear_cases,
     "ffn": _ffn_cases,
+    "apply_rope": _rope_cases,
 }
 
 

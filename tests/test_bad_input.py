@@ -28,6 +28,29 @@ GOOD: dict[str, dict[str, Any]] = {
         "alibi_slopes": randn(4),
         "sinks": randn(4),
     },
+    "attention_varlen": {
+        "query": randn(7, 4, 8),
+        "key": randn(9, 2, 8),
+        "value": randn(9, 2, 7),
+        "cu_seqlens_q": torch.tensor([0, 3, 7]),
+        "cu_seqlens_k": torch.tensor([0, 4, 9]),
+        "alibi_slopes": randn(4),
+        "sinks": randn(4),
+    },
+    "attention_decode": {
+        "query": randn(2, 4, 2, 8),
+        "key_cache": randn(5, 2, 4, 8),
+        "value_cache": randn(5, 2, 4, 7),
+        "cache_seqlens": torch.tensor([3, 6]),
+        "key": randn(2, 2, 2, 8),
+        "value": randn(2, 2, 2, 7),
+        "block_table": torch.tensor([[4, 0], [1, 3]]),
+        "rotary_cos": randn(9, 3),
+        "rotary_sin": randn(9, 3),
+        "rotary_interleaved": False,
+        "alibi_slopes": randn(4),
+        "sinks": randn(4),
+    },
     "scaled_dot_product_attention": {
         "query": randn(2, 4, 5, 8),
         "key": randn(2, 4, 6, 8),
@@ -58,6 +81,13 @@ GOOD: dict[str, dict[str, Any]] = {
         "gate_bias": randn(9),
         "down_bias": randn(5),
     },
+    "apply_rope": {
+        "query": randn(2, 4, 5, 8),
+        "key": randn(2, 2, 5, 8),
+        "cos": randn(7, 4),
+        "sin": randn(7, 4),
+        "positions": torch.tensor([0, 3, 6, 1, 2]),
+    },
 }
 for _name in ("layer_norm", "rms_norm"):
     GOOD[f"add_{_name}"] = GOOD[_name] | {"residual": randn(3, 8)}
@@ -83,13 +113,26 @@ FINE = {
     ("additive_attention", "value", "too long"),
     ("attention", "alibi_slopes", "another dtype"),
     ("attention", "sinks", "another dtype"),
+    ("attention_varlen", "alibi_slopes", "another dtype"),
+    ("attention_varlen", "sinks", "another dtype"),
+    ("attention_decode", "alibi_slopes", "another dtype"),
+    ("attention_decode", "sinks", "another dtype"),
+    ("attention_decode", "cache_seqlens", "an integer dtype"),
+    ("attention_decode", "block_table", "an integer dtype"),
+    ("attention_decode", "block_table", "too long"),
+    ("attention_varlen", "value", "too long"),
+    *(("attention_varlen", f"cu_seqlens_{which}", "an integer dtype") for which in "qk"),
     ("scaled_dot_product_attention", "attn_mask", "0-dimensional"),
     ("attention", "value", "too long"),
     ("scaled_dot_product_attention", "value", "too long"),
+    ("apply_rope", "positions", "an integer dtype"),
+    ("apply_rope", "cos", "another dtype"),
+    ("apply_rope", "sin", "another dtype"),
     ("linear", "input", "of too many dimensions"),
     ("ffn", "input", "of too many dimensions"),
     *((name, "input", "of too many dimensions") for name in ("layer_norm", "rms_norm")),
     *((name, "input", "another dtype") for name in ("layer_norm", "rms_norm")),
+    *((name, "input", "another dtype") for name in ("add_layer_norm", "add_rms_norm")),
     *(
         ("scaled_dot_product_attention", name, "of too many dimensions")
         for name in ("query", "key", "value")
@@ -100,6 +143,8 @@ BLAMED = {
     "query": "key|query",
     "input": r"\w+",
     "value": "value|key",
+    "key_cache": "key",
+    "value_cache": "value",
     "up_weight": "up_|down_|gate_",
 }
 
@@ -173,6 +218,69 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("additive_attention", {"weight": randn(4)}, ValueError, r"weight.*\[4, 8\]"),
     ("additive_attention", {"weight": randn(4, 1)}, ValueError, "weight"),
     ("additive_attention", {"mask": torch.ones(5, 7).bool()}, ValueError, r"mask.*\[5, 7\]"),
+    *(
+        ("attention_varlen", {"cu_seqlens_q": torch.tensor(bad)}, ValueError, "cu_seqlens_q")
+        for bad in ([1, 3, 7], [0, 3, 6], [0, 3, 8], [0, 4, 3, 7], [0, -1, 7], [0], [[0, 3, 7]])
+    ),
+    ("attention_varlen", {"cu_seqlens_k": torch.tensor([0, 4, 8, 9])}, ValueError, "cu_seqlens_q"),
+    ("attention_varlen", {"cu_seqlens_k": None}, TypeError, "cu_seqlens_k"),
+    ("attention_varlen", {"max_seqlen_q": 3}, ValueError, "max_seqlen_q.*3.*4"),
+    ("attention_varlen", {"max_seqlen_k": 4}, ValueError, "max_seqlen_k"),
+    ("attention_varlen", {"max_seqlen_k": -1}, ValueError, "max_seqlen_k"),
+    *(("attention_varlen", {"max_seqlen_q": b}, TypeError, "max_seqlen_q") for b in (4.0, True)),
+    ("attention_varlen", {"query": randn(1, 7, 4, 8)}, ValueError, "query"),
+    ("attention_varlen", {"align": "top"}, ValueError, "align"),
+    ("attention_varlen", {"window": (-3, 0)}, ValueError, "window"),
+    ("attention_varlen", {"dropout_p": 2.0}, ValueError, "dropout_p"),
+    *(
+        ("attention_decode", {"cache_seqlens": torch.tensor(bad)}, ValueError, "cache_seqlens")
+        for bad in ([3, 7], [-1, 2], [2, 2**40], [1, 2, 3], [[1, 2]])
+    ),
+    ("attention_decode", {"cache_seqlens": 7}, ValueError, "cache_seqlens.*6.*got 7"),
+    ("attention_decode", {"cache_seqlens": True}, TypeError, "cache_seqlens"),
+    ("attention_decode", {"cache_seqlens": 1.0}, TypeError, "cache_seqlens"),
+    (
+        "attention_decode",
+        {"block_table": torch.tensor([[4, 0], [1, 5]])},
+        ValueError,
+        "block_table",
+    ),
+    (
+        "attention_decode",
+        {"block_table": torch.tensor([[-1, 0], [1, 0]])},
+        ValueError,
+        "block_table",
+    ),
+    ("attention_decode", {"block_table": torch.tensor([[4], [1]])}, ValueError, "cache_seqlens"),
+    ("attention_decode", {"block_table": None}, ValueError, "key_cache"),
+    ("attention_decode", {"key": None}, ValueError, "key"),
+    ("attention_decode", {"value": None}, ValueError, "value"),
+    ("attention_decode", {"value": randn(2, 2, 1, 7)}, ValueError, "value"),
+    ("attention_decode", {"query": randn(2, 3, 2, 8)}, ValueError, "key_cache.*heads.*3"),
+    ("attention_decode", {"rotary_sin": None}, ValueError, "rotary_sin"),
+    ("attention_decode", {"rotary_sin": randn(8, 3)}, ValueError, "rotary_sin"),
+    ("attention_decode", {"rotary_interleaved": None}, TypeError, "rotary_interleaved"),
+    (
+        "attention_decode",
+        {"rotary_cos": randn(7, 3), "rotary_sin": randn(7, 3)},
+        ValueError,
+        "rotary_cos.*8 positions",
+    ),
+    (
+        "attention_decode",
+        {"rotary_cos": None, "rotary_sin": None},
+        ValueError,
+        "rotary_interleaved",
+    ),
+    ("attention_decode", {"causal": 1}, TypeError, "causal"),
+    ("attention_decode", {"softcap": -1.0}, ValueError, "softcap"),
+    ("attention_decode", {"query": randn(2, 4, 2, 8).requires_grad_()}, ValueError, "query.*grad"),
+    (
+        "attention_decode",
+        {"value_cache": randn(1, 2, 4, 7).expand(5, -1, -1, -1)},
+        ValueError,
+        "value_cache.*expanded",
+    ),
     ("scaled_dot_product_attention", {"is_causal": True}, ValueError, "attn_mask"),
     ("scaled_dot_product_attention", {"attn_mask": randn(6, 5)}, ValueError, "attn_mask"),
     ("scaled_dot_product_attention", {"dropout_p": -1}, ValueError, "dropout_p"),
@@ -199,8 +307,45 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
             ({"normalized_shape": None}, TypeError, "normalized_shape"),
         )
     ),
-    ("add_rms_norm", {"residual": randn(3, 1)}, ValueError, "residual"),
-    ("add_rms_norm", {"residual": None}, TypeError, "residual"),
+    *(
+        (name, options, error, match)
+        for name in ("add_layer_norm", "add_rms_norm")
+        for options, error, match in (
+            ({"residual": randn(3, 1)}, ValueError, "residual"),
+            ({"residual": None}, TypeError, "residual"),
+            ({"residual": randn(3, 8).double()}, TypeError, "residual"),
+            ({"input": randn(3, 8).double(), "weight": None}, TypeError, "residual"),
+            ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+            ({"dropout_p": NAN}, ValueError, "dropout_p"),
+            ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
+            ({"dropout_p": 0.1, "seed": -1}, ValueError, "seed"),
+            ({"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed"),
+            ({"seed": 3}, ValueError, "seed"),
+            ({"return_sum": 0}, TypeError, "return_sum"),
+        )
+    ),
+    ("apply_rope", {"query": randn(2, 4, 8)}, ValueError, "query"),
+    ("apply_rope", {"query": randn(2, 4, 5, 7)}, ValueError, "key"),
+    ("apply_rope", {"query": randn(2, 4, 5, 7), "key": None}, ValueError, r"cos.*D = 7"),
+    ("apply_rope", {"key": randn(3, 2, 5, 8)}, ValueError, "key"),
+    ("apply_rope", {"key": randn(2, 2, 6, 8)}, ValueError, "key"),
+    ("apply_rope", {"cos": randn(7, 3)}, ValueError, "cos"),
+    ("apply_rope", {"cos": randn(2, 7, 4), "sin": randn(2, 7, 4)}, ValueError, "cos"),
+    ("apply_rope", {"positions": None}, ValueError, "cos"),
+    ("apply_rope", {"positions": torch.zeros(3, 5).long()}, ValueError, "positions"),
+    ("apply_rope", {"positions": torch.zeros(5)}, TypeError, "positions"),
+    *(
+        ("apply_rope", {"positions": torch.tensor([0, 1, bad, 0, 0])}, ValueError, "positions")
+        for bad in (7, -1, 2**62, -(2**63))
+    ),
+    ("apply_rope", {"interleaved": 1}, TypeError, "interleaved"),
+    ("apply_rope", {"inplace": None}, TypeError, "inplace"),
+    (
+        "apply_rope",
+        {"query": randn(2, 1, 5, 8).expand(2, 4, 5, 8), "inplace": True},
+        ValueError,
+        "query.*strides",
+    ),
     *(("linear", {"activation": bad}, ValueError, "activation") for bad in ("tanh", 3, "")),
     *(("ffn", {"activation": bad}, ValueError, "activation") for bad in ("tanh", None)),
     ("ffn", {"gate_weight": None}, ValueError, "gate_bias"),
@@ -229,8 +374,10 @@ def test_views_that_torch_resolves_late(function: str) -> None:
     """Negated views and tensors made in inference mode are like any other."""
     arguments = GOOD[function]
     expected = getattr(fastattn, function)(**arguments)
-    late = {
-        name: negative(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+    late = {  # but for what is written to, which torch lets be negated in one argument only
+        name: negative(a)
+        if isinstance(a, Tensor) and a.is_floating_point() and not name.endswith("_cache")
+        else a
         for name, a in arguments.items()
     }
     torch.testing.assert_close(getattr(fastattn, function)(**late), expected)

@@ -20,7 +20,7 @@ import fastattn
 from bench import __main__ as cli
 from bench import baselines, cases, machine, measure, memory, models, page, parity, report, run
 from bench import rows as results
-from bench.cases import Attention, FeedForward, Linear, Model, Norm
+from bench.cases import Attention, Decode, FeedForward, Linear, Model, Norm, Varlen
 from bench.work import SEED
 from fastattn.testing import assert_close_to_oracle
 
@@ -31,6 +31,8 @@ TINY = [
     Norm(kind="add_rms_norm", rows=5, cols=32, backward=True, quick=True),
     Linear(rows=4, width_in=16, width_out=24, activation="gelu", dtype="bfloat16"),
     FeedForward(rows=4, width=16, hidden=24, activation="silu", gated=True),
+    Varlen(batch=3, heads=2, seq=24, head_dim=8, causal=True, backward=True),
+    Decode(batch=2, heads=4, kv_heads=2, seq=40, head_dim=8),
 ]
 HERE = machine.Machine(
     processor="a processor",
@@ -126,7 +128,7 @@ def test_names_are_unique_and_plain():
 
 def test_only_selects_by_part_and_by_pattern():
     assert cases.select(TINY, only=["norm"]) == [TINY[2]]
-    assert cases.select(TINY, only=["attention*/fwd/*", "LINEAR"]) == [TINY[0], TINY[3]]
+    assert cases.select(TINY, only=["attention*/fwd/*", "LINEAR"]) == [TINY[0], TINY[3], TINY[6]]
     assert cases.select(TINY, quick=True) == [TINY[0], TINY[2]]
     half = cases.select(TINY, only=["ffn"], dtypes=["float16", "bfloat16"])
     assert [case.dtype for case in half] == ["float16", "bfloat16"]
@@ -169,7 +171,7 @@ def test_dropout_mask_is_read_off_the_call_itself():
     inputs = {"value": torch.randn(2, 3, 7, 4)}
     torch.manual_seed(SEED)
     expected = F.dropout(weights, 0.5) != 0
-    found = baselines.kept(lambda value: F.dropout(weights, 0.5) @ value, inputs)
+    found = baselines.kept_weights(lambda value: F.dropout(weights, 0.5) @ value, inputs)
     assert torch.equal(found, expected)
     assert 0.3 < expected.float().mean() < 0.7
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops import philox
 from fastattn.testing import DTYPES, assert_close_to_oracle
 
 BOTH = pytest.mark.parametrize("norm", [layer_norm, rms_norm], ids=lambda norm: norm.__name__)
@@ -177,6 +178,72 @@ def test_gradients_of_the_added(added: Callable, norm: Callable, used: str) -> N
         return pick(norm(x + residual, [70], weight), x + residual)
 
     torch.testing.assert_close(grads(ours, *tensors), grads(apart, *tensors))
+
+
+@ADDED
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_dropout_is_philox_counted_by_position(added: Callable, norm: Callable, seed: int) -> None:
+    x, residual = torch.rand(33, 150) + 1, torch.zeros(33, 150)
+    out, summed = added(x, residual, [150], dropout_p=0.3, seed=seed)
+    kept = philox.keep(torch.tensor([seed]), 1, 33, 150, 0.3)[0]
+    assert ((summed != 0) == kept).all()
+    torch.testing.assert_close(summed, x / 0.7 * kept)
+    assert out.equal(norm(summed, [150]))
+    assert abs(kept.double().mean().item() - 0.7) < 0.05
+    part = added(x[:5, :70], residual[:5, :70], [70], dropout_p=0.3, seed=seed)[1]
+    assert part.equal(summed[:5, :70])
+
+
+@ADDED
+def test_dropout_of_nothing_and_of_everything(added: Callable, norm: Callable) -> None:
+    x, residual = torch.randn(9, 50), torch.randn(9, 50)
+    assert added(x, residual, [50], dropout_p=0.0)[1].equal(residual + x)
+    x[2, 3] = float("inf")
+    assert added(x, residual, [50], dropout_p=1.0)[1].equal(residual)
+    (grad,) = grads(lambda x: added(x, residual, [50], dropout_p=1.0)[0], x)
+    assert grad.equal(torch.zeros_like(x))
+
+
+@ADDED
+def test_dropout_seeds_come_from_torch_unless_given(added: Callable, norm: Callable) -> None:
+    x, residual = torch.randn(9, 50), torch.randn(9, 50)
+    torch.manual_seed(5)
+    first, second = (added(x, residual, [50], dropout_p=0.5)[1] for _ in range(2))
+    torch.manual_seed(5)
+    assert added(x, residual, [50], dropout_p=0.5)[1].equal(first)
+    assert not first.equal(second)
+
+
+@ADDED
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("wide", [False, True], ids=["same_dtype", "fp32_residual"])
+def test_a_sum_unwritten_changes_nothing(
+    added: Callable, norm: Callable, dropout_p: float, wide: bool
+) -> None:
+    x, residual, weight = torch.randn(9, 70).bfloat16(), torch.randn(9, 70), torch.randn(70)
+    residual = residual if wide else residual.bfloat16()
+    options = {"dropout_p": dropout_p, "seed": 3 if dropout_p else None}
+
+    def alone(*tensors: Tensor) -> Tensor:
+        return added(*tensors[:2], [70], tensors[2], return_sum=False, **options)
+
+    def beside(*tensors: Tensor) -> Tensor:
+        return added(*tensors[:2], [70], tensors[2], **options)[0]
+
+    out, summed = added(x, residual, [70], weight, **options)
+    assert alone(x, residual, weight).equal(out)
+    assert out.dtype == torch.bfloat16 and summed.dtype == residual.dtype
+    for found, expected in zip(
+        grads(alone, x, residual, weight), grads(beside, x, residual, weight), strict=True
+    ):
+        assert found.equal(expected)
+
+
+@ADDED
+def test_a_wide_residual_is_not_rounded(added: Callable, norm: Callable) -> None:
+    """A stream in fp32 keeps what bf16 would lose."""
+    x, residual = torch.full((4, 64), 2.0**-10).bfloat16(), torch.randn(4, 64)
+    assert added(x, residual, [64])[1].equal(residual + x.float())
 
 
 @ADDED

@@ -27,6 +27,8 @@ from fastattn.testing import (
     widened,
 )
 
+COMPOSED = {"attention_weights"}  # of PyTorch's functions: no kernel to choose
+WITHIN = {"attention_append"}  # what another op's function calls too: attention_decode
 CASES = {case.id: case for case in all_cases()}
 SHORT = {
     torch.float32: "fp32",
@@ -60,7 +62,7 @@ def check(case: Case, inputs: dict[str, Tensor], found: dict[str, Tensor], repea
             terms = max(tensor.numel() for tensor in inputs.values())
             assert_vanishes(found[name], 4 * largest**2, terms, name)
         else:
-            factor = 2 if name.startswith("out") else 3
+            factor = 3 if name.startswith("grad") else 2
             assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
 
 
@@ -70,10 +72,11 @@ def test_every_function_and_op_has_cases() -> None:
         for name in fastattn.__all__
         if getattr(getattr(fastattn, name), "__module__", "").startswith("fastattn.ops.")
     }
-    assert public == set(registry.FUNCTIONS)
+    assert public == set(registry.FUNCTIONS) | COMPOSED
     without = [name for name in registry.FUNCTIONS if not cases(name)]
     assert not without, f"functions without cases in fastattn.testing: {without}"
-    assert {record.name for _, record in registry.FUNCTIONS.values()} == set(registry.OPS)
+    used = {record.name for _, record in registry.FUNCTIONS.values()}
+    assert used | WITHIN == set(registry.OPS)
     assert len(CASES) == len(all_cases()), "two cases have one id"
 
 
@@ -159,9 +162,10 @@ def test_calls_from_several_threads() -> None:
     inputs = [case.inputs(torch.float32) for case in chosen]
     alone = [run(case, given, gradients=False) for case, given in zip(chosen, inputs, strict=True)]
     with ThreadPoolExecutor(4) as pool:
-        again = pool.map(lambda i: run(chosen[i], inputs[i], gradients=False), [*range(8)] * 8)
-        for i, found in enumerate(again):
-            same_bits(found, alone[i % 8])
+        order = [*range(len(chosen))] * 8
+        again = pool.map(lambda i: run(chosen[i], inputs[i], gradients=False), order)
+        for i, found in zip(order, again, strict=True):
+            same_bits(found, alone[i])
 
 
 def test_poison_reaches_fresh_memory() -> None:
@@ -208,17 +212,26 @@ CHECKED = [
     "attention-everything",
     "attention-sinks",
     "attention-plain",
+    "attention_varlen-everything",
+    "attention_decode-plain",
+    "attention_decode-everything",
     "additive_attention-causal_tall",
     "additive_attention-plain",
     "add_layer_norm-odd_sizes",
+    "add_layer_norm-dropout",
+    "add_layer_norm-everything",
     "layer_norm-no_parameters",
     "add_rms_norm-fp32_parameters",
+    "add_rms_norm-fp32_residual",
     "rms_norm-no_parameters",
     "linear-gelu",
     "linear-no_bias",
     "linear-no_features",
     "ffn-silu_gated",
     "ffn-no_bias",
+    "apply_rope-partial",
+    "apply_rope-positions",
+    "apply_rope-query_alone",
 ]
 
 
@@ -229,13 +242,17 @@ def test_opcheck(case_id: str, dtype: torch.dtype) -> None:
     case = CASES[case_id]
     with Recorder() as recorder:
         run(case, case.inputs(dtype), "cpu")
-    assert len(recorder.calls) == 2
+    assert len(recorder.calls) == (1 if case_id == "attention_decode-plain" else 2)
     for op, args in recorder.calls:
         torch.library.opcheck(op, args)
 
 
 def test_every_torch_op_is_checked() -> None:
     checked = {registry.FUNCTIONS[CASES[case_id].function][1].name for case_id in CHECKED}
-    assert checked == set(registry.OPS)
+    assert checked | WITHIN == set(registry.OPS)
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
-    assert ours == {f"fastattn::{name}_{way}" for name in registry.OPS for way in ("fwd", "bwd")}
+    expected = {"fastattn::rope_"}  # checked in test_rope.py
+    for name, record in registry.OPS.items():
+        ways = ("_fwd", "_bwd") if isinstance(record, registry.Op) else ("",)
+        expected |= {f"fastattn::{name}{way}" for way in ways}
+    assert ours == expected

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import registry
-from fastattn.testing import Case, Draw, all_cases, run
+from fastattn.testing import Case, Draw, all_cases, numbers, run
 
 CASES = {case.id: case for case in all_cases()}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -35,20 +35,45 @@ NORM = {"input": (2, 5), "weight": (5,)}
 LINEAR = {"input": (2, 3), "weight": (4, 3), "bias": (4,)}
 FFN = {"input": (2, 3), "up_weight": (4, 3), "down_weight": (2, 4)}
 BIASES = {"up_bias": (4,), "down_bias": (2,)}
+ANGLES = {"cos": Draw((3, 2), "slopes"), "sin": Draw((3, 2), "slopes")}
 TINY = [
     tiny("attention", {"causal": True, "softcap": 2.0, "return_lse": True}, **QKV, bias=(2, 3, 4)),
     tiny("attention", {"dropout_p": 0.4, "seed": 5}, **QKV, sinks=(2,), mask=Draw((3, 4), "mask")),
     tiny("attention", {"window": (1, 1)}, **QKV, alibi_slopes=Draw((2,), "slopes"), bias=(3, 1)),
+    tiny(
+        "attention_varlen",
+        {"causal": True, "dropout_p": 0.3, "seed": 6, "return_lse": True},
+        query=(5, 2, 2),
+        key=(6, 1, 2),
+        value=(6, 1, 3),
+        cu_seqlens_q=numbers(0, 2, 5),
+        cu_seqlens_k=numbers(0, 3, 6),
+        sinks=(2,),
+    ),
     tiny("scaled_dot_product_attention", {"enable_gqa": True}, **QKV, attn_mask=(3, 4)),
     tiny("additive_attention", {"causal": True}, **ADDITIVE, weight=(2, 2)),
     tiny("additive_attention", {}, **ADDITIVE, weight=(2,), mask=Draw((3, 4), "mask")),
     tiny("layer_norm", {"normalized_shape": [5]}, **NORM, bias=(5,)),
     tiny("add_layer_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
+    tiny(
+        "add_layer_norm",
+        {"normalized_shape": [5], "dropout_p": 0.4, "seed": 5, "return_sum": False},
+        **NORM,
+        residual=(2, 5),
+    ),
     tiny("rms_norm", {"normalized_shape": [5]}, **NORM),
     tiny("add_rms_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
+    tiny(
+        "add_rms_norm",
+        {"normalized_shape": [5], "dropout_p": 0.4, "seed": 5},
+        **NORM,
+        residual=(2, 5),
+    ),
     *(tiny("linear", {"activation": a}, **LINEAR) for a in (None, "gelu", "gelu_tanh", "silu")),
     tiny("ffn", {"activation": "gelu"}, **FFN, **BIASES),
     tiny("ffn", {"activation": "silu"}, **FFN, gate_weight=(4, 3), gate_bias=(4,)),
+    tiny("apply_rope", {}, query=(1, 2, 3, 5), key=(1, 1, 3, 5), **ANGLES),
+    tiny("apply_rope", {"key": None, "interleaved": True}, query=(2, 1, 3, 4), **ANGLES),
 ]
 by_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.function)
 
@@ -119,20 +144,25 @@ def test_vmap_over_one_argument() -> None:
 
 ONE_EACH = [
     "attention-everything",
+    "attention_varlen-everything",
     "scaled_dot_product_attention-float_mask",
     "additive_attention-mask",
     "layer_norm-odd_sizes",
-    "add_layer_norm-plain",
+    "add_layer_norm-dropout",
     "rms_norm-plain",
-    "add_rms_norm-odd_sizes",
+    "add_rms_norm-everything",
     "linear-gelu",
     "ffn-silu_gated",
+    "apply_rope-positions",
 ]
 by_one_each = pytest.mark.parametrize("case_id", ONE_EACH)
 
 
 def test_one_each_is_every_function() -> None:
-    assert {CASES[case_id].function for case_id in ONE_EACH} == set(registry.FUNCTIONS)
+    differentiable = {
+        name for name, (_, record) in registry.FUNCTIONS.items() if isinstance(record, registry.Op)
+    }
+    assert {CASES[case_id].function for case_id in ONE_EACH} == differentiable
 
 
 def gradients(function: Callable, leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -247,7 +277,14 @@ def test_subsets_of_gradients(case_id: str) -> None:
         assert found.equal(complete[f"grad {name}"]), name
 
 
-AUTOCAST = {"attention", "additive_attention", "scaled_dot_product_attention", "linear", "ffn"}
+AUTOCAST = {
+    "attention",
+    "attention_varlen",
+    "additive_attention",
+    "scaled_dot_product_attention",
+    "linear",
+    "ffn",
+}
 
 
 @by_one_each
@@ -261,7 +298,8 @@ def test_autocast_is_that_of_pytorch(case_id: str) -> None:
     assert found["out 0"].dtype == dtype
     for name in case.differentiable(inputs):
         assert found[f"grad {name}"].dtype == torch.float32
-    keep = ("bias", "sinks", "alibi_slopes") if case.function == "attention" else ()
+    narrow = case.function in ("attention", "attention_varlen")
+    keep = ("bias", "sinks", "alibi_slopes") if narrow else ()
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() and name not in keep else tensor
         for name, tensor in inputs.items()

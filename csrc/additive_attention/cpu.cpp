@@ -1,6 +1,6 @@
 // Additive attention on the CPU: panels of keys whose features stay in cache, an online softmax.
 #include "additive_attention/additive_attention.h"
-#include "simd/gemm.h"
+#include "simd/tile.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -107,27 +107,18 @@ struct Head {
       : in(in), b(head / in.heads), h(head % in.heads) {
     A* row = scratch.take<A>(in.head_dim);
     weight = row;
-    read(row, static_cast<const T*>(in.weight) + h * in.head_dim, 1, in.head_dim);
+    load_row(row, static_cast<const T*>(in.weight) + h * in.head_dim, 1, in.head_dim);
     // Of the whole head, so that the same formula serves it however it is split.
     tame = is_tame(in.query, in.q_len, scratch) && is_tame(in.key, in.kv_len, scratch);
   }
 
-  static void read(A* to, const T* from, int64_t stride, int64_t count) {
-    if (stride == 1) {
-      each_vector<A>(
-          count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
-    } else {
-      for (int64_t c = 0; c < count; c++) to[c] = load_one<A>(from + c * stride);
-    }
-  }
-
   void read(A* to, const Source& from, int64_t i, int64_t count) const {
-    read(to, at<T>(from, b, h, i, 0), from.stride[3], count);
+    load_row(to, at<T>(sequence(from, b), h, i, 0), from.stride[3], count);
   }
 
   // Row i of `to`, times a factor for every column if given.
   void write(const Target& to, int64_t i, const A* from, int64_t count, const A* factors) const {
-    T* row = at<T>(to, b, h, i, 0);
+    T* row = at<T>(sequence(to, b), h, i, 0);
     each_vector<A>(count, [&](int64_t c, auto n) {
       const Vec<A> x = load_count<A>(from + c, n);
       store_count<A>(row + c, factors == nullptr ? x : x * load_count<A>(factors + c, n), n);
@@ -161,7 +152,7 @@ struct Head {
   // Panels [D, kPanel] of the keys j ... j + count.
   void read_keys(A* to, int64_t j, int64_t count) const {
     const int64_t* stride = in.key.stride;
-    pack_panels(to, at<T>(in.key, b, h, j, 0), stride[3], stride[2], in.head_dim, count);
+    pack_panels(to, at<T>(sequence(in.key, b), h, j, 0), stride[3], stride[2], in.head_dim, count);
     prepare(to, round_up(count, kPanel<A>) * in.head_dim);
   }
 
@@ -175,7 +166,7 @@ struct Head {
     bool any = false;
     for (int64_t c = 0; c < kPanel<A>; c++) {
       const bool seen =
-          c < count && (in.mask.data == nullptr || *at<uint8_t>(in.mask, b, h, i, j + c));
+          c < count && (in.mask.data == nullptr || *at<uint8_t>(sequence(in.mask, b), h, i, j + c));
       scores[c] = seen ? A{0} : minus_infinity<A>;
       any = any || seen;
     }
@@ -218,8 +209,8 @@ void forward(const AdditiveForward& args) {
       const int64_t key_count = smaller(kKeys, end - j), padded = round_up(key_count, kPanel<A>);
       head.read_keys(keys, j, key_count);
       const int64_t* stride = in.value.stride;
-      pack_panels(values, at<T>(in.value, head.b, head.h, j, 0), stride[2], stride[3], key_count,
-                  in.value_dim);
+      pack_panels(values, at<T>(sequence(in.value, head.b), head.h, j, 0), stride[2], stride[3],
+                  key_count, in.value_dim);
       for (int64_t r = 0; r < count; r++) {
         bool any = false;
         for (int64_t c = 0; c < padded; c += kPanel<A>)
@@ -294,7 +285,7 @@ class BackwardTask {
       const int64_t count = smaller(kKeys, end - j), padded = round_up(count, kPanel<A>);
       head_.read_keys(keys_, j, count);
       const int64_t* stride = in_.value.stride;
-      pack_panels(values_, at<T>(in_.value, head_.b, head_.h, j, 0), stride[3], stride[2],
+      pack_panels(values_, at<T>(sequence(in_.value, head_.b), head_.h, j, 0), stride[3], stride[2],
                   in_.value_dim, count);
       const int64_t key_size = padded * depth, value_size = padded * in_.value_dim;
       clear(grad_keys_, key_size);

@@ -1,4 +1,4 @@
-// Attention over blocks of keys with an online softmax, forward and backward.
+// Attention over blocks of keys with an online softmax, forward and backward, and to a cache.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,11 @@
 namespace fastattn {
 
 constexpr int64_t kUnbounded = int64_t{1} << 60;
+
+// One sequence of a batch: its number there, where its queries and keys begin, and its `offset`.
+struct Sequence {
+  int64_t index, query, q_len, key, kv_len, offset;
+};
 
 struct Attention {
   Dtype dtype;
@@ -26,18 +31,25 @@ struct Attention {
   int64_t offset, left, right;
   double scale, softcap, dropout_p;
   uint64_t seed;
+  // The sequences of a batch of unequal lengths, longest first; null where all have q_len queries
+  // and kv_len keys. Packed ones lie in tensors with a batch stride of 0.
+  const Sequence* sequences = nullptr;
+  // There is one number a row of `rows` in lse and its like; that of query i, head h and sequence b
+  // is at b * row_stride[0] + h * row_stride[1] + i.
+  int64_t rows, row_stride[2];
+  int64_t index = 0, first_query = 0, first_key = 0, first_row = 0;  // of the sequence in hand
 };
 
 struct AttentionForward {
   Attention in;
   Target out;  // [B, H, Sq, Dv]
-  void* lse;   // [B, H, Sq], at least fp32, natural logarithm
+  void* lse;   // [rows], at least fp32, natural logarithm
 };
 
 struct AttentionBackward {
   Attention in;
   Source grad_out;       // [B, H, Sq, Dv]; null: zero
-  const void* grad_lse;  // [B, H, Sq], at least fp32; null: zero
+  const void* grad_lse;  // [rows], at least fp32; null: zero
   Source out;
   const void* lse;
   Target grad_query, grad_key, grad_value;
@@ -47,7 +59,44 @@ struct AttentionBackward {
   double* grad_sinks;  // [H] or null
 };
 
+// Position p of sequence b lies at slot p % size of page pages[b * columns + p / size] of a cache
+// [pages, Hkv, size, D]. A cache of whole sequences has one page for each.
+struct Paging {
+  const int64_t* pages;
+  int64_t columns, size;
+};
+
+// Rotary embedding of the first 2 * pairs elements of a row, by the row of its position in two
+// tables [positions, pairs].
+struct Rotary {
+  Source cos, sin;
+  Dtype dtype;
+  int64_t pairs = 0;
+  bool interleaved;  // pairs are neighbours, not half of the elements apart
+};
+
+struct AttentionDecode {
+  Attention in;  // key and value are in the caches
+  Source key_cache, value_cache;
+  Paging paging;
+  Rotary rotary;  // of the queries
+  Target out;     // [B, H, Sq, Dv]
+  void* lse;      // [rows], at least fp32, natural logarithm
+};
+
+struct AttentionAppend {
+  Dtype dtype;
+  int64_t batch, kv_heads, new_len, head_dim, value_dim;
+  Source key, value;  // [B, Hkv, new_len, D]
+  Target key_cache, value_cache;
+  Paging paging;
+  const int64_t* lengths;  // [B], of the sequences so far
+  Rotary rotary;           // of the keys
+};
+
 FASTATTN_KERNEL(attention_forward, AttentionForward)
 FASTATTN_KERNEL(attention_backward, AttentionBackward)
+FASTATTN_KERNEL(attention_decode, AttentionDecode)
+FASTATTN_KERNEL(attention_append, AttentionAppend)
 
 }  // namespace fastattn

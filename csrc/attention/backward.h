@@ -12,6 +12,18 @@ static_assert(kBackwardQueries % Tile<float>::rows == 0);
 constexpr int64_t kKeyStep = 48;  // a multiple of a vector and of the tile's rows
 static_assert(kKeyStep % Tile<float>::rows == 0 && kKeyStep % lanes<float> == 0);
 
+// The n-th sequence of a batch, as a batch of its own.
+inline AttentionBackward sequence(const AttentionBackward& args, int64_t n) {
+  AttentionBackward one = args;
+  one.in = sequence(args.in, n);
+  for (Source* view : {&one.grad_out, &one.out})
+    *view = sequence(*view, one.in.index, one.in.first_query);
+  one.grad_query = sequence(args.grad_query, one.in.index, one.in.first_query);
+  one.grad_key = sequence(args.grad_key, one.in.index, one.in.first_key);
+  one.grad_value = sequence(args.grad_value, one.in.index, one.in.first_key);
+  return one;
+}
+
 // The backward pass of a run of keys. Every task owns its keys' gradients and, where bias
 // broadcasts over batch or heads, all that share one slice of its gradient; the gradient of the
 // queries is a partial sum per run, added up in order afterwards.
@@ -20,9 +32,10 @@ class BackwardTask {
   using A = Acc<T>;
 
  public:
-  BackwardTask(const AttentionBackward& args, const A* delta, A* grad_bias, A* partial_queries)
-      : args_(args),
-        in_(args.in),
+  BackwardTask(const AttentionBackward& args, int64_t n, const A* delta, A* grad_bias,
+               A* partial_queries)
+      : args_(sequence(args, n)),
+        in_(args_.in),
         delta_(delta),
         grad_bias_(grad_bias),
         partial_queries_(partial_queries),
@@ -36,7 +49,7 @@ class BackwardTask {
   }
 
   // The keys [first, end) of one key head, against all queries; `part` numbers the run.
-  void run(int64_t b, int64_t key_head, int64_t first, int64_t end, int64_t part) const {
+  void run(int64_t key_head, int64_t first, int64_t end, int64_t part) const {
     const int64_t keys = end - first;
     Scratch scratch;
     Keys block{scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.head_dim + kSlack),
@@ -45,8 +58,8 @@ class BackwardTask {
                scratch.take<A>(round_up(keys, kKeys) * query_width_),
                scratch.take<A>(round_up(keys, kKeys) * value_width_),
                true};
-    const T* key = at<T>(in_.key, b, key_head, first, 0);
-    const T* value = at<T>(in_.value, b, key_head, first, 0);
+    const T* key = at<T>(in_.key, key_head, first, 0);
+    const T* value = at<T>(in_.value, key_head, first, 0);
     pack_keys(block.keys, key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
     pack_keys(block.values, value, in_.value.stride[2], in_.value.stride[3], keys, in_.value_dim);
     block.key_rows.pack(key, in_.key.stride[2], in_.key.stride[3], keys);
@@ -69,17 +82,17 @@ class BackwardTask {
     const int64_t group = in_.heads / in_.kv_heads;
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
       for (int64_t i = 0; i < in_.q_len; i += kBackwardQueries)
-        pair(block, queries, b, h, i, smaller(kBackwardQueries, in_.q_len - i), first, end, part);
-    write(args_.grad_key, b, key_head, first, keys, in_.head_dim, block.grad_key, query_width_,
+        pair(block, queries, h, i, smaller(kBackwardQueries, in_.q_len - i), first, end, part);
+    write(args_.grad_key, key_head, first, keys, in_.head_dim, block.grad_key, query_width_,
           static_cast<A>(in_.scale));
-    write(args_.grad_value, b, key_head, first, keys, in_.value_dim, block.grad_value, value_width_,
+    write(args_.grad_value, key_head, first, keys, in_.value_dim, block.grad_value, value_width_,
           A{1});
   }
 
-  static void write(const Target& to, int64_t b, int64_t h, int64_t first, int64_t rows,
-                    int64_t cols, const A* from, int64_t from_row, A factor) {
+  static void write(const Target& to, int64_t h, int64_t first, int64_t rows, int64_t cols,
+                    const A* from, int64_t from_row, A factor) {
     for (int64_t r = 0; r < rows; r++) {
-      T* row = at<T>(to, b, h, first + r, 0);
+      T* row = at<T>(to, h, first + r, 0);
       each_vector<A>(cols, [&](int64_t c, auto n) {
         store_count<A>(row + c, load<A>(from + r * from_row + c) * factor, n);
       });
@@ -102,16 +115,16 @@ class BackwardTask {
     bool finite;
   };
 
-  void pair(const Keys& keys, Queries& queries, int64_t b, int64_t h, int64_t i, int64_t count,
-            int64_t first, int64_t end, int64_t part) const {
-    const Scores<A> scores(in_, b, h);
+  void pair(const Keys& keys, Queries& queries, int64_t h, int64_t i, int64_t count, int64_t first,
+            int64_t end, int64_t part) const {
+    const Scores<A> scores(in_, h);
     const Range seen = visible_keys(in_, i, count);
     const int64_t begin = larger(first, seen.first), stop = smaller(end, seen.end);
     const int64_t padded = round_up(count, Tile<A>::rows);
     std::memset(queries.grad_query, 0, static_cast<size_t>(padded * query_width_) * sizeof(A));
     if (begin < stop) {
-      const T* query = at<T>(in_.query, b, h, i, 0);
-      const T* grad_out = at<T>(args_.grad_out, b, h, i, 0);
+      const T* query = at<T>(in_.query, h, i, 0);
+      const T* grad_out = at<T>(args_.grad_out, h, i, 0);
       const int64_t* q = in_.query.stride;
       const int64_t* g = args_.grad_out.stride;
       pack_rows(queries.query, query, q[2], q[3], count, in_.head_dim,
@@ -123,28 +136,26 @@ class BackwardTask {
           !can_hide(in_) || (all_finite<A>(query, q[2], q[3], count, in_.head_dim) &&
                              all_finite<A>(grad_out, g[2], g[3], count, in_.value_dim));
       for (int64_t j = first + (begin - first) / kKeys * kKeys; j < stop; j += kKeys)
-        key_block(keys, queries, scores, b, h, i, count, first, j, smaller(kKeys, stop - j));
+        key_block(keys, queries, scores, h, i, count, first, j, smaller(kKeys, stop - j));
     }
     if (partial_queries_ == nullptr) {
-      write(args_.grad_query, b, h, i, count, in_.head_dim, queries.grad_query, query_width_,
+      write(args_.grad_query, h, i, count, in_.head_dim, queries.grad_query, query_width_,
             static_cast<A>(in_.scale));
     } else {
-      A* to = partial_queries_ +
-              (((part * in_.batch + b) * in_.heads + h) * in_.q_len + i) * query_width_;
+      A* to = partial_queries_ + (part * in_.rows + row_number(in_, h, i)) * query_width_;
       std::memcpy(to, queries.grad_query, static_cast<size_t>(count * query_width_) * sizeof(A));
     }
   }
 
-  void key_block(const Keys& keys, const Queries& queries, const Scores<A>& scores, int64_t b,
-                 int64_t h, int64_t i, int64_t count, int64_t first, int64_t j,
-                 int64_t key_count) const {
+  void key_block(const Keys& keys, const Queries& queries, const Scores<A>& scores, int64_t h,
+                 int64_t i, int64_t count, int64_t first, int64_t j, int64_t key_count) const {
     const int64_t at_key = j - first;
     multiply_block(in_, queries.query, keys.keys + at_key * in_.head_dim, in_.head_dim, i, count, j,
                    key_count, queries.weights);
     multiply_block(in_, queries.grad_out, keys.values + at_key * in_.value_dim, in_.value_dim, i,
                    count, j, key_count, queries.grads);
     const int64_t width = round_up(key_count, kKeyStep);
-    const int64_t row0 = (b * in_.heads + h) * in_.q_len + i;
+    const int64_t row0 = row_number(in_, h, i);
     const auto* lse = static_cast<const A*>(args_.lse) + row0;
     for (int64_t r = 0; r < count; r++) {
       A* weights = queries.weights + r * kKeys;
@@ -153,7 +164,7 @@ class BackwardTask {
                     in_.softcap != 0 ? queries.cap_slope : nullptr);
       if (in_.dropout_p > 0) scores.dropout(i + r, j, width, queries.factors);
       differentiate(queries, width, weights, grads, lse[r], delta_[row0 + r]);
-      if (grad_bias_ != nullptr) add_bias(grads, b, h, i + r, j, key_count);
+      if (grad_bias_ != nullptr) add_bias(grads, h, i + r, j, key_count);
       if (in_.softcap != 0)
         for (int64_t c = 0; c < width; c += lanes<A>) {
           const Vec<A> grad = load<A>(grads + c);
@@ -195,9 +206,8 @@ class BackwardTask {
     }
   }
 
-  void add_bias(const A* grads, int64_t b, int64_t h, int64_t i, int64_t j,
-                int64_t key_count) const {
-    A* to = grad_bias_ + b * bias_stride_[0] + h * bias_stride_[1] + i * bias_stride_[2] +
+  void add_bias(const A* grads, int64_t h, int64_t i, int64_t j, int64_t key_count) const {
+    A* to = grad_bias_ + in_.index * bias_stride_[0] + h * bias_stride_[1] + i * bias_stride_[2] +
             j * bias_stride_[3];
     if (bias_stride_[3] == 1) {
       each_vector<A>(key_count, [&](int64_t c, auto n) {
@@ -208,7 +218,7 @@ class BackwardTask {
     }
   }
 
-  const AttentionBackward& args_;
+  AttentionBackward args_;
   const Attention& in_;
   const A* delta_;
   A* grad_bias_;
@@ -220,27 +230,27 @@ class BackwardTask {
 // delta[row] = grad_out . out - grad_lse: what the normalisation of a softmax row takes off.
 template <class T, class A = Acc<T>>
 void row_deltas(const AttentionBackward& args, A* delta) {
-  const Attention& in = args.in;
-  parallel(in.batch * in.heads, [&](int64_t task) {
-    const int64_t b = task / in.heads, h = task % in.heads;
+  const int64_t heads = args.in.heads;
+  parallel(args.in.batch * heads, [&](int64_t task) {
+    const AttentionBackward own = sequence(args, task / heads);
+    const int64_t h = task % heads, first = row_number(own.in, h, 0);
     const auto* grad_lse = static_cast<const A*>(args.grad_lse);
-    for (int64_t i = 0; i < in.q_len; i++) {
-      const int64_t row = task * in.q_len + i;
-      const T* grad = at<T>(args.grad_out, b, h, i, 0);
-      const T* out = at<T>(args.out, b, h, i, 0);
+    for (int64_t i = 0; i < own.in.q_len; i++) {
+      const T* grad = at<T>(own.grad_out, h, i, 0);
+      const T* out = at<T>(own.out, h, i, 0);
       const int64_t g = args.grad_out.stride[3], o = args.out.stride[3];
       A total = 0;
       if (g == 1 && o == 1) {
         Vec<A> sums{};
-        each_vector<A>(in.value_dim, [&](int64_t c, auto n) {
+        each_vector<A>(args.in.value_dim, [&](int64_t c, auto n) {
           sums += load_count<A>(grad + c, n) * load_count<A>(out + c, n);
         });
         total = sum<A>(sums);
       } else {
-        for (int64_t c = 0; c < in.value_dim; c++)
+        for (int64_t c = 0; c < args.in.value_dim; c++)
           total += load_one<A>(grad + c * g) * load_one<A>(out + c * o);
       }
-      delta[row] = total - (grad_lse == nullptr ? A{0} : grad_lse[row]);
+      delta[first + i] = total - (grad_lse == nullptr ? A{0} : grad_lse[first + i]);
     }
   });
 }
@@ -251,10 +261,12 @@ void sink_gradients(const AttentionBackward& args, const A* delta) {
   const auto* lse = static_cast<const A*>(args.lse);
   for (int64_t h = 0; h < in.heads; h++) {
     double total = 0;
-    for (int64_t b = 0; b < in.batch; b++)
-      for (int64_t row = (b * in.heads + h) * in.q_len; row < (b * in.heads + h + 1) * in.q_len;
-           row++)
+    for (int64_t n = 0; n < in.batch; n++) {
+      const Attention own = sequence(in, n);
+      const int64_t first = row_number(own, h, 0);
+      for (int64_t row = first; row < first + own.q_len; row++)
         if (lse[row] != minus_infinity<A>) total -= std::exp(in.sinks[h] - lse[row]) * delta[row];
+    }
     args.grad_sinks[h] = total;
   }
 }
@@ -266,17 +278,22 @@ void backward(const AttentionBackward& args) {
   const bool bias = args.grad_bias != nullptr;
   const int64_t batches = bias && args.bias_sizes[0] == 1 ? 1 : in.batch;
   const int64_t heads = bias && args.bias_sizes[1] == 1 ? 1 : in.kv_heads;
-  // The runs of keys depend on the shape alone, so that sums do not depend on the threads.
-  const int64_t blocks = ceil_div(in.kv_len, kKeys);
-  const int64_t runs = bias && args.bias_sizes[3] == 1
-                           ? 1
-                           : larger(1, smaller(ceil_div(16, batches * heads), ceil_div(blocks, 2)));
   const int64_t query_width = Panels<A>::padded(in.head_dim);
-  const int64_t query_rows = in.batch * in.heads * in.q_len;
 
   Scratch scratch;
-  A* delta = scratch.take<A>(query_rows);
-  A* partial = runs > 1 ? scratch.take<A>(runs * query_rows * query_width) : nullptr;
+  // The runs of keys depend on the shape alone, so that sums do not depend on the threads.
+  const Shares share(in);
+  int64_t most_runs = 1;
+  const Pieces pieces(scratch, batches, [&](int64_t n) {
+    const int64_t blocks = ceil_div(sequence(in, n).kv_len, kKeys);
+    const int64_t wanted = share(n, 16 * in.batch, batches * heads);
+    const bool one = bias && args.bias_sizes[3] == 1;
+    const int64_t runs = one ? 1 : larger(1, smaller(wanted, ceil_div(blocks, 2)));
+    most_runs = larger(most_runs, runs);
+    return heads * runs;
+  });
+  A* delta = scratch.take<A>(in.rows);
+  A* partial = most_runs > 1 ? scratch.take<A>(most_runs * in.rows * query_width) : nullptr;
   A* grad_bias = nullptr;
   int64_t bias_size = 1;
   if (bias) {
@@ -286,26 +303,33 @@ void backward(const AttentionBackward& args) {
   }
   row_deltas<T>(args, delta);
   if (args.grad_sinks != nullptr) sink_gradients<T>(args, delta);
-  const BackwardTask<T> task(args, delta, grad_bias, partial);
-  parallel(batches * heads * runs, [&](int64_t index) {
-    const int64_t part = index % runs, head = index / runs % heads, batch = index / runs / heads;
+  parallel(pieces.total(), [&](int64_t index) {
+    const auto [batch, piece, count] = pieces[index];
+    const int64_t runs = count / heads, part = piece % runs;
+    const int64_t kv_len = sequence(in, batch).kv_len, blocks = ceil_div(kv_len, kKeys);
     const int64_t first = part * blocks / runs * kKeys;
-    const int64_t end = smaller((part + 1) * blocks / runs * kKeys, in.kv_len);
-    for (int64_t b = batch; b < in.batch; b += batches)
-      for (int64_t h = head; h < in.kv_heads; h += heads) task.run(b, h, first, end, part);
+    const int64_t end = smaller((part + 1) * blocks / runs * kKeys, kv_len);
+    for (int64_t n = batch; n < in.batch; n += batches) {
+      const BackwardTask<T> task(args, n, delta, grad_bias, runs > 1 ? partial : nullptr);
+      for (int64_t h = piece / runs; h < in.kv_heads; h += heads) task.run(h, first, end, part);
+    }
   });
   if (partial != nullptr)
     parallel(in.batch * in.heads, [&](int64_t index) {
-      const int64_t start = index * in.q_len * query_width, size = in.q_len * query_width;
+      const int64_t n = index / in.heads, h = index % in.heads;
+      const int64_t runs = pieces.count(n % batches) / heads;
+      if (runs == 1) return;
+      const AttentionBackward own = sequence(args, n);
+      A* to = partial + row_number(own.in, h, 0) * query_width;
       for (int64_t part = 1; part < runs; part++) {
-        const A* from = partial + part * query_rows * query_width + start;
-        each_vector<A>(size, [&](int64_t c, auto n) {
-          store_count<A>(partial + start + c,
-                         load_count<A>(partial + start + c, n) + load_count<A>(from + c, n), n);
+        const A* from = to + part * in.rows * query_width;
+        each_vector<A>(own.in.q_len * query_width, [&](int64_t c, auto width) {
+          store_count<A>(to + c, load_count<A>(to + c, width) + load_count<A>(from + c, width),
+                         width);
         });
       }
-      BackwardTask<T>::write(args.grad_query, index / in.heads, index % in.heads, 0, in.q_len,
-                             in.head_dim, partial + start, query_width, static_cast<A>(in.scale));
+      BackwardTask<T>::write(own.grad_query, h, 0, own.in.q_len, in.head_dim, to, query_width,
+                             static_cast<A>(in.scale));
     });
   if (bias)
     with_type(in.bias_dtype, [&](auto* type) {

@@ -1,6 +1,7 @@
 // The attention kernels on the CPU: products of packed panels, softmax on blocks that stay in
 // cache.
 #include "attention/backward.h"
+#include "attention/decode.h"
 #include "attention/forward.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -15,6 +16,17 @@ void attention_backward(const AttentionBackward& args) {
   note_run(kIsa);
   with_type(args.in.dtype,
             [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+void attention_decode(const AttentionDecode& args) {
+  note_run(kIsa);
+  with_type(args.in.dtype,
+            [&](auto* type) { decode<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+void attention_append(const AttentionAppend& args) {
+  note_run(kIsa);
+  with_type(args.dtype, [&](auto* type) { append<std::remove_pointer_t<decltype(type)>>(args); });
 }
 
 }  // namespace fastattn::FASTATTN_ISA

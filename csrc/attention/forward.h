@@ -15,11 +15,14 @@ class ForwardTask {
   using A = Acc<T>;
 
  public:
-  explicit ForwardTask(const AttentionForward& args)
-      : args_(args), in_(args.in), value_width_(Panels<A>::padded(in_.value_dim)) {}
+  ForwardTask(const AttentionForward& args, int64_t n)
+      : in_(sequence(args.in, n)),
+        out_(sequence(args.out, in_.index, in_.first_query)),
+        lse_(static_cast<A*>(args.lse)),
+        value_width_(Panels<A>::padded(in_.value_dim)) {}
 
   // The queries [first, end) of every head that shares one key head.
-  void run(int64_t b, int64_t key_head, int64_t first, int64_t end) const {
+  void run(int64_t key_head, int64_t first, int64_t end) const {
     const Range keys = visible_keys(in_, first, end - first);
     // Blocks of keys begin at multiples of kKeys wherever the queries were split, so that sums do
     // not depend on the number of threads.
@@ -29,9 +32,9 @@ class ForwardTask {
     A* packed_keys =
         scratch.take<A>(key_panels<A>(key_count) * Tile<A>::cols * in_.head_dim + kSlack);
     const Panels<A> values = Panels<A>::take(scratch, key_count, in_.value_dim);
-    const T* value = at<T>(in_.value, b, key_head, start, 0);
-    pack_keys(packed_keys, at<T>(in_.key, b, key_head, start, 0), in_.key.stride[2],
-              in_.key.stride[3], key_count, in_.head_dim);
+    const T* value = at<T>(in_.value, key_head, start, 0);
+    pack_keys(packed_keys, at<T>(in_.key, key_head, start, 0), in_.key.stride[2], in_.key.stride[3],
+              key_count, in_.head_dim);
     values.pack(value, in_.value.stride[2], in_.value.stride[3], key_count);
     const bool finite =
         !can_hide(in_) ||
@@ -45,7 +48,7 @@ class ForwardTask {
     const int64_t group = in_.heads / in_.kv_heads;
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
       for (int64_t i = first; i < end; i += kQueries)
-        queries(block, packed_keys, values, finite, start, b, h, i, smaller(kQueries, end - i));
+        queries(block, packed_keys, values, finite, start, h, i, smaller(kQueries, end - i));
   }
 
  private:
@@ -54,10 +57,10 @@ class ForwardTask {
   };
 
   void queries(const Block& block, const A* packed_keys, const Panels<A>& values, bool finite,
-               int64_t start, int64_t b, int64_t h, int64_t i, int64_t count) const {
-    const Scores<A> scores(in_, b, h);
+               int64_t start, int64_t h, int64_t i, int64_t count) const {
+    const Scores<A> scores(in_, h);
     const int64_t padded = round_up(count, Tile<A>::rows);
-    pack_rows(block.query, at<T>(in_.query, b, h, i, 0), in_.query.stride[2], in_.query.stride[3],
+    pack_rows(block.query, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
               count, in_.head_dim, Scores<A>::query_factor(in_));
     std::memset(block.out, 0, static_cast<size_t>(padded * value_width_) * sizeof(A));
     for (int64_t r = 0; r < count; r++) {
@@ -86,11 +89,11 @@ class ForwardTask {
         }
       }
     }
-    auto* lse = static_cast<A*>(args_.lse) + (b * in_.heads + h) * in_.q_len + i;
+    A* lse = lse_ + row_number(in_, h, i);
     for (int64_t r = 0; r < count; r++) {
       const A total = block.row_sum[r];
       const A factor = total == 0 ? A{0} : 1 / total;
-      T* out = at<T>(args_.out, b, h, i + r, 0);
+      T* out = at<T>(out_, h, i + r, 0);
       each_vector<A>(in_.value_dim, [&](int64_t c, auto n) {
         store_count<A>(out + c, load<A>(block.out + r * value_width_ + c) * factor, n);
       });
@@ -106,43 +109,17 @@ class ForwardTask {
     A* row = block.weights + r * kKeys;
     const int64_t width = round_up(key_count, lanes<A>);
     scores.finish(row, i, j, key_count, width, nullptr);
-    Vec<A> top = set<A>(block.row_max[r]);
-    for (int64_t c = 0; c < width; c += lanes<A>) top = max(top, load<A>(row + c));
-    const A before = block.row_max[r];
-    A now = highest<A>(top);
-    if (now == minus_infinity<A>) {
-      // Nothing is visible, unless it is NaN, which no comparison finds.
-      now = 0;
-      for (int64_t c = 0; c < width; c++)
-        if (row[c] != row[c]) now = row[c];
-      if (now == 0) {
-        std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
-        return;
+    const A before = block.row_max[r], total = weigh(row, width, block.row_max[r]);
+    const A now = block.row_max[r];
+    if (before != now && before != minus_infinity<A>) {
+      const A rescale = std::exp2(before - now);
+      block.row_sum[r] *= rescale;
+      for (int64_t c = 0; c < value_width_; c += lanes<A>) {
+        A* out = block.out + r * value_width_ + c;
+        store(out, load<A>(out) * rescale);
       }
     }
-    Vec<A> sums[4] = {};  // short chains, for their error as for their overlap
-    const auto weigh = [&](int64_t c, Vec<A>& total) {
-      const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
-      total += weight;
-      store(row + c, weight);
-    };
-    int64_t done = 0;
-    for (; done + 4 * lanes<A> <= width; done += 4 * lanes<A>)
-#pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) weigh(done + part * lanes<A>, sums[part]);
-    for (; done < width; done += lanes<A>) weigh(done, sums[0]);
-    if (before != now) {
-      if (before != minus_infinity<A>) {
-        const A rescale = std::exp2(before - now);
-        block.row_sum[r] *= rescale;
-        for (int64_t c = 0; c < value_width_; c += lanes<A>) {
-          A* out = block.out + r * value_width_ + c;
-          store(out, load<A>(out) * rescale);
-        }
-      }
-      block.row_max[r] = now;
-    }
-    block.row_sum[r] += sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    block.row_sum[r] += total;
     if (in_.dropout_p > 0) {
       scores.dropout(i, j, width, block.factors);
       for (int64_t c = 0; c < width; c += lanes<A>)
@@ -150,25 +127,31 @@ class ForwardTask {
     }
   }
 
-  const AttentionForward& args_;
-  const Attention& in_;
+  Attention in_;
+  Target out_;
+  A* lse_;
   int64_t value_width_;
 };
 
 template <class T>
 void forward(const AttentionForward& args) {
   const Attention& in = args.in;
-  const ForwardTask<T> task(args);
+  const Shares share(in);
+  Scratch scratch;
   // Heads are the tasks; where they are few, a head's queries are split, at the price of packing
   // its keys again.
-  const int64_t heads = in.batch * in.kv_heads, blocks = ceil_div(in.q_len, kQueries);
-  const int64_t splits =
-      larger(1, smaller(ceil_div(int64_t{4} * thread_count(), heads), ceil_div(blocks, 4)));
-  parallel(heads * splits, [&](int64_t index) {
-    const int64_t head = index / splits, split = splits - 1 - index % splits;  // longest first
-    const int64_t first = split * blocks / splits * kQueries;
-    const int64_t end = smaller((split + 1) * blocks / splits * kQueries, in.q_len);
-    task.run(head / in.kv_heads, head % in.kv_heads, first, end);
+  const Pieces pieces(scratch, in.batch, [&](int64_t n) {
+    const int64_t wanted = share(n, int64_t{4} * thread_count(), in.kv_heads);
+    const int64_t blocks = ceil_div(sequence(in, n).q_len, kQueries);
+    return in.kv_heads * smaller(wanted, ceil_div(blocks, 4));
+  });
+  parallel(pieces.total(), [&](int64_t index) {
+    const auto [n, piece, count] = pieces[index];
+    const int64_t q_len = sequence(in, n).q_len, blocks = ceil_div(q_len, kQueries);
+    const int64_t splits = count / in.kv_heads, split = splits - 1 - piece % splits;  // longest
+    const int64_t first = split * blocks / splits * kQueries;                         // first
+    const int64_t end = smaller((split + 1) * blocks / splits * kQueries, q_len);
+    ForwardTask<T>(args, n).run(piece / splits, first, end);
   });
 }
 

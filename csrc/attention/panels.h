@@ -7,7 +7,7 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 // A matrix [rows, cols] packed as the B operand of products over its rows: panels of Tile::cols
-// columns, the last one vector wide if that is enough.
+// columns, the last one narrower by whole vectors.
 template <class A>
 struct Panels {
   static constexpr int width = Tile<A>::cols;
@@ -31,13 +31,11 @@ template <class A, int ARow, int ADepth>
 void multiply_panels(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
                      int64_t c_row) {
   for (int64_t col = 0; col < b.cols; col += b.width) {
-    const A* panel = b.data + col * b.rows;
-    if (Panels<A>::padded(b.cols) - col >= b.width) {
-      multiply_tile<A, Tile<A>::vecs, true, ARow, ADepth>(a, panel + first * b.width, depth,
-                                                          c + col, c_row);
-    } else {
-      multiply_tile<A, 1, true, ARow, ADepth>(a, panel + first * lanes<A>, depth, c + col, c_row);
-    }
+    const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - col);
+    const A* panel = b.data + col * b.rows + first * width;
+    with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
+      multiply_tile<A, Tile<A>::rows, vecs, true>({a, ARow, ADepth}, panel, depth, c + col, c_row);
+    });
   }
 }
 
@@ -110,8 +108,9 @@ void multiply_block(const Attention& in, const A* rows, const A* keys, int64_t d
     const Range range = visible_keys(in, i + r, smaller(Tile<A>::rows, count - r));
     for (int64_t c = 0; c < key_count; c += Tile<A>::cols) {
       if (j + c >= range.end || j + c + Tile<A>::cols <= range.first) continue;
-      multiply_tile<A, Tile<A>::vecs, false, 1, Tile<A>::rows>(rows + r * depth, keys + c * depth,
-                                                               depth, block + r * kKeys + c, kKeys);
+      multiply_tile<A, Tile<A>::rows, Tile<A>::vecs, false>({rows + r * depth, 1, Tile<A>::rows},
+                                                            keys + c * depth, depth,
+                                                            block + r * kKeys + c, kKeys);
     }
   }
 }

@@ -40,16 +40,15 @@ char* allocate(size_t size) {
   return static_cast<char*>(memory);
 }
 
-struct Queue {
-  std::atomic<int64_t> next{0};
+struct Run {
+  TaskQueue queue;
+  void (*body)(TaskQueue&, const void*);
+  const void* context;
   std::atomic<bool> out_of_memory{false};
-  int64_t tasks;
-  void (*body)(int64_t, void*);
-  void* context;
 
-  void drain() {
+  void work() {
     try {
-      for (int64_t task = next++; task < tasks; task = next++) body(task, context);
+      body(queue, context);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -64,23 +63,26 @@ int thread_count() {
   return std::max(1, static_cast<int>(threads));
 }
 
-void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context) {
-  Queue queue;
-  queue.tasks = tasks;
-  queue.body = body;
-  queue.context = context;
-  const int64_t workers = std::min<int64_t>(tasks, thread_count());
-  if (workers <= 1) {
-    queue.drain();
+bool TaskQueue::next(int64_t& task) {
+  task = std::atomic_ref<int64_t>(next_).fetch_add(1, std::memory_order_relaxed);
+  return task < tasks_;
+}
+
+void run_workers(int64_t tasks, void (*body)(TaskQueue&, const void*), const void* context) {
+  if (tasks <= 0) return;
+  Run run{TaskQueue(tasks), body, context};
+  const int64_t threads = std::min<int64_t>(tasks, thread_count());
+  if (threads <= 1) {
+    run.work();
   } else {
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-        0, workers, 1,
+        0, threads, 1,
         [](int64_t begin, int64_t end, void* shared) {
-          for (; begin < end; begin++) static_cast<Queue*>(shared)->drain();
+          for (; begin < end; begin++) static_cast<Run*>(shared)->work();
         },
-        &queue));
+        &run));
   }
-  if (queue.out_of_memory) throw std::bad_alloc();
+  if (run.out_of_memory) throw std::bad_alloc();
 }
 
 int64_t cache_bytes() {
@@ -101,6 +103,18 @@ void prefer_huge_pages(void* memory, size_t size) {
     madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
   (void)memory, (void)size;
+#endif
+}
+
+bool is_resident(const void* memory) {
+#if defined(__linux__)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char found = 0;
+  const auto start = reinterpret_cast<uintptr_t>(memory) / page * page;
+  return mincore(reinterpret_cast<void*>(start), page, &found) == 0 && (found & 1);
+#else
+  (void)memory;
+  return false;
 #endif
 }
 

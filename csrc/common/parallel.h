@@ -9,9 +9,21 @@ namespace fastattn {
 // Threads that torch would use here: at least 1.
 int thread_count();
 
-// Runs body(task, context) for every task in [0, tasks), each once, in any order and on any thread.
-// Tasks are handed out one by one, so that unequal ones balance. Rethrows a failed allocation.
-void run_tasks(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
+// Hands out each task of [0, tasks) once, in order, to whichever thread asks: unequal ones balance.
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t tasks) : tasks_(tasks) {}
+  bool next(int64_t& task);
+
+ private:
+  int64_t tasks_;
+  int64_t next_ = 0;
+};
+
+// Runs body(queue, context) on several threads at once, no more than there are tasks. Rethrows a
+// failed allocation.
+void run_workers(int64_t tasks, void (*body)(TaskQueue& queue, const void* context),
+                 const void* context);
 
 // Bytes of the second-level cache of one core.
 int64_t cache_bytes();
@@ -19,6 +31,9 @@ int64_t cache_bytes();
 // Asks for huge pages under fresh memory if it is large: the first touch of a small page costs more
 // than the arithmetic of a norm on it.
 void prefer_huge_pages(void* memory, size_t size);
+
+// Whether a page of memory is there already, or will be zeroed when it is first touched.
+bool is_resident(const void* memory);
 
 // A stack of scratch memory in the calling thread; what an object took is released with it.
 // Contents are undefined, and NaN while tests poison it. Aligned to 64 bytes.

@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/parallel.h"
@@ -39,22 +41,57 @@ inline Dtype dtype_of(const Tensor& tensor) {
 // The dtype of statistics of a tensor: fp64 for fp64, else fp32.
 inline Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                    Dtype dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.begin(), codes[static_cast<int>(dtype)],
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
+                                                  codes[static_cast<int>(dtype)],
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const int64_t width = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel() * width));
   return tensor;
 }
+inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                    Dtype dtype) {
+  return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype);
+}
+inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;)
+    strides[dim - 1] = strides[dim] * std::max<int64_t>(1, sizes[dim]);
+  return empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+}
 inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
 inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
   return empty({rows, cols}, {cols, 1}, dtype);
+}
+
+// A contiguous tensor of the sizes of `other`.
+inline Tensor empty_like(const Tensor& other, Dtype dtype) {
+  return empty({other.sizes().begin(), other.sizes().end()}, dtype);
+}
+
+// The same but for the last dimension.
+inline Tensor empty_rows(const Tensor& other, int64_t columns, Dtype dtype) {
+  std::vector<int64_t> sizes(other.sizes().begin(), other.sizes().end());
+  sizes.back() = columns;
+  return empty(sizes, dtype);
+}
+
+// The number of rows of a contiguous tensor [..., columns], all leading dimensions taken as one.
+inline int64_t rows_of(const char* name, const Tensor& tensor) {
+  FASTATTN_CHECK(tensor.dim() > 0 && tensor.is_contiguous(), name,
+                 " must be contiguous, of one dimension or more");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); i++) rows *= tensor.size(i);
+  return rows;
+}
+
+inline void check_rows(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  FASTATTN_CHECK(rows_of(name, tensor) == rows && tensor.size(tensor.dim() - 1) == columns, name,
+                 " has not the shape that the others ask for");
 }
 
 inline void check_matrix(const char* name, const Tensor& tensor) {
@@ -89,26 +126,29 @@ inline Source view(const char* name, const Tensor& tensor, std::initializer_list
   return source;
 }
 
-// The same without broadcasting.
+// A batch of one has a stride of 0: its rows may be those of packed sequences.
+template <class Pointer>
+View<Pointer> strided(Pointer data, const Tensor& tensor) {
+  View<Pointer> to{data, {}};
+  for (int dim = 0; dim < 4; dim++) to.stride[dim] = tensor.stride(dim);
+  if (tensor.size(0) == 1) to.stride[0] = 0;
+  return to;
+}
+inline Source source(const Tensor& tensor) { return strided(tensor.const_data_ptr(), tensor); }
+inline Target target(const Tensor& tensor) { return strided(tensor.mutable_data_ptr(), tensor); }
+
+// A view of four dimensions, each of the size given.
 inline Source exact(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   int dim = 0;
   for (const int64_t size : sizes)
     FASTATTN_CHECK(tensor.dim() == 4 && tensor.size(dim++) == size, name,
                    " has not the shape that the others ask for");
-  Source source = view(name, tensor, sizes);
-  for (dim = 0; dim < 4; dim++) source.stride[dim] = tensor.stride(dim);
-  return source;
+  return source(tensor);
 }
 
 // A tensor [B, H, S, D] that lies in memory as [B, S, H, D].
 inline Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype) {
   return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype);
-}
-
-inline Target target(const Tensor& tensor) {
-  Target to{tensor.mutable_data_ptr(), {}};
-  for (int dim = 0; dim < 4; dim++) to.stride[dim] = tensor.stride(dim);
-  return to;
 }
 
 inline const void* read(const OptionalTensor& tensor) {

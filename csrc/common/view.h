@@ -10,6 +10,7 @@ template <class Pointer>
 struct View {
   Pointer data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
+  int64_t first = 0;  // elements in front of the first
 };
 using Source = View<const void*>;
 using Target = View<void*>;

@@ -37,20 +37,23 @@ void* write(const Tensor& tensor, bool wanted) {
 // A gradient like `tensor` to be written, or an empty tensor where none is wanted.
 Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype) {
   if (!wanted || !tensor.has_value()) return empty(0, dtype);
-  return tensor->dim() == 1 ? empty(tensor->size(0), dtype)
-                            : empty(tensor->size(0), tensor->size(1), dtype);
+  return empty_like(*tensor, dtype);
+}
+
+// [rows, columns] for what forward keeps, or an empty tensor where it keeps nothing.
+Tensor kept(const Tensor& rows, int64_t columns, bool wanted, Dtype dtype) {
+  return wanted ? empty_rows(rows, columns, dtype) : empty(0, dtype);
 }
 
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
                                       std::string activation, bool save) {
-  check_matrix("input", input);
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
   const int64_t features = checked("weight", weight, bias, in, dtype);
   const Activation kind = activation_of(activation);
   save = save && kind != Activation::identity;
-  Tensor out = empty(rows, features, dtype);
-  Tensor pre = save ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor out = empty_rows(input, features, dtype);
+  Tensor pre = kept(input, features, save, dtype);
   linear_forward({dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
                   read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
   return {out, pre};
@@ -60,16 +63,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
                                               OptionalTensor bias, Tensor pre,
                                               std::string activation, bool need_input,
                                               bool need_weight, bool need_bias) {
-  check_matrix("input", input);
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
   const int64_t features = checked("weight", weight, bias, in, dtype);
-  check_sizes("grad_out", grad_out, {rows, features});
+  check_rows("grad_out", grad_out, rows, features);
   check_dtype("grad_out", grad_out, dtype);
   const Activation kind = activation_of(activation);
   Tensor grad_pre = grad_out;
   if (kind != Activation::identity) {
-    check_sizes("pre", pre, {rows, features});
+    check_rows("pre", pre, rows, features);
     check_dtype("pre", pre, dtype);
     grad_pre = empty(rows, features, dtype);
     activation_backward({dtype, rows * features, grad_out.const_data_ptr(), pre.const_data_ptr(),
@@ -89,16 +91,15 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
                                            OptionalTensor gate_weight, OptionalTensor gate_bias,
                                            Tensor down_weight, OptionalTensor down_bias,
                                            std::string activation, bool save) {
-  check_matrix("input", input);
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
   const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
   const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
   const bool gated = gate_weight.has_value();
   const Activation kind = activation_of(activation);
-  Tensor hidden = empty(rows, features, dtype), out = empty(rows, out_features, dtype);
-  Tensor up = save ? empty(rows, features, dtype) : empty(0, dtype);
-  Tensor gate = save && gated ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor hidden = empty(rows, features, dtype), out = empty_rows(input, out_features, dtype);
+  Tensor up = kept(input, features, save, dtype);
+  Tensor gate = kept(input, features, save && gated, dtype);
   if (gated) {
     FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
                    "gate_weight must have as many rows as up_weight");
@@ -121,20 +122,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
     OptionalTensor down_bias, Tensor up, Tensor gate, std::string activation, bool need_input,
     bool need_up_weight, bool need_up_bias, bool need_gate_weight, bool need_gate_bias,
     bool need_down_weight, bool need_down_bias) {
-  check_matrix("input", input);
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = input.size(0), in = input.size(1);
+  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
   const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
   const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
-  check_sizes("grad_out", grad_out, {rows, out_features});
+  check_rows("grad_out", grad_out, rows, out_features);
   check_dtype("grad_out", grad_out, dtype);
-  check_sizes("up", up, {rows, features});
+  check_rows("up", up, rows, features);
   check_dtype("up", up, dtype);
   const bool gated = gate_weight.has_value();
   if (gated) {
     FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
                    "gate_weight must have as many rows as up_weight");
-    check_sizes("gate", gate, {rows, features});
+    check_rows("gate", gate, rows, features);
     check_dtype("gate", gate, dtype);
   }
   need_up_bias = need_up_bias && up_bias.has_value();

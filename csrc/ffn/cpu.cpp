@@ -96,8 +96,8 @@ void linear(const LinearForward& args) {
   const auto* bias = static_cast<const T*>(args.bias);
   auto* out = static_cast<T*>(args.out);
   auto* pre = static_cast<T*>(args.pre);
-  const auto body = [&](const auto& place, const A* const* tiles) {
-    each_in_tile<A>(place, tiles, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
+  const auto body = [&](const auto& place, const A* const* blocks) {
+    each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
       const int64_t at = row * args.out_features + col;
       const Vec<A> x = rounded<T>(biased<T>(sum, bias, col, n));
       if (pre != nullptr) store_count<A>(pre + at, x, n);
@@ -117,8 +117,8 @@ void gated(const GatedForward& args) {
   auto* hidden = static_cast<T*>(args.hidden);
   auto* gate = static_cast<T*>(args.gate);
   auto* up = static_cast<T*>(args.up);
-  const auto body = [&](const auto& place, const A* const* tiles) {
-    each_in_tile<A>(place, tiles, [&](int64_t row, int64_t col, auto n, Vec<A> g, Vec<A> u) {
+  const auto body = [&](const auto& place, const A* const* blocks) {
+    each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> g, Vec<A> u) {
       const int64_t at = row * args.hidden_features + col;
       g = rounded<T>(biased<T>(g, gate_bias, col, n));
       u = rounded<T>(biased<T>(u, up_bias, col, n));
@@ -171,8 +171,8 @@ void linear_gradients(const LinearBackward& args) {
   if (args.grad_input != nullptr) {
     const auto* add = static_cast<const T*>(args.add);
     auto* to = static_cast<T*>(args.grad_input);
-    const auto body = [&](const auto& place, const A* const* tiles) {
-      each_in_tile<A>(place, tiles, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
+    const auto body = [&](const auto& place, const A* const* blocks) {
+      each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
         const int64_t at = row * in + col;
         if (add != nullptr) sum += load_count<A>(add + at, n);
         store_count<A>(to + at, sum, n);
@@ -183,8 +183,8 @@ void linear_gradients(const LinearBackward& args) {
   }
   if (args.grad_weight != nullptr) {
     auto* to = static_cast<T*>(args.grad_weight);
-    const auto body = [&](const auto& place, const A* const* tiles) {
-      each_in_tile<A>(place, tiles, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
+    const auto body = [&](const auto& place, const A* const* blocks) {
+      each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
         store_count<A>(to + row * in + col, sum, n);
       });
     };

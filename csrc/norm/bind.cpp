@@ -5,100 +5,133 @@
 namespace fastattn {
 namespace {
 
-struct Parameter {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::f32;
-};
-
-Parameter parameter(const char* name, const OptionalTensor& tensor, int64_t cols, Dtype dtype) {
-  if (!tensor.has_value()) return {nullptr, wide(dtype)};
-  check_sizes(name, *tensor, {cols});
-  const Dtype own = dtype_of(*tensor);
-  FASTATTN_CHECK(own == dtype || own == Dtype::f32, name, " must be fp32 or of input's dtype");
-  return {tensor->const_data_ptr(), own};
+// A contiguous tensor of `dtype` with as many elements as the others ask for, or null.
+const void* read(const char* name, const OptionalTensor& tensor, int64_t count, Dtype dtype) {
+  if (!tensor.has_value()) return nullptr;
+  FASTATTN_CHECK(tensor->is_contiguous() && tensor->numel() == count, name,
+                 " has not the shape that the others ask for");
+  check_dtype(name, *tensor, dtype);
+  return tensor->const_data_ptr();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input,
-                                                   const OptionalTensor& residual,
-                                                   const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, double eps,
-                                                   bool centred) {
-  check_matrix("input", input);
-  const Dtype dtype = dtype_of(input);
-  const int64_t rows = input.size(0), cols = input.size(1);
-  if (residual.has_value()) {
-    check_sizes("residual", *residual, {rows, cols});
-    check_dtype("residual", *residual, dtype);
-  }
-  const Parameter scale = parameter("weight", weight, cols, dtype);
-  const Parameter shift = parameter("bias", bias, cols, dtype);
-  Tensor out = empty(rows, cols, dtype);
-  Tensor summed = residual.has_value() ? empty(rows, cols, dtype) : empty(0, dtype);
-  Tensor mean = empty(centred ? rows : 0, wide(dtype)), rstd = empty(rows, wide(dtype));
-  norm_forward({dtype, rows, cols, input.const_data_ptr(), read(residual), scale.data, shift.data,
-                scale.dtype, shift.dtype, centred, eps, out.mutable_data_ptr(),
-                residual.has_value() ? summed.mutable_data_ptr() : nullptr, mean.mutable_data_ptr(),
-                rstd.mutable_data_ptr()});
+// The dtype of a tensor that may be fp32 where input is not; `missing` without one.
+Dtype own_dtype(const char* name, const OptionalTensor& tensor, Dtype dtype, Dtype missing) {
+  if (!tensor.has_value()) return missing;
+  const Dtype own = dtype_of(*tensor);
+  FASTATTN_CHECK(own == dtype || own == Dtype::f32, name, " must be fp32 or of input's dtype");
+  return own;
+}
+
+// What both directions take, checked; `dims` trailing dimensions are normalised together.
+Norm checked(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+             const OptionalTensor& bias, const OptionalTensor& seed, int64_t dims, double dropout_p,
+             bool centred) {
+  Norm norm{};
+  FASTATTN_CHECK(input.is_contiguous(), "input must be contiguous");
+  FASTATTN_CHECK(dims > 0 && dims <= input.dim(), "dims must be in [1, input.dim()]");
+  norm.dtype = dtype_of(input);
+  norm.rows = norm.cols = 1;
+  for (int64_t dim = 0; dim < input.dim(); dim++)
+    (dim < input.dim() - dims ? norm.rows : norm.cols) *= input.size(dim);
+  norm.input = input.const_data_ptr();
+  norm.residual_dtype = own_dtype("residual", residual, norm.dtype, norm.dtype);
+  FASTATTN_CHECK(norm.dtype != Dtype::f64 || norm.residual_dtype == Dtype::f64,
+                 "residual must be fp64 as input is");
+  norm.residual = read("residual", residual, norm.rows * norm.cols, norm.residual_dtype);
+  norm.weight_dtype = own_dtype("weight", weight, norm.dtype, wide(norm.dtype));
+  norm.weight = read("weight", weight, norm.cols, norm.weight_dtype);
+  norm.bias_dtype = own_dtype("bias", bias, norm.dtype, wide(norm.dtype));
+  norm.bias = read("bias", bias, norm.cols, norm.bias_dtype);
+  norm.centred = centred;
+  norm.dropout_p = dropout_p;
+  FASTATTN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
+  if (dropout_p == 0) return norm;
+  FASTATTN_CHECK(residual.has_value(), "dropout needs a residual");
+  FASTATTN_CHECK(norm.rows >> 32 == 0, "dropout counts up to 2^32 rows");
+  FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
+                     seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                 "dropout needs a seed of one int64");
+  norm.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+  return norm;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& seed, int64_t dims, double eps,
+    double dropout_p, bool keep_sum, bool centred) {
+  const Norm norm = checked(input, residual, weight, bias, seed, dims, dropout_p, centred);
+  const bool sums = keep_sum && residual.has_value();
+  Tensor out = empty_like(input, norm.dtype);
+  Tensor summed = sums ? empty_like(input, norm.residual_dtype) : empty(0, norm.residual_dtype);
+  Tensor rstd = empty(norm.rows, wide(norm.dtype));
+  Tensor mean = empty(centred ? norm.rows : 0, wide(norm.dtype));
+  norm_forward({norm, eps, out.mutable_data_ptr(), sums ? summed.mutable_data_ptr() : nullptr,
+                mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
   return {out, summed, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_out,
-                                            const OptionalTensor& grad_summed, const Tensor& summed,
-                                            const OptionalTensor& weight,
-                                            const OptionalTensor& bias, const OptionalTensor& mean,
-                                            const Tensor& rstd) {
-  check_matrix("summed", summed);
-  const Dtype dtype = dtype_of(summed);
-  const int64_t rows = summed.size(0), cols = summed.size(1);
-  for (const auto* grad : {&grad_out, &grad_summed})
-    if (grad->has_value()) {
-      check_sizes("grad", **grad, {rows, cols});
-      check_dtype("grad", **grad, dtype);
-    }
-  if (mean.has_value()) {
-    check_sizes("mean", *mean, {rows});
-    check_dtype("mean", *mean, wide(dtype));
-  }
-  check_sizes("rstd", rstd, {rows});
-  check_dtype("rstd", rstd, wide(dtype));
-  const Parameter scale = parameter("weight", weight, cols, dtype);
-  const Parameter shift = parameter("bias", bias, cols, dtype);
-  Tensor grad_input = empty(rows, cols, dtype);
-  Tensor grad_weight =
-      empty(weight.has_value() ? cols : 0, weight.has_value() ? scale.dtype : dtype);
-  Tensor grad_bias = empty(bias.has_value() ? cols : 0, bias.has_value() ? shift.dtype : dtype);
-  norm_backward({dtype, rows, cols, read(grad_out), read(grad_summed), summed.const_data_ptr(),
-                 scale.data, scale.dtype, shift.dtype, mean.has_value(), read(mean),
-                 rstd.const_data_ptr(), grad_input.mutable_data_ptr(),
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const OptionalTensor& grad_out, const OptionalTensor& grad_summed, const Tensor& input,
+    const OptionalTensor& residual, const OptionalTensor& summed, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& seed, const OptionalTensor& mean,
+    const Tensor& rstd, int64_t dims, double dropout_p) {
+  const bool centred = mean.has_value();
+  const Norm norm = checked(input, residual, weight, bias, seed, dims, dropout_p, centred);
+  const int64_t size = norm.rows * norm.cols;
+  const bool apart = residual.has_value() && (dropout_p > 0 || norm.residual_dtype != norm.dtype);
+  FASTATTN_CHECK(residual.has_value() || !(summed.has_value() || grad_summed.has_value()),
+                 "there is no sum without a residual");
+  const auto like = [&](const OptionalTensor& tensor, Dtype dtype) {
+    return tensor.has_value() ? empty_like(*tensor, dtype) : empty(0, norm.dtype);
+  };
+  Tensor grad_input = empty_like(input, norm.dtype);
+  Tensor grad_residual = like(apart ? residual : std::nullopt, norm.residual_dtype);
+  Tensor grad_weight = like(weight, norm.weight_dtype), grad_bias = like(bias, norm.bias_dtype);
+  norm_backward({norm, read("grad_out", grad_out, size, norm.dtype),
+                 read("grad_summed", grad_summed, size, norm.residual_dtype),
+                 read("summed", summed, size, norm.residual_dtype),
+                 read("mean", mean, norm.rows, wide(norm.dtype)),
+                 read("rstd", rstd, norm.rows, wide(norm.dtype)), grad_input.mutable_data_ptr(),
+                 apart ? grad_residual.mutable_data_ptr() : nullptr,
                  weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr,
                  bias.has_value() ? grad_bias.mutable_data_ptr() : nullptr});
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor input, OptionalTensor residual,
                                                           OptionalTensor weight,
-                                                          OptionalTensor bias, double eps) {
-  return forward(input, residual, weight, bias, eps, true);
+                                                          OptionalTensor bias, OptionalTensor seed,
+                                                          int64_t dims, double eps,
+                                                          double dropout_p, bool keep_sum) {
+  return forward(input, residual, weight, bias, seed, dims, eps, dropout_p, keep_sum, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(OptionalTensor grad_out,
-                                                  OptionalTensor grad_summed, Tensor summed,
-                                                  OptionalTensor weight, OptionalTensor bias,
-                                                  Tensor mean, Tensor rstd, double) {
-  return backward(grad_out, grad_summed, summed, weight, bias, mean, rstd);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(
+    OptionalTensor grad_out, OptionalTensor grad_summed, Tensor input, OptionalTensor residual,
+    OptionalTensor summed, OptionalTensor weight, OptionalTensor bias, OptionalTensor seed,
+    Tensor mean, Tensor rstd, int64_t dims, double, double dropout_p) {
+  return backward(grad_out, grad_summed, input, residual, summed, weight, bias, seed, mean, rstd,
+                  dims, dropout_p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor input, OptionalTensor residual,
-                                                OptionalTensor weight, double eps) {
-  auto [out, summed, mean, rstd] = forward(input, residual, weight, std::nullopt, eps, false);
+                                                OptionalTensor weight, OptionalTensor seed,
+                                                int64_t dims, double eps, double dropout_p,
+                                                bool keep_sum) {
+  auto [out, summed, mean, rstd] =
+      forward(input, residual, weight, std::nullopt, seed, dims, eps, dropout_p, keep_sum, false);
   return {out, summed, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(OptionalTensor grad_out, OptionalTensor grad_summed,
-                                        Tensor summed, OptionalTensor weight, Tensor rstd, double) {
-  auto [grad_input, grad_weight, grad_bias] =
-      backward(grad_out, grad_summed, summed, weight, std::nullopt, std::nullopt, rstd);
-  return {grad_input, grad_weight};
+std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(OptionalTensor grad_out, OptionalTensor grad_summed,
+                                                Tensor input, OptionalTensor residual,
+                                                OptionalTensor summed, OptionalTensor weight,
+                                                OptionalTensor seed, Tensor rstd, int64_t dims,
+                                                double, double dropout_p) {
+  auto [grad_input, grad_residual, grad_weight, grad_bias] =
+      backward(grad_out, grad_summed, input, residual, summed, weight, std::nullopt, seed,
+               std::nullopt, rstd, dims, dropout_p);
+  return {grad_input, grad_residual, grad_weight};
 }
 
 }  // namespace

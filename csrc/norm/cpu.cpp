@@ -1,27 +1,29 @@
 // Layer norm and RMS norm on the CPU, forward and backward, one row at a time in cache.
 #include "norm/norm.h"
-#include "simd/vec.h"
+#include "simd/philox.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// The sum over a row of f(offset, count), in four chains so that additions overlap.
-template <class A, class F>
-FASTATTN_INLINE A sum_row(int64_t cols, F&& f) {
+// N sums over a row: f(offset, count, sums) adds its terms to vectors of sums, of which there are
+// four, so that additions overlap.
+template <class A, int N, class F>
+FASTATTN_INLINE void sum_row(int64_t cols, A (&sums)[N], F&& f) {
   constexpr std::integral_constant<int64_t, lanes<A>> whole{};
-  Vec<A> part[4] = {};
+  Vec<A> part[4][N] = {};
   int64_t c = 0;
   for (; c + 4 * lanes<A> <= cols; c += 4 * lanes<A>)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) part[i] += f(c + i * lanes<A>, whole);
-  for (; c + lanes<A> <= cols; c += lanes<A>) part[0] += f(c, whole);
-  if (c < cols) part[1] += f(c, cols - c);
-  return sum<A>((part[0] + part[1]) + (part[2] + part[3]));
+    for (int i = 0; i < 4; i++) f(c + i * lanes<A>, whole, part[i]);
+  for (; c + lanes<A> <= cols; c += lanes<A>) f(c, whole, part[0]);
+  if (c < cols) f(c, cols - c, part[1]);
+  for (int i = 0; i < N; i++)
+    sums[i] = sum<A>((part[0][i] + part[1][i]) + (part[2][i] + part[3][i]));
 }
 
 // Zeros in the lanes past `count`, whatever was computed there.
 template <class A, class Count>
-FASTATTN_INLINE Vec<A> first(Vec<A> v, Count count) {
+FASTATTN_INLINE Vec<A> first_lanes(Vec<A> v, Count count) {
   if constexpr (std::is_same_v<Count, int64_t>) {
     A part[lanes<A>];
     store(part, v);
@@ -33,17 +35,23 @@ FASTATTN_INLINE Vec<A> first(Vec<A> v, Count count) {
 
 // A row vector of parameters in the accumulation type, or null.
 template <class A>
-A* widened(Scratch& scratch, const void* from, Dtype dtype, int64_t cols) {
-  if (from == nullptr) return nullptr;
-  A* to = scratch.take<A>(cols);
+const A* widened(Scratch& scratch, const void* from, Dtype dtype, int64_t cols) {
+  const A* to = nullptr;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<Acc<T>, A>) {
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        store_count<A>(to + c, load_count<A>(static_cast<const T*>(from) + c, n), n);
-      });
-    } else if constexpr (std::is_same_v<T, float>) {  // fp32 parameters of an fp64 input
-      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<const float*>(from)[c];
+    const T* own = static_cast<const T*>(from);
+    if constexpr (std::is_same_v<T, A>) {
+      to = own;
+    } else if (from != nullptr) {
+      A* copy = scratch.take<A>(cols);
+      if constexpr (std::is_same_v<Acc<T>, A>) {
+        each_vector<A>(cols, [&](int64_t c, auto n) {
+          store_count<A>(copy + c, load_count<A>(own + c, n), n);
+        });
+      } else if constexpr (std::is_same_v<T, float>) {  // fp32 parameters of an fp64 input
+        for (int64_t c = 0; c < cols; c++) copy[c] = own[c];
+      }
+      to = copy;
     }
   });
   return to;
@@ -57,59 +65,182 @@ int64_t rows_per_task(int64_t rows, int64_t cols) {
   return wanted > kRowsPerTask ? wanted : kRowsPerTask;
 }
 
-template <class T, bool Centred>
+// Columns of a row that stay in the first-level cache while they are read several times.
+constexpr int64_t kChunk = 4096;
+static_assert(kChunk % kPhiloxBlock == 0);
+
+// Rows [0, Together) of those that are normalised, in the accumulation type: input, or its sum with
+// a residual, of type R, and with dropout.
+template <class T, class R, int Together>
+class Rows {
+ public:
+  using A = Acc<T>;
+
+  // `summed` holds the sum where it is known already.
+  Rows(const Norm& in, const void* summed, Scratch& scratch)
+      : in_(in),
+        summed_(static_cast<const R*>(summed)),
+        dropout_(in.dropout_p, in.seed),
+        in_place_(std::is_same_v<R, A> && (summed != nullptr || in.residual == nullptr)),
+        width_(round_up(in.cols, kPhiloxBlock)),
+        rows_(in_place_ ? nullptr : scratch.take<A>(Together * width_)),
+        factors_(in.dropout_p > 0 ? scratch.take<A>(Together * width_) : nullptr) {}
+
+  // Columns [first, first + count) of row r, the i-th held; `first` is a multiple of kChunk.
+  const A* load(int i, int64_t r, int64_t first, int64_t count) {
+    const int64_t start = r * in_.cols + first;
+    const T* input = static_cast<const T*>(in_.input) + start;
+    A* to = rows_ + i * width_ + first;
+    if (factors_ != nullptr)
+      dropout_.factors(0, static_cast<uint32_t>(r), first, count, factors_ + i * width_ + first);
+    if (summed_ != nullptr) return widened(summed_ + start, to, count);
+    if (in_.residual == nullptr) return widened(input, to, count);
+    const R* residual = static_cast<const R*>(in_.residual) + start;
+    each_vector<A>(count, [&](int64_t c, auto n) {
+      const Vec<A> x = dropped(i, load_count<A>(input + c, n), first + c, n);
+      R rounded[lanes<A>];
+      store(rounded, x + load_count<A>(residual + c, n));
+      store_count<A>(to + c, load_count<A>(rounded, n), n);
+    });
+    return to;
+  }
+
+  // Dropout of what stands in column c of the i-th row.
+  template <class Count>
+  FASTATTN_INLINE Vec<A> dropped(int i, Vec<A> x, int64_t c, Count n) const {
+    if (factors_ == nullptr) return x;
+    const Vec<A> factor = load_count<A>(factors_ + i * width_ + c, n);
+    return factor == A{0} ? Vec<A>{} : x * factor;
+  }
+
+ private:
+  template <class S>
+  const A* widened(const S* from, A* to, int64_t count) {
+    if constexpr (std::is_same_v<S, A>)
+      if (in_place_) return from;
+    each_vector<A>(
+        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
+    return to;
+  }
+
+  const Norm& in_;
+  const R* summed_;
+  Dropout<A> dropout_;
+  bool in_place_;
+  int64_t width_;  // of a row in scratch: whole blocks of bits
+  A* rows_;        // [Together, width], unless rows are read where they lie
+  A* factors_;     // [Together, width], null without dropout
+};
+
+// Calls f(r, n) for rows r ... r + n of [begin, end), with n = Together as long as there are so
+// many and then 1: rows share the reading of what all of them need.
+template <int Together, class F>
+FASTATTN_INLINE void each_rows(int64_t begin, int64_t end, F&& f) {
+  int64_t r = begin;
+  for (; r + Together <= end; r += Together) f(r, std::integral_constant<int, Together>{});
+  for (; r < end; r++) f(r, std::integral_constant<int, 1>{});
+}
+
+// Where rows of results go: past the caches if they are too many to be found there. Not so in fresh
+// memory, which the kernel has just zeroed in the caches.
+template <class T>
+class Results {
+ public:
+  Results(void* to, int64_t rows, int64_t cols) : to_(static_cast<T*>(to)), cols_(cols) {
+    const int64_t size = rows * cols * static_cast<int64_t>(sizeof(T));
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(cols) * sizeof(T)) %
+            (sizeof(T) * lanes<Acc<T>>) ==
+        0;
+    streams_ = to != nullptr && size >= kStreamed && aligned &&
+               is_resident(static_cast<const char*>(to) + size / 2);
+  }
+
+  explicit operator bool() const { return to_ != nullptr; }
+
+  template <class Count>
+  FASTATTN_INLINE void put(int64_t r, int64_t c, Vec<Acc<T>> from, Count n) const {
+    T* to = to_ + r * cols_ + c;
+    if constexpr (!std::is_same_v<Count, int64_t>)
+      if (streams_) return stream<Acc<T>>(to, from);
+    store_count<Acc<T>>(to, from, n);
+  }
+
+ private:
+  static constexpr int64_t kStreamed = int64_t{16} << 20;
+
+  T* to_;
+  int64_t cols_;
+  bool streams_;
+};
+
+template <class T, class R, bool Centred>
 void forward(const NormForward& args) {
   using A = Acc<T>;
-  const int64_t cols = args.cols;
-  const auto* input = static_cast<const T*>(args.input);
-  const auto* residual = static_cast<const T*>(args.residual);
-  auto* out = static_cast<T*>(args.out);
-  auto* summed = static_cast<T*>(args.summed);
+  const Norm& in = args.in;
+  const int64_t cols = in.cols;
+  const Results<T> out(args.out, in.rows, cols);
+  const Results<R> summed(args.summed, in.rows, cols);
   auto* means = static_cast<A*>(args.mean);
   auto* rstds = static_cast<A*>(args.rstd);
   Scratch parameters;
-  const A* weight = widened<A>(parameters, args.weight, args.weight_dtype, cols);
-  const A* bias = widened<A>(parameters, args.bias, args.bias_dtype, cols);
+  const A* weight = widened<A>(parameters, in.weight, in.weight_dtype, cols);
+  const A* bias = widened<A>(parameters, in.bias, in.bias_dtype, cols);
 
-  const int64_t step = rows_per_task(args.rows, cols);
-  parallel((args.rows + step - 1) / step, [&](int64_t task) {
+  const int64_t step = rows_per_task(in.rows, cols);
+  parallel(ceil_div(in.rows, step), [&](int64_t task) {
     Scratch scratch;
-    A* buffer = std::is_same_v<T, A> && residual == nullptr ? nullptr : scratch.take<A>(cols);
-    const int64_t end = (task + 1) * step < args.rows ? (task + 1) * step : args.rows;
-    for (int64_t r = task * step; r < end; r++) {
-      const T* source = input + r * cols;
-      const A* row = buffer;
-      if constexpr (std::is_same_v<T, A>)
-        if (residual == nullptr) row = source;
-      if (row == buffer) {
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          Vec<A> x = load_count<A>(source + c, n);
-          if (residual != nullptr) {
-            store_count<A>(summed + r * cols + c, x + load_count<A>(residual + r * cols + c, n), n);
-            x = load_count<A>(summed + r * cols + c, n);  // rounded as it is stored
-          }
-          store_count<A>(buffer + c, x, n);
+    constexpr int together = 2;
+    Rows<T, R, together> rows(in, nullptr, scratch);
+
+    // Mean and sum of squared distances from it, joined from chunks of columns (Chan et al. 1979).
+    const auto moments = [&](int i, int64_t r, const A*& row, A& mean, A& square) {
+      mean = square = 0;
+      for (int64_t first = 0; first < cols; first += kChunk) {
+        const int64_t count = smaller(kChunk, cols - first);
+        const A* x = rows.load(i, r, first, count);
+        if (first == 0) row = x;
+        if (summed)
+          each_vector<A>(count, [&](int64_t c, auto n) {
+            summed.put(r, first + c, load_count<A>(x + c, n), n);
+          });
+        A own_mean[1] = {}, own_square[1];
+        if constexpr (Centred) {
+          sum_row(count, own_mean,
+                  [&](int64_t c, auto n, Vec<A>* sums) { sums[0] += load_count<A>(x + c, n); });
+          own_mean[0] /= static_cast<A>(count);
+        }
+        sum_row(count, own_square, [&](int64_t c, auto n, Vec<A>* sums) {
+          const Vec<A> distance = load_count<A>(x + c, n) - own_mean[0];
+          sums[0] += first_lanes<A>(distance * distance, n);
         });
+        const A apart = own_mean[0] - mean;
+        const A share = static_cast<A>(count) / static_cast<A>(first + count);
+        square += own_square[0] + apart * apart * static_cast<A>(first) * share;
+        mean += apart * share;
       }
-      A mean = 0;
-      if constexpr (Centred) {
-        mean = sum_row<A>(cols, [&](int64_t c, auto n) { return load_count<A>(row + c, n); }) /
-               static_cast<A>(cols);
-        means[r] = mean;
+    };
+
+    each_rows<together>(task * step, smaller((task + 1) * step, in.rows), [&](int64_t r, auto n) {
+      constexpr int many = n;
+      const A* row[many] = {};
+      A mean[many], rstd[many];
+      for (int i = 0; i < many; i++) {
+        A square;
+        moments(i, r + i, row[i], mean[i], square);
+        rstd[i] = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
+        if constexpr (Centred) means[r + i] = mean[i];
+        rstds[r + i] = rstd[i];
       }
-      const A square = sum_row<A>(cols, [&](int64_t c, auto n) {
-        const Vec<A> x = load_count<A>(row + c, n) - mean;
-        return first<A>(x * x, n);
+      each_vector<A>(cols, [&](int64_t c, auto count) {
+        const Vec<A> w = weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+        const Vec<A> b = bias == nullptr ? Vec<A>{} : load_count<A>(bias + c, count);
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i++)
+          out.put(r + i, c, (load_count<A>(row[i] + c, count) - mean[i]) * rstd[i] * w + b, count);
       });
-      const A rstd = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
-      rstds[r] = rstd;
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        Vec<A> y = (load_count<A>(row + c, n) - mean) * rstd;
-        if (weight != nullptr) y *= load_count<A>(weight + c, n);
-        if (bias != nullptr) y += load_count<A>(bias + c, n);
-        store_count<A>(out + r * cols + c, y, n);
-      });
-    }
+    });
+    end_stream();
   });
 }
 
@@ -125,20 +256,21 @@ template <class A>
 void add_parts(void* grad, Dtype dtype, const double* parts, int64_t tasks, int64_t cols) {
   if (grad == nullptr) return;
   Scratch scratch;
-  A* total = scratch.take<A>(cols);
-  for (int64_t c = 0; c < cols; c++) {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; task++) sum += parts[task * cols + c];
-    total[c] = static_cast<A>(sum);
-  }
+  double* total = scratch.take<double>(cols);
+  std::memset(total, 0, static_cast<size_t>(cols) * sizeof(double));
+  for (int64_t task = 0; task < tasks; task++)
+    for (int64_t c = 0; c < cols; c++) total[c] += parts[task * cols + c];
+  A* rounded = scratch.take<A>(cols);
+  for (int64_t c = 0; c < cols; c++) rounded[c] = static_cast<A>(total[c]);
   with_type(dtype, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     auto* to = static_cast<W*>(grad);
     if constexpr (std::is_same_v<Acc<W>, A>) {
-      each_vector<A>(
-          cols, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(total + c, n), n); });
+      each_vector<A>(cols, [&](int64_t c, auto n) {
+        store_count<A>(to + c, load_count<A>(rounded + c, n), n);
+      });
     } else if constexpr (std::is_same_v<W, float>) {  // fp32 parameters of an fp64 input
-      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<float>(total[c]);
+      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<float>(rounded[c]);
     }
   });
 }
@@ -155,16 +287,18 @@ class RowSum {
     std::memset(block_, 0, static_cast<size_t>(cols) * sizeof(A));
   }
 
-  template <class F>
-  FASTATTN_INLINE void add_row(F&& row) {
-    if (total_ == nullptr) return;
-    each_vector<A>(cols_, [&](int64_t c, auto n) {
-      store_count<A>(block_ + c, load_count<A>(block_ + c, n) + row(c, n), n);
-    });
-    if (++rows_ % 16 == 0) fold();
+  template <class Count>
+  FASTATTN_INLINE void add(int64_t c, Vec<A> x, Count n) {
+    if (total_ != nullptr) store_count<A>(block_ + c, load_count<A>(block_ + c, n) + x, n);
+  }
+
+  void end_rows(int count) {
+    rows_ += count;
+    if (rows_ >= 16) fold();
   }
 
   void fold() {
+    rows_ = 0;
     if (total_ == nullptr) return;
     for (int64_t c = 0; c < cols_; c++) {
       total_[c] += block_[c];
@@ -178,83 +312,115 @@ class RowSum {
   int64_t cols_, rows_ = 0;
 };
 
-template <class T, bool Centred>
+template <class T, class R, bool Centred>
 void backward(const NormBackward& args) {
   using A = Acc<T>;
-  const int64_t rows = args.rows, cols = args.cols;
+  const Norm& in = args.in;
+  const int64_t cols = in.cols;
   const auto* grad_out = static_cast<const T*>(args.grad_out);
-  const auto* grad_summed = static_cast<const T*>(args.grad_summed);
-  const auto* summed = static_cast<const T*>(args.summed);
+  const auto* grad_summed = static_cast<const R*>(args.grad_summed);
   const auto* means = static_cast<const A*>(args.mean);
   const auto* rstds = static_cast<const A*>(args.rstd);
-  auto* grad_input = static_cast<T*>(args.grad_input);
-  const bool need_weight = args.grad_weight != nullptr, need_bias = args.grad_bias != nullptr;
+  const Results<T> grad_input(args.grad_input, in.rows, cols);
+  const Results<R> grad_residual(args.grad_residual, in.rows, cols);
   Scratch shared;
-  const A* weight = widened<A>(shared, args.weight, args.weight_dtype, cols);
-  const int64_t tasks = partial_sums(rows, cols);
-  double* weight_parts = need_weight ? shared.take<double>(tasks * cols) : nullptr;
-  double* bias_parts = need_bias ? shared.take<double>(tasks * cols) : nullptr;
+  const A* weight = widened<A>(shared, in.weight, in.weight_dtype, cols);
+  const int64_t tasks = partial_sums(in.rows, cols);
+  double* weight_parts = args.grad_weight == nullptr ? nullptr : shared.take<double>(tasks * cols);
+  double* bias_parts = args.grad_bias == nullptr ? nullptr : shared.take<double>(tasks * cols);
 
   parallel(tasks, [&](int64_t task) {
     Scratch scratch;
-    RowSum<A> weight_sum(need_weight ? weight_parts + task * cols : nullptr, scratch, cols);
-    RowSum<A> bias_sum(need_bias ? bias_parts + task * cols : nullptr, scratch, cols);
-    for (int64_t r = task * rows / tasks; r < (task + 1) * rows / tasks; r++) {
-      const T* x_row = summed + r * cols;
-      const A mean = Centred ? means[r] : A{0}, rstd = rstds[r];
-      A mean_grad = 0, mean_product = 0;
-      if (grad_out != nullptr) {
-        const T* grad_row = grad_out + r * cols;
-        const auto scaled = [&](int64_t c, auto n) {
-          const Vec<A> g = load_count<A>(grad_row + c, n);
-          return weight == nullptr ? g : g * load_count<A>(weight + c, n);
-        };
-        const auto normed = [&](int64_t c, auto n) {
-          return (load_count<A>(x_row + c, n) - mean) * rstd;
-        };
-        mean_product =
-            sum_row<A>(cols, [&](int64_t c, auto n) { return scaled(c, n) * normed(c, n); }) /
-            static_cast<A>(cols);
-        if constexpr (Centred) mean_grad = sum_row<A>(cols, scaled) / static_cast<A>(cols);
-        weight_sum.add_row(
-            [&](int64_t c, auto n) { return load_count<A>(grad_row + c, n) * normed(c, n); });
-        bias_sum.add_row([&](int64_t c, auto n) { return load_count<A>(grad_row + c, n); });
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          Vec<A> dx = (scaled(c, n) - mean_grad - normed(c, n) * mean_product) * rstd;
-          if (grad_summed != nullptr) dx += load_count<A>(grad_summed + r * cols + c, n);
-          store_count<A>(grad_input + r * cols + c, dx, n);
+    constexpr int together = 4;
+    Rows<T, R, together> rows(in, args.summed, scratch);
+    RowSum<A> weight_sum(weight_parts ? weight_parts + task * cols : nullptr, scratch, cols);
+    RowSum<A> bias_sum(bias_parts ? bias_parts + task * cols : nullptr, scratch, cols);
+    const int64_t begin = task * in.rows / tasks, end = (task + 1) * in.rows / tasks;
+    each_rows<together>(begin, end, [&](int64_t r, auto n) {
+      constexpr int many = n;
+      const A* x[many];
+      A mean[many], rstd[many];
+      A means_of_grad[many][2] =
+          {};  // of grad_out * weight, and of its product with the normal row
+      const auto normal = [&](int i, int64_t c, auto count) {
+        return (load_count<A>(x[i] + c, count) - mean[i]) * rstd[i];
+      };
+      const auto grad = [&](int i, int64_t c, auto count) {
+        return load_count<A>(grad_out + (r + i) * cols + c, count);
+      };
+      const auto weight_at = [&](int64_t c, auto count) {
+        return weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+      };
+      for (int i = 0; i < many; i++) {
+        x[i] = rows.load(i, r + i, 0, cols);
+        mean[i] = Centred ? means[r + i] : A{0};
+        rstd[i] = rstds[r + i];
+        if (grad_out == nullptr) continue;
+        sum_row(cols, means_of_grad[i], [&](int64_t c, auto count, Vec<A>* sums) {
+          const Vec<A> scaled = grad(i, c, count) * weight_at(c, count);
+          if constexpr (Centred) sums[0] += scaled;
+          sums[1] += scaled * normal(i, c, count);
         });
-      } else {
-        each_vector<A>(cols, [&](int64_t c, auto n) {
-          const Vec<A> dx =
-              grad_summed == nullptr ? Vec<A>{} : load_count<A>(grad_summed + r * cols + c, n);
-          store_count<A>(grad_input + r * cols + c, dx, n);
-        });
+        for (A& sum : means_of_grad[i]) sum /= static_cast<A>(cols);
       }
-    }
+      each_vector<A>(cols, [&](int64_t c, auto count) {
+        const Vec<A> w = weight_at(c, count);
+        Vec<A> weight_grad{}, bias_grad{};
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i++) {
+          Vec<A> dx{};
+          if (grad_out != nullptr) {
+            const Vec<A> g = grad(i, c, count), y = normal(i, c, count);
+            weight_grad += g * y;
+            bias_grad += g;
+            dx = (g * w - means_of_grad[i][0] - y * means_of_grad[i][1]) * rstd[i];
+          }
+          if (grad_summed != nullptr) dx += load_count<A>(grad_summed + (r + i) * cols + c, count);
+          if (grad_residual) grad_residual.put(r + i, c, dx, count);
+          grad_input.put(r + i, c, rows.dropped(i, dx, c, count), count);
+        }
+        weight_sum.add(c, weight_grad, count);
+        bias_sum.add(c, bias_grad, count);
+      });
+      weight_sum.end_rows(many);
+      bias_sum.end_rows(many);
+    });
     weight_sum.fold();
     bias_sum.fold();
+    end_stream();
   });
 
-  add_parts<A>(args.grad_weight, args.weight_dtype, weight_parts, tasks, cols);
-  add_parts<A>(args.grad_bias, args.bias_dtype, bias_parts, tasks, cols);
+  add_parts<A>(args.grad_weight, in.weight_dtype, weight_parts, tasks, cols);
+  add_parts<A>(args.grad_bias, in.bias_dtype, bias_parts, tasks, cols);
+}
+
+// Calls f with null pointers of the types of input and residual.
+template <class F>
+void with_types(const Norm& in, F&& f) {
+  with_type(in.dtype, [&](auto* type) {
+    if constexpr (sizeof(*type) == 2)
+      if (in.residual_dtype == Dtype::f32) return f(type, static_cast<float*>(nullptr));
+    f(type, type);
+  });
 }
 
 }  // namespace
 
 void norm_forward(const NormForward& args) {
   note_run(kIsa);
-  with_type(args.dtype, [&](auto* type) {
+  with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
-    args.centred ? forward<T, true>(args) : forward<T, false>(args);
+    using R = std::remove_pointer_t<decltype(residual)>;
+    args.in.centred ? forward<T, R, true>(args) : forward<T, R, false>(args);
   });
 }
 
 void norm_backward(const NormBackward& args) {
   note_run(kIsa);
-  with_type(args.dtype, [&](auto* type) {
+  with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
-    args.centred ? backward<T, true>(args) : backward<T, false>(args);
+    using R = std::remove_pointer_t<decltype(residual)>;
+    args.in.centred ? backward<T, R, true>(args) : backward<T, R, false>(args);
   });
 }
 

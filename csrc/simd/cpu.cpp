@@ -1,8 +1,8 @@
 // Measures the peak of fp32 multiply-adds of each ISA, with the accumulators of the register tile.
 #include <chrono>
 
-#include "simd/gemm.h"
 #include "simd/peak.h"
+#include "simd/tile.h"
 
 namespace fastattn::FASTATTN_ISA {
 

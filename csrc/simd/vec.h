@@ -46,6 +46,11 @@ constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 template <class A>
 constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <class To, class From>
 FASTATTN_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -109,7 +114,13 @@ template <class A>
 FASTATTN_INLINE Vec<float> load(const bf16* from) {
   VecH half;
   std::memcpy(&half, from, sizeof(half));
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  // GCC 12 converts in halves of 256 bits.
+  return bits<Vec<float>>(bits<VecU>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(half)))
+                          << 16);
+#else
   return bits<Vec<float>>(__builtin_convertvector(half, VecU) << 16);
+#endif
 }
 template <class A>
 FASTATTN_INLINE Vec<float> load(const f16* from) {
@@ -130,6 +141,34 @@ FASTATTN_INLINE void store(bf16* to, Vec<float> from) {
 FASTATTN_INLINE void store(f16* to, Vec<float> from) {
   const VecH half = narrow_f16(from);
   std::memcpy(to, &half, sizeof(half));
+}
+
+// Stores past the caches what no one will find there anyhow, so that memory is not read before it
+// is written. `to` is aligned to what is stored; `end_stream` comes before another thread may look.
+template <class A, class T>
+FASTATTN_INLINE void stream(T* to, Vec<A> from) {
+  T part[lanes<A>];
+  store(part, from);
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  if constexpr (sizeof(part) == 64) {
+    __m512i whole;
+    std::memcpy(&whole, part, sizeof(part));
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), whole);
+  }
+#endif
+#if defined(__AVX2__) && FASTATTN_LANES >= 8
+  if constexpr (sizeof(part) == 32) {
+    __m256i whole;
+    std::memcpy(&whole, part, sizeof(part));
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), whole);
+  }
+#endif
+  std::memcpy(to, part, sizeof(part));
+}
+FASTATTN_INLINE void end_stream() {
+#if defined(__AVX2__) && FASTATTN_LANES >= 8
+  _mm_sfence();
+#endif
 }
 
 // The first `count` elements, 0 < count < lanes; the others load as 0.
@@ -180,6 +219,16 @@ FASTATTN_INLINE void store_count(T* to, Vec<A> from, Count count) {
     store_part<A>(to, from, count);
   } else {
     store(to, from);
+  }
+}
+
+template <class A, class T>
+void load_row(A* to, const T* from, int64_t stride, int64_t count) {
+  if (stride == 1) {
+    each_vector<A>(
+        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
+  } else {
+    for (int64_t c = 0; c < count; c++) to[c] = load_one<A>(from + c * stride);
   }
 }
 
@@ -318,24 +367,39 @@ FASTATTN_INLINE Vec<double> normal_cdf(Vec<double> x) {
   return each_lane(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); });
 }
 
-// Where element [b, h, i, j] lies.
+// Where element [h, i, j] of the first sequence of a batch lies.
 template <class T>
-const T* at(const Source& view, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return static_cast<const T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
-         i * view.stride[2] + j * view.stride[3];
+const T* at(const Source& view, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
+         j * view.stride[3];
 }
 template <class T>
-T* at(const Target& view, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + i * view.stride[2] +
+T* at(const Target& view, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
          j * view.stride[3];
+}
+
+// A sequence of a batch, from one of its rows on, as a batch of its own.
+template <class Pointer>
+View<Pointer> sequence(View<Pointer> view, int64_t index, int64_t row = 0) {
+  view.first += index * view.stride[0] + row * view.stride[2];
+  return view;
+}
+
+// Runs f(queue) on torch's threads, as many as there are tasks for: each takes tasks until none is
+// left, and keeps between them what they share.
+template <class F>
+void workers(int64_t tasks, const F& f) {
+  run_workers(
+      tasks, [](TaskQueue& queue, const void* body) { (*static_cast<const F*>(body))(queue); }, &f);
 }
 
 // Runs f(task) for every task in [0, tasks) on torch's threads.
 template <class F>
 void parallel(int64_t tasks, const F& f) {
-  run_tasks(
-      tasks, [](int64_t task, void* body) { (*static_cast<const F*>(body))(task); },
-      const_cast<F*>(&f));
+  workers(tasks, [&](TaskQueue& queue) {
+    for (int64_t task; queue.next(task);) f(task);
+  });
 }
 
 }  // namespace

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
-from fastattn.ops.attention import reference
+from fastattn.ops import philox
+from fastattn.ops.attention import arguments, reference
 
 SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? alibi_slopes,"
-    " Tensor? sinks, Tensor? seed, {outputs}SymInt offset, SymInt? left, SymInt? right,"
-    " float scale, float softcap, float dropout_p"
+    " Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {outputs}"
+    "bool bottom_right, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p,"
+    " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-TENSORS = 8
+TENSORS = 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -39,6 +41,12 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     )
     by_position = dict(zip((QUERY, KEY, VALUE, BIAS, SINKS), found, strict=True))
     return tuple(by_position.get(i) if needs[i] else None for i in range(len(args)))
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = query.shape
+    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=reference.wide(query.dtype))
 
 
 def _backward_arguments(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple:
@@ -70,6 +78,7 @@ ATTENTION = registry.op(
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias,"
     " Tensor grad_sinks)",
     reference=reference.attention,
+    fake=_forward_fake,
     backward_arguments=_backward_arguments,
     backward_fake=_backward_fake,
     derivative=_derivative,
@@ -79,7 +88,8 @@ ATTENTION = registry.op(
 )
 
 
-def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Three tensors of four dimensions that belong together."""
     checks.floating("query", query)
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, Sq, D), got {query.dim()} dimensions")
@@ -104,46 +114,6 @@ def _checked_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _bounds(
-    causal: bool, window: tuple[int | None, int | None] | None
-) -> tuple[int | None, int | None]:
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    left = right = None
-    if window is not None:
-        try:
-            left, right = (None if bound in (None, -1) else bound for bound in window)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"window must be None or a pair (left, right), got {window!r}"
-            ) from None
-        for bound in (left, right):
-            if bound is None:
-                continue
-            if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
-                raise TypeError(f"window must hold integers or None, got {window!r}")
-            if bound < 0:
-                raise ValueError(f"window must hold sizes >= 0, None or -1, got {window!r}")
-    return left, 0 if causal else right
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed must hold one int64 on {device}, got {seed.numel()} of {seed.dtype} "
-                f"on {seed.device}"
-            )
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
-
-
 def _attention_args(
     query: Tensor,
     key: Tensor,
@@ -163,50 +133,14 @@ def _attention_args(
     return_lse: bool = False,
 ) -> tuple:
     query, key, value = dispatch.autocast(query, key, value)
-    _checked_tensors(query, key, value)
+    check_tensors(query, key, value)
     batch, heads, q_len, width = query.shape
     kv_len = key.shape[2]
-    if align not in ("bottom_right", "top_left"):
-        raise ValueError(f'align must be "bottom_right" or "top_left", got {align!r}')
-    left, right = _bounds(causal, window)
-    if mask is not None:
-        checks.on_device("mask", mask, "query", query)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}; use bias")
-        mask = checks.broadcastable("mask", mask, (batch, heads, q_len, kv_len))
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.on_device("bias", bias, "query", query)
-        if bias.dtype not in (query.dtype, torch.float32):
-            raise TypeError(f"bias must be {query.dtype} or torch.float32, got {bias.dtype}")
-        bias = checks.broadcastable("bias", bias, (batch, heads, q_len, kv_len))
-    if alibi_slopes is not None:
-        checks.floating("alibi_slopes", alibi_slopes)
-        checks.on_device("alibi_slopes", alibi_slopes, "query", query)
-        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes must be (H,) or (B, H) = {[batch, heads]}, "
-                f"got {list(alibi_slopes.shape)}"
-            )
-        alibi_slopes = alibi_slopes.float().expand(batch, heads).contiguous()
-    if sinks is not None:
-        checks.floating("sinks", sinks)
-        checks.on_device("sinks", sinks, "query", query)
-        if tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must be (H,) = {[heads]}, got {list(sinks.shape)}")
-        sinks = sinks.double().contiguous()  # one type for every kernel
-    if scale is None:
-        scale = max(width, 1) ** -0.5
-    checks.finite("scale", scale)
-    if softcap is not None:
-        checks.finite("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    checks.finite("dropout_p", dropout_p)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p == 0 and seed is not None:
-        raise ValueError("seed is of use only with dropout_p > 0, got dropout_p = 0")
+    left, right = arguments.bounds(causal, window, align)
+    mask, bias = arguments.mask_and_bias(mask, bias, query, (batch, heads, q_len, kv_len))
+    alibi_slopes, sinks = arguments.terms_of_heads(alibi_slopes, sinks, query, batch, heads)
+    seed = philox.checked_seed(dropout_p, seed, query.device)
+    scale, softcap = arguments.scale_and_softcap(width, scale, softcap)
     return (
         query,
         key,
@@ -215,13 +149,17 @@ def _attention_args(
         bias,
         alibi_slopes,
         sinks,
-        _seed(seed, query.device) if dropout_p else None,
-        kv_len - q_len if align == "bottom_right" else 0,
+        seed,
+        None,
+        None,
+        align == "bottom_right",
         left,
         right,
-        float(scale),
-        float(softcap or 0.0),
+        scale,
+        softcap,
         float(dropout_p),
+        None,
+        None,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 def _linear_refusals(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> list[str]:
-    return dispatch.cpu_refusals(input, weight, bias)
+    return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -32,10 +30,6 @@ def _empty_if(wanted: bool, tensor: Tensor | None, other: Tensor) -> Tensor:
     if not wanted or tensor is None:
         return other.new_empty(0)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _wanted(*flags: bool) -> tuple[int, ...]:
-    return tuple(i for i, flag in enumerate(flags) if flag)
 
 
 LINEAR = registry.op(
@@ -61,7 +55,7 @@ LINEAR = registry.op(
 
 
 def _ffn_refusals(*args: object) -> list[str]:
-    return dispatch.cpu_refusals(*args[:7])
+    return dispatch.cpu_refusals(args[0])  # and all the others are like it
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -103,20 +97,18 @@ FFN = registry.op(
 
 
 def _checked_linear(
-    name: str, weight: Tensor, bias: Tensor | None, input: Tensor, in_features: int
+    prefix: str, weight: Tensor, bias: Tensor | None, input: Tensor, in_features: int
 ) -> int:
     """Check one projection of `in_features`; returns its number of output features."""
-    prefix = name.removesuffix("weight")
-    checks.same(name, weight, "input", input, shape=False)
-    if weight.dim() != 2 or weight.shape[1] != in_features:
-        raise ValueError(f"{name} must be (out_features, {in_features}), got {list(weight.shape)}")
+    checks.same(prefix + "weight", weight, "input", input, shape=False)
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != in_features:
+        raise ValueError(f"{prefix}weight must be (out_features, {in_features}), got {list(shape)}")
     if bias is not None:
-        checks.same(f"{prefix}bias", bias, "input", input, shape=False)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"{prefix}bias must have shape [{weight.shape[0]}], got {list(bias.shape)}"
-            )
-    return weight.shape[0]
+        checks.same(prefix + "bias", bias, "input", input, shape=False)
+        if bias.shape != shape[:1]:
+            raise ValueError(f"{prefix}bias must have shape [{shape[0]}], got {list(bias.shape)}")
+    return shape[0]
 
 
 def _checked_input(input: Tensor) -> None:
@@ -129,10 +121,6 @@ def _checked_activation(activation: str | None, choices: tuple) -> str:
     if activation not in choices:
         raise ValueError(f"activation must be one of {list(choices)}, got {activation!r}")
     return "identity" if activation is None else activation
-
-
-def _flat(input: Tensor) -> Tensor:
-    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1]).contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -148,14 +136,13 @@ def _linear_args(
 ) -> tuple:
     input, weight, bias = dispatch.autocast(input, weight, bias)
     _checked_input(input)
-    _checked_linear("weight", weight, bias, input, input.shape[-1])
-    activation = _checked_activation(activation, (None, *ACTIVATIONS))
+    _checked_linear("", weight, bias, input, input.shape[-1])
     return (
-        _flat(input),
+        input.contiguous(),
         weight.contiguous(),
         _contiguous(bias),
-        activation,
-        activation != "identity" and _save(input, weight, bias),
+        _checked_activation(activation, (None, *ACTIVATIONS)),
+        activation is not None and _save(input, weight, bias),
     )
 
 
@@ -176,8 +163,7 @@ def linear(
         TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the
         activation does not fit.
     """
-    args = _linear_args(input, weight, bias, activation)
-    return LINEAR(*args)[0].view(*input.shape[:-1], weight.shape[0])
+    return LINEAR(*_linear_args(input, weight, bias, activation))[0]
 
 
 def _ffn_args(
@@ -195,10 +181,10 @@ def _ffn_args(
         input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias
     )
     _checked_input(input)
-    hidden = _checked_linear("up_weight", up_weight, up_bias, input, input.shape[-1])
-    _checked_linear("down_weight", down_weight, down_bias, input, hidden)
+    hidden = _checked_linear("up_", up_weight, up_bias, input, input.shape[-1])
+    _checked_linear("down_", down_weight, down_bias, input, hidden)
     if gate_weight is not None:
-        gate = _checked_linear("gate_weight", gate_weight, gate_bias, input, input.shape[-1])
+        gate = _checked_linear("gate_", gate_weight, gate_bias, input, input.shape[-1])
         if gate != hidden:
             raise ValueError(f"gate_weight must have up_weight's {hidden} rows, got {gate}")
     elif gate_bias is not None:
@@ -206,7 +192,7 @@ def _ffn_args(
     activation = _checked_activation(activation, ACTIVATIONS)
     tensors = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     save = _save(input, *tensors)
-    return (_flat(input), *(_contiguous(tensor) for tensor in tensors), activation, save)
+    return (input.contiguous(), *(_contiguous(tensor) for tensor in tensors), activation, save)
 
 
 def ffn(
@@ -250,7 +236,7 @@ def ffn(
         gate_bias=gate_bias,
         activation=activation,
     )
-    return FFN(*args)[0].view(*input.shape[:-1], down_weight.shape[0])
+    return FFN(*args)[0]
 
 
 registry.function("linear", _linear_args, LINEAR)

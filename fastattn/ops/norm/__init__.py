@@ -1,93 +1,95 @@
-"""layer_norm and rms_norm, each also with a residual added in front."""
+"""layer_norm and rms_norm, each also with dropout and a residual added in front."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
+from fastattn.ops import philox
 from fastattn.ops.norm import reference
 
 
-def _refusals(
-    input: Tensor, residual: Tensor | None, weight: Tensor | None, *rest: object
-) -> list[str]:
-    bias = rest[0] if len(rest) == 2 else None
-    return dispatch.cpu_refusals(input, residual, weight, bias)
+def _refusals(input: Tensor, *rest: Any) -> list[str]:
+    # The other tensors are on input's device, and of its dtype or fp32.
+    return dispatch.cpu_refusals(input)
 
 
-def _grad_summed(grad: Tensor | None, residual: Tensor | None) -> Tensor | None:
-    """None without a residual: torch.compile hands out zeros for what no one has used."""
-    return None if grad is None or residual is None else grad.contiguous()
+def _apart(input: Tensor, residual: Tensor | None, dropout_p: float) -> bool:
+    """Whether the gradients of input and residual differ."""
+    return residual is not None and (dropout_p > 0 or input.dtype != residual.dtype)
+
+
+def _sources(args: tuple, outs: tuple, grads: tuple) -> tuple:
+    """What the backward op takes in front of the parameters."""
+    input, residual = args[:2]
+    grad_out, grad_summed = grads
+    summed = None if residual is None or not args[-1] else outs[0]
+    if grad_out is not None:
+        grad_out = grad_out.contiguous()
+    # torch.compile hands out zeros for what no one has used.
+    grad_summed = None if grad_summed is None or summed is None else grad_summed.contiguous()
+    return grad_out, grad_summed, input, residual, summed
+
+
+def _by_argument(needs: tuple, args: tuple, found: tuple) -> tuple:
+    """The gradients (input, residual, parameters ...), each where it is needed."""
+    input, residual = args[:2]
+    if not _apart(input, residual, args[-2]):
+        found = (found[0], found[0], *found[2:])
+    return tuple(found[i] if i < len(found) and needs[i] else None for i in range(len(args)))
 
 
 def _layer_norm_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
-    input, residual, weight, bias, eps = args
-    summed, mean, rstd = outs
-    grad_out, grad_summed = grads
-    dx, dweight, dbias = LAYER_NORM.backward(
-        None if grad_out is None else grad_out.contiguous(),
-        _grad_summed(grad_summed, residual),
-        input if residual is None else summed,
-        weight,
-        bias,
-        mean,
-        rstd,
-        eps,
-    )
-    return (
-        dx if needs[0] else None,
-        dx if needs[1] else None,
-        dweight if needs[2] else None,
-        dbias if needs[3] else None,
-        None,
-    )
+    _, _, weight, bias, seed, dims, eps, dropout_p, _ = args
+    sources = _sources(args, outs, grads)
+    found = LAYER_NORM.backward(*sources, weight, bias, seed, *outs[1:], dims, eps, dropout_p)
+    return _by_argument(needs, args, found)
 
 
 def _rms_norm_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
-    input, residual, weight, eps = args
-    summed, rstd = outs
-    grad_out, grad_summed = grads
-    dx, dweight = RMS_NORM.backward(
-        None if grad_out is None else grad_out.contiguous(),
-        _grad_summed(grad_summed, residual),
-        input if residual is None else summed,
-        weight,
-        rstd,
-        eps,
-    )
-    return (
-        dx if needs[0] else None,
-        dx if needs[1] else None,
-        dweight if needs[2] else None,
-        None,
-    )
+    _, _, weight, seed, dims, eps, dropout_p, _ = args
+    sources = _sources(args, outs, grads)
+    found = RMS_NORM.backward(*sources, weight, seed, *outs[1:], dims, eps, dropout_p)
+    return _by_argument(needs, args, found)
 
 
-def _empty_like(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other.new_empty(0) if tensor is None else torch.empty_like(tensor)
+def _layer_norm_arguments(
+    grad_out, grad_summed, input, residual, summed, weight, bias, seed, mean, rstd, *rest
+) -> tuple:
+    forward_args = (input, residual, weight, bias, seed, *rest, True)
+    return forward_args, (grad_out, grad_summed), (0, 1, 2, 3)
+
+
+def _rms_norm_arguments(
+    grad_out, grad_summed, input, residual, summed, weight, seed, rstd, *rest
+) -> tuple:
+    return (input, residual, weight, seed, *rest, True), (grad_out, grad_summed), (0, 1, 2)
+
+
+def _fake(input: Tensor, residual: Tensor | None, dropout_p: float, *parameters: Tensor) -> tuple:
+    """The gradients' shapes; those of no elements stand for what is not there."""
+    residual = residual if _apart(input, residual, dropout_p) else None
+    return tuple(
+        input.new_empty(0) if t is None else torch.empty_like(t)
+        for t in (input, residual, *parameters)
+    )
 
 
 LAYER_NORM = registry.op(
-    "layer_norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
+    "layer_norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed,"
+    " int dims, float eps, float dropout_p, bool keep_sum)"
     " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
-    "layer_norm_bwd(Tensor? grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight,"
-    " Tensor? bias, Tensor mean, Tensor rstd, float eps)"
-    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "layer_norm_bwd(Tensor? grad_out, Tensor? grad_summed, Tensor input, Tensor? residual,"
+    " Tensor? summed, Tensor? weight, Tensor? bias, Tensor? seed, Tensor mean, Tensor rstd,"
+    " int dims, float eps, float dropout_p)"
+    " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     reference=reference.layer_norm,
-    backward_arguments=lambda grad_out, grad_summed, summed, weight, bias, mean, rstd, eps: (
-        (summed, torch.zeros_like(summed), weight, bias, eps),
-        (grad_out, grad_summed),
-        (0, 2, 3),
-    ),
-    backward_fake=lambda grad_out, grad_summed, summed, weight, bias, mean, rstd, eps: (
-        torch.empty_like(summed),
-        _empty_like(weight, summed),
-        _empty_like(bias, summed),
-    ),
+    backward_arguments=_layer_norm_arguments,
+    backward_fake=lambda *args: _fake(args[2], args[3], args[12], args[5], args[6]),
     derivative=_layer_norm_derivative,
     kernels={"cpu": _refusals},
     differentiable=2,
@@ -95,20 +97,16 @@ LAYER_NORM = registry.op(
 )
 
 RMS_NORM = registry.op(
-    "rms_norm_fwd(Tensor input, Tensor? residual, Tensor? weight, float eps)"
+    "rms_norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? seed,"
+    " int dims, float eps, float dropout_p, bool keep_sum)"
     " -> (Tensor out, Tensor summed, Tensor rstd)",
-    "rms_norm_bwd(Tensor? grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight,"
-    " Tensor rstd, float eps) -> (Tensor grad_input, Tensor grad_weight)",
+    "rms_norm_bwd(Tensor? grad_out, Tensor? grad_summed, Tensor input, Tensor? residual,"
+    " Tensor? summed, Tensor? weight, Tensor? seed, Tensor rstd,"
+    " int dims, float eps, float dropout_p)"
+    " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight)",
     reference=reference.rms_norm,
-    backward_arguments=lambda grad_out, grad_summed, summed, weight, rstd, eps: (
-        (summed, torch.zeros_like(summed), weight, eps),
-        (grad_out, grad_summed),
-        (0, 2),
-    ),
-    backward_fake=lambda grad_out, grad_summed, summed, weight, rstd, eps: (
-        torch.empty_like(summed),
-        _empty_like(weight, summed),
-    ),
+    backward_arguments=_rms_norm_arguments,
+    backward_fake=lambda *args: _fake(args[2], args[3], args[10], args[5]),
     derivative=_rms_norm_derivative,
     kernels={"cpu": _refusals},
     differentiable=2,
@@ -116,15 +114,14 @@ RMS_NORM = registry.op(
 )
 
 
-def _rows(
+def _checked(
     input: Tensor,
     residual: Tensor | None,
     normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
+    parameters: dict[str, Tensor | None],
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Check the arguments of a norm, and flatten: input [rows, cols], weight and bias [cols]."""
+) -> tuple[list[Tensor | None], int]:
+    """Check the arguments of a norm; the tensors, contiguous, and how many dimensions it spans."""
     checks.floating("input", input)
     if not isinstance(normalized_shape, (int, Sequence)):
         raise TypeError(
@@ -132,32 +129,42 @@ def _rows(
             f"got {type(normalized_shape).__name__}"
         )
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+    dims = len(shape)
+    if not dims or input.shape[-dims:] != shape:
         raise ValueError(
             "normalized_shape must be the last dimensions of input, "
             f"got {list(shape)} for an input of shape {list(input.shape)}"
         )
     checks.finite("eps", eps)
+    tensors = [input.contiguous(), None]
     if residual is not None:
-        checks.same("residual", residual, "input", input)
-    cols = math.prod(shape)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        checks.on_device(name, tensor, "input", input)
-        if tuple(tensor.shape) != shape:
+        checks.on_device("residual", residual, "input", input)
+        if residual.shape != input.shape:
             raise ValueError(
-                f"{name} must have the normalized shape {list(shape)}, got {list(tensor.shape)}"
+                f"residual must have input's shape {list(input.shape)}, got {list(residual.shape)}"
             )
-        if tensor.dtype not in (input.dtype, torch.float32):
-            raise TypeError(f"{name} must be {input.dtype} or torch.float32, got {tensor.dtype}")
-    rows = math.prod(input.shape[: -len(shape)])
-    return (
-        input.reshape(rows, cols).contiguous(),
-        None if residual is None else residual.reshape(rows, cols).contiguous(),
-        None if weight is None else weight.reshape(cols).contiguous(),
-        None if bias is None else bias.reshape(cols).contiguous(),
-    )
+        if residual.dtype != input.dtype and (
+            residual.dtype != torch.float32 or input.dtype == torch.float64
+        ):
+            raise TypeError(
+                f"residual must be {input.dtype} or, for a narrower input, torch.float32, "
+                f"got {residual.dtype}"
+            )
+        tensors[1] = residual.contiguous()
+    for name, tensor in parameters.items():
+        if tensor is not None:
+            checks.on_device(name, tensor, "input", input)
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name} must have the normalized shape {list(shape)}, got {list(tensor.shape)}"
+                )
+            if tensor.dtype not in (input.dtype, torch.float32):
+                raise TypeError(
+                    f"{name} must be {input.dtype} or torch.float32, got {tensor.dtype}"
+                )
+            tensor = tensor.contiguous()
+        tensors.append(tensor)
+    return tensors, dims
 
 
 def _layer_norm_args(
@@ -166,9 +173,10 @@ def _layer_norm_args(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    residual: Tensor | None = None,
 ) -> tuple:
-    return (*_rows(input, residual, normalized_shape, weight, bias, eps), float(eps))
+    parameters = {"weight": weight, "bias": bias}
+    tensors, dims = _checked(input, None, normalized_shape, parameters, eps)
+    return *tensors, None, dims, float(eps), 0.0, False
 
 
 def _rms_norm_args(
@@ -176,14 +184,67 @@ def _rms_norm_args(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-    residual: Tensor | None = None,
 ) -> tuple:
     if eps is None:
-        checks.floating("input", input)
-        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        eps = torch.finfo(wide).eps
-    input2d, residual2d, weight, _ = _rows(input, residual, normalized_shape, weight, None, eps)
-    return input2d, residual2d, weight, float(eps)
+        eps = _epsilon(input)
+    tensors, dims = _checked(input, None, normalized_shape, {"weight": weight}, eps)
+    return *tensors, None, dims, float(eps), 0.0, False
+
+
+def _epsilon(input: Tensor) -> float:
+    """The machine epsilon of the statistics."""
+    checks.floating("input", input)
+    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+
+
+def _add_layer_norm_args(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = True,
+) -> tuple:
+    checks.tensor("residual", residual)
+    parameters = {"weight": weight, "bias": bias}
+    tensors, dims = _checked(input, residual, normalized_shape, parameters, eps)
+    return *tensors, *_options(input, dims, eps, dropout_p, seed, return_sum)
+
+
+def _add_rms_norm_args(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = True,
+) -> tuple:
+    if eps is None:
+        eps = _epsilon(input)
+    checks.tensor("residual", residual)
+    tensors, dims = _checked(input, residual, normalized_shape, {"weight": weight}, eps)
+    return *tensors, *_options(input, dims, eps, dropout_p, seed, return_sum)
+
+
+def _options(
+    input: Tensor,
+    dims: int,
+    eps: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    return_sum: bool,
+) -> tuple:
+    if not isinstance(return_sum, bool):
+        raise TypeError(f"return_sum must be a bool, got {type(return_sum).__name__}")
+    seed = philox.checked_seed(dropout_p, seed, input.device)
+    return seed, dims, float(eps), float(dropout_p), return_sum
 
 
 def layer_norm(
@@ -207,8 +268,7 @@ def layer_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    args = _layer_norm_args(input, normalized_shape, weight, bias, eps)
-    return LAYER_NORM(*args)[0].view(input.shape)
+    return LAYER_NORM(*_layer_norm_args(input, normalized_shape, weight, bias, eps))[0]
 
 
 def add_layer_norm(
@@ -218,19 +278,48 @@ def add_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """`layer_norm(input + residual)` in one pass over memory; returns (out, input + residual).
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`layer_norm(sum)` of `sum = residual + dropout(input)`, in one pass over memory.
 
-    Takes `layer_norm`'s arguments and a `residual` of the shape and dtype of `input`. The sum is
-    rounded to that dtype before it is normalised, as the two separate operations would.
+    Serves residual streams that are normalised in front of a block (which go on with the sum) and
+    behind it (which do not). Both results are differentiable.
+
+    Args:
+        input, normalized_shape, weight, bias, eps: as `layer_norm` takes them.
+        residual: the shape of `input`, in its dtype, or fp32 for a bf16 or fp16 `input`, as under
+            torch.autocast. The sum is rounded to this dtype before it is normalised, as separate
+            operations would.
+        dropout_p: probability of dropping an element of `input`, the rest scaled by 1 / (1 - p).
+            Bits come from Philox 4x32-10, counted by row and column, the same for any kernel and
+            any number of threads; backward draws them again and keeps no mask.
+        seed: an int or one int64 for dropout; drawn from torch's generator when None.
+        return_sum: False returns `out` alone and never writes the sum to memory; backward adds it
+            up again.
+
+    Returns:
+        (out, sum), out in the dtype of `input` and sum in that of `residual`, or `out` alone.
 
     Raises:
-        TypeError, ValueError: as `layer_norm`, and when `residual` differs from `input`.
+        TypeError, ValueError: as `layer_norm`; also when `residual` or an option does not fit.
     """
-    checks.tensor("residual", residual)
-    args = _layer_norm_args(input, normalized_shape, weight, bias, eps, residual)
-    out, summed, *_ = LAYER_NORM(*args)
-    return out.view(input.shape), summed.view(input.shape)
+    out, summed, *_ = LAYER_NORM(
+        *_add_layer_norm_args(
+            input,
+            residual,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_sum=return_sum,
+        )
+    )
+    return (out, summed) if return_sum else out
 
 
 def rms_norm(
@@ -253,8 +342,7 @@ def rms_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    args = _rms_norm_args(input, normalized_shape, weight, eps)
-    return RMS_NORM(*args)[0].view(input.shape)
+    return RMS_NORM(*_rms_norm_args(input, normalized_shape, weight, eps))[0]
 
 
 def add_rms_norm(
@@ -263,34 +351,31 @@ def add_rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm(input + residual)` in one pass over memory; returns (out, input + residual).
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`rms_norm(sum)` of `sum = residual + dropout(input)`, in one pass over memory.
 
-    Takes `rms_norm`'s arguments and a `residual` of the shape and dtype of `input`. The sum is
-    rounded to that dtype before it is normalised, as the two separate operations would.
-
-    Raises:
-        TypeError, ValueError: as `rms_norm`, and when `residual` differs from `input`.
+    Takes `rms_norm`'s arguments and the others, returns and raises as `add_layer_norm`.
     """
-    checks.tensor("residual", residual)
-    args = _rms_norm_args(input, normalized_shape, weight, eps, residual)
-    out, summed, _ = RMS_NORM(*args)
-    return out.view(input.shape), summed.view(input.shape)
+    out, summed, _ = RMS_NORM(
+        *_add_rms_norm_args(
+            input,
+            residual,
+            normalized_shape,
+            weight,
+            eps,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_sum=return_sum,
+        )
+    )
+    return (out, summed) if return_sum else out
 
 
 registry.function("layer_norm", _layer_norm_args, LAYER_NORM)
-registry.function(
-    "add_layer_norm",
-    lambda input, residual, *args, **kwargs: _layer_norm_args(
-        input, *args, residual=residual, **kwargs
-    ),
-    LAYER_NORM,
-)
+registry.function("add_layer_norm", _add_layer_norm_args, LAYER_NORM)
 registry.function("rms_norm", _rms_norm_args, RMS_NORM)
-registry.function(
-    "add_rms_norm",
-    lambda input, residual, *args, **kwargs: _rms_norm_args(
-        input, *args, residual=residual, **kwargs
-    ),
-    RMS_NORM,
-)
+registry.function("add_rms_norm", _add_rms_norm_args, RMS_NORM)

@@ -1,0 +1,358 @@
+// Attention of few queries to a long cache: keys and values are read once, where they lie.
+#pragma once
+
+#include "attention/scores.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Keys of a task. It depends on nothing, so that a sequence's sums depend on no other sequence and
+// on no number of threads.
+constexpr int64_t kSplit = 256;
+// A tile of queries and keys has so many scores, each a vector of sums: some half of the registers.
+constexpr int kTile = FASTATTN_LANES == 8 ? 8 : 16;
+constexpr int kTileRows = kTile / 4;  // queries that share a load of a key
+static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
+constexpr int64_t kAhead = kTile;  // keys between a prefetch and its use
+
+template <class A, class T>
+void store_row(T* to, int64_t stride, const A* from, int64_t count) {
+  if (stride == 1) {
+    each_vector<A>(
+        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
+  } else {
+    for (int64_t c = 0; c < count; c++) store_part<A>(to + c * stride, set<A>(from[c]), 1);
+  }
+}
+
+// The cosines and sines of one position, by which rows are turned in the planes of their pairs.
+template <class A>
+class Rotation {
+ public:
+  Rotation(const Rotary& rotary, Scratch& scratch, int64_t position)
+      : rotary_(rotary), cos_(scratch.take<A>(rotary.pairs)), sin_(scratch.take<A>(rotary.pairs)) {
+    with_type(rotary.dtype, [&](auto* type) {
+      using B = std::remove_pointer_t<decltype(type)>;
+      if constexpr (std::is_same_v<Acc<B>, A>) {
+        load_row(cos_, at<B>(rotary.cos, 0, position, 0), rotary.cos.stride[3], rotary.pairs);
+        load_row(sin_, at<B>(rotary.sin, 0, position, 0), rotary.sin.stride[3], rotary.pairs);
+      }
+    });
+  }
+  void turn(A* row) const {
+    const int64_t step = rotary_.interleaved ? 2 : 1,
+                  apart = rotary_.interleaved ? 1 : rotary_.pairs;
+    for (int64_t c = 0; c < rotary_.pairs; c++) {
+      const A x = row[c * step], y = row[c * step + apart];
+      row[c * step] = x * cos_[c] - y * sin_[c];
+      row[c * step + apart] = x * sin_[c] + y * cos_[c];
+    }
+  }
+
+ private:
+  const Rotary& rotary_;
+  A *cos_, *sin_;
+};
+
+// Where a sequence's positions lie in a cache, one after the other.
+template <class T>
+class Walk {
+ public:
+  Walk(const Paging& paging, int64_t sequence, int64_t position)
+      : paging_(paging),
+        page_(paging.pages + sequence * paging.columns + position / paging.size),
+        slot_(position % paging.size) {}
+  template <class Pointer>
+  auto operator()(const View<Pointer>& cache, int64_t head) const {
+    return at<T>(cache, head, slot_, 0) + *page_ * cache.stride[0];
+  }
+  void next() {
+    if (++slot_ < paging_.size) return;
+    slot_ = 0;
+    page_++;
+  }
+
+ private:
+  const Paging& paging_;
+  const int64_t* page_;
+  int64_t slot_;
+};
+
+// What a split of the keys of one key head leaves behind: for each row of queries, weighted values
+// relative to the highest logit, and the sum of weights.
+template <class A>
+struct Part {
+  A *out, *row_max, *row_sum;
+  static int64_t size(int64_t rows, int64_t width) { return rows * (width + 2); }
+  Part(A* memory, int64_t rows, int64_t width)
+      : out(memory), row_max(memory + rows * width), row_sum(row_max + rows) {}
+};
+
+// One sequence and one key head, whose rows are the queries of all heads that share it.
+template <class T>
+class DecodeTask {
+  using A = Acc<T>;
+
+  static constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
+
+ public:
+  DecodeTask(const AttentionDecode& args, int64_t n, int64_t key_head)
+      : args_(args),
+        in_(sequence(args.in, n)),
+        key_head_(key_head),
+        group_(in_.heads / in_.kv_heads),
+        rows_(group_ * in_.q_len),
+        width_(round_up(in_.head_dim, lanes<A>)),
+        value_width_(round_up(in_.value_dim, lanes<A>)),
+        seen_(visible_keys(in_, 0, in_.q_len)) {}
+
+  static int64_t splits(const Attention& one) {
+    const Range seen = visible_keys(one, 0, one.q_len);
+    return seen.first < seen.end ? ceil_div(seen.end, kSplit) - seen.first / kSplit : 0;
+  }
+
+  void run(int64_t split, Part<A> part) const {
+    const int64_t block = (seen_.first / kSplit + split) * kSplit;
+    const int64_t first = larger(seen_.first, block), end = smaller(seen_.end, block + kSplit);
+    const int64_t count = end - first, padded = round_up(count, kTile);
+    Scratch scratch;
+    const T** keys = scratch.take<const T*>(kSplit + kAhead);
+    const T** values = scratch.take<const T*>(kSplit + kAhead);
+    find(scratch, args_.key_cache, in_.head_dim, first, count, keys);
+    find(scratch, args_.value_cache, in_.value_dim, first, count, values);
+    std::memcpy(keys + padded, values, kAhead * sizeof(*values));  // to be fetched after the keys
+    A* query = scratch.take<A>(rows_ * width_);
+    load_queries(scratch, query);
+    A* weights = scratch.take<A>(rows_ * kSplit);
+    for (int64_t c = 0; c < padded; c += kTile) {
+      each_tile([&](int64_t r, auto rows) {
+        for (int64_t k = c; k < c + kTile; k += kTile / rows)
+          dots<rows>(query + r * width_, keys + k, weights + r * kSplit + k);
+      });
+    }
+    for (int64_t r = 0; r < rows_; r++) {
+      A* row = weights + r * kSplit;
+      const int64_t width = round_up(padded, lanes<A>);
+      const Scores<A> scores(in_, head(r));
+      scores.finish(row, r % in_.q_len, first, count, width, nullptr);
+      part.row_max[r] = minus_infinity<A>;
+      part.row_sum[r] = weigh(row, width, part.row_max[r]);
+    }
+    std::memset(part.out, 0, static_cast<size_t>(rows_ * value_width_) * sizeof(A));
+    // What every row sees takes the fast path; elsewhere a weight of zero hides its value.
+    const int64_t shared_first = visible_keys(in_, in_.q_len - 1).first - first;
+    const int64_t shared_end = smaller(visible_keys(in_, 0).end - first, count);
+    for (int64_t c = 0; c < padded; c += kTile) {
+      const bool shared = c >= shared_first && c + kTile <= shared_end;
+      each_tile([&](int64_t r, auto rows) {
+        for (int64_t k = c; k < c + kTile; k += kTile / rows) {
+          const A* weight = weights + r * kSplit + k;
+          A* out = part.out + r * value_width_;
+          if (shared) {
+            add_values<rows>(weight, values + k, out);
+          } else {
+            add_seen_values<rows>(weight, values + k, out);
+          }
+        }
+      });
+    }
+  }
+
+  // Adds the parts in their order, and a sink where there is one.
+  void combine(A* memory, int64_t count) const {
+    const int64_t stride = Part<A>::size(rows_, value_width_);
+    Scratch scratch;
+    A* sums = scratch.take<A>(value_width_);
+    const Target out = sequence(args_.out, in_.index, 0);
+    for (int64_t r = 0; r < rows_; r++) {
+      const A sink =
+          in_.sinks == nullptr ? minus_infinity<A> : static_cast<A>(in_.sinks[head(r)] * kLog2e);
+      A top = sink;
+      for (int64_t s = 0; s < count; s++) {
+        const A own = Part<A>(memory + s * stride, rows_, value_width_).row_max[r];
+        if (own > top || own != own) top = own;
+      }
+      A total = sink == minus_infinity<A> ? A{0} : std::exp2(sink - top);
+      for (int64_t c = 0; c < value_width_; c++) sums[c] = 0;
+      for (int64_t s = 0; s < count; s++) {
+        const Part<A> part(memory + s * stride, rows_, value_width_);
+        if (part.row_max[r] == minus_infinity<A>) continue;
+        const A factor = std::exp2(part.row_max[r] - top);
+        total += part.row_sum[r] * factor;
+        const A* from = part.out + r * value_width_;
+        for (int64_t c = 0; c < value_width_; c += lanes<A>)
+          store(sums + c, load<A>(sums + c) + load<A>(from + c) * factor);
+      }
+      const A factor = total == 0 ? A{0} : 1 / total;
+      T* to = at<T>(out, head(r), r % in_.q_len, 0);
+      each_vector<A>(in_.value_dim, [&](int64_t c, auto n) {
+        store_count<A>(to + c, load<A>(sums + c) * factor, n);
+      });
+      static_cast<A*>(args_.lse)[row_number(in_, head(r), r % in_.q_len)] =
+          total == 0 ? minus_infinity<A> : static_cast<A>((top + std::log2(total)) * kLn2);
+    }
+  }
+
+ private:
+  int64_t head(int64_t r) const { return key_head_ * group_ + r / in_.q_len; }
+
+  // Calls f(first row, number of rows as a constant) for tiles of rows.
+  template <class F>
+  void each_tile(const F& f) const {
+    int64_t r = 0;
+    for (; r + kTileRows <= rows_; r += kTileRows) f(r, std::integral_constant<int, kTileRows>{});
+    if (kTileRows > 2 && r + 2 <= rows_) {
+      f(r, std::integral_constant<int, 2>{});
+      r += 2;
+    }
+    if (r < rows_) f(r, std::integral_constant<int, 1>{});
+  }
+
+  void load_queries(Scratch& scratch, A* to) const {
+    const A factor = Scores<A>::query_factor(in_);
+    for (int64_t i = 0; i < in_.q_len; i++) {
+      const Rotation<A> rotation(args_.rotary, scratch, in_.offset + i);
+      for (int64_t g = 0; g < group_; g++) {
+        A* row = to + (g * in_.q_len + i) * width_;
+        load_row(row, at<T>(in_.query, key_head_ * group_ + g, i, 0), in_.query.stride[3],
+                 in_.head_dim);
+        rotation.turn(row);
+        for (int64_t c = 0; c < in_.head_dim; c++) row[c] *= factor;
+        for (int64_t c = in_.head_dim; c < width_; c++) row[c] = 0;
+      }
+    }
+  }
+
+  // The rows at `count` positions of a cache, the last again beyond them. Only rows whose
+  // elements lie apart are copied.
+  void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
+            const T** rows) const {
+    Walk<T> walk(args_.paging, in_.index, first);
+    for (int64_t j = 0; j < count; j++, walk.next()) rows[j] = walk(cache, key_head_);
+    if (cache.stride[3] != 1) {
+      T* copy = scratch.take<T>(count * cols);
+      for (int64_t j = 0; j < count; j++) {
+        for (int64_t c = 0; c < cols; c++) copy[j * cols + c] = rows[j][c * cache.stride[3]];
+        rows[j] = copy + j * cols;
+      }
+    }
+    for (int64_t j = count; j < kSplit + kAhead; j++) rows[j] = rows[count - 1];
+  }
+
+  template <int Rows>
+  void dots(const A* query, const T* const* keys, A* to) const {
+    constexpr int count = kTile / Rows;
+    const int64_t width = width_;
+    Vec<A> sums[kTile] = {};
+    each_vector<A>(in_.head_dim, [&](int64_t d, auto n) {
+      Vec<A> row[Rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < count; k++) {
+        const Vec<A> key = load_count<A>(keys[k] + d, n);
+        if (d % kLine == 0) __builtin_prefetch(keys[k + kAhead] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
+      }
+    });
+    A totals[kTile];
+    sum_each(sums, totals);
+    for (int r = 0; r < Rows; r++)
+      std::memcpy(to + r * kSplit, totals + r * count, count * sizeof(A));
+  }
+
+  template <int Rows>
+  void add_values(const A* weights, const T* const* values, A* out) const {
+    constexpr int count = kTile / Rows;
+    const int64_t width = value_width_;
+    A weight[kTile];
+    for (int r = 0; r < Rows; r++)
+      std::memcpy(weight + r * count, weights + r * kSplit, count * sizeof(A));
+    each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {
+      Vec<A> sums[Rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) sums[r] = load<A>(out + r * width + d);
+#pragma GCC unroll 16
+      for (int k = 0; k < count; k++) {
+        const Vec<A> value = load_count<A>(values[k] + d, n);
+        if (d % kLine == 0) __builtin_prefetch(values[k + kAhead] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; r++) sums[r] += weight[r * count + k] * value;
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; r++) store(out + r * width + d, sums[r]);
+    });
+  }
+
+  // The same where a row may not see a key, whose value may be NaN.
+  template <int Rows>
+  void add_seen_values(const A* weights, const T* const* values, A* out) const {
+    for (int r = 0; r < Rows; r++)
+      for (int k = 0; k < kTile / Rows; k++) {
+        const A weight = weights[r * kSplit + k];
+        if (weight == 0) continue;
+        each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {
+          A* to = out + r * value_width_ + d;
+          store(to, load<A>(to) + weight * load_count<A>(values[k] + d, n));
+        });
+      }
+  }
+
+  const AttentionDecode& args_;
+  Attention in_;
+  int64_t key_head_, group_, rows_, width_, value_width_;
+  Range seen_;
+};
+
+template <class T>
+void decode(const AttentionDecode& args) {
+  using A = Acc<T>;
+  const Attention& in = args.in;
+  Scratch scratch;
+  const Pieces pieces(scratch, in.batch, [&](int64_t n) {
+    return in.kv_heads * DecodeTask<T>::splits(sequence(in, n));
+  });
+  const int64_t rows = in.heads / in.kv_heads * in.q_len;
+  const int64_t width = round_up(in.value_dim, lanes<A>), size = Part<A>::size(rows, width);
+  A* parts = scratch.take<A>(pieces.total() * size);
+  parallel(pieces.total(), [&](int64_t index) {
+    const auto [n, piece, count] = pieces[index];
+    // All heads of a split come one after the other, for they may share pages of memory.
+    const int64_t split = piece / in.kv_heads, h = piece % in.kv_heads,
+                  splits = count / in.kv_heads;
+    A* part = parts + (pieces.first(n) + h * splits + split) * size;
+    DecodeTask<T>(args, n, h).run(split, Part<A>(part, rows, width));
+  });
+  parallel(in.batch * in.kv_heads, [&](int64_t index) {
+    const int64_t n = index / in.kv_heads, h = index % in.kv_heads;
+    const int64_t splits = pieces.count(n) / in.kv_heads;
+    DecodeTask<T>(args, n, h).combine(parts + (pieces.first(n) + h * splits) * size, splits);
+  });
+}
+
+// Writes new keys, turned to their positions, and values into a cache. Sequences that share a page
+// write in their order.
+template <class T>
+void append(const AttentionAppend& args) {
+  using A = Acc<T>;
+  parallel(args.kv_heads, [&](int64_t h) {
+    Scratch scratch;
+    A* row = scratch.take<A>(larger(args.head_dim, args.value_dim));
+    for (int64_t b = 0; b < args.batch; b++) {
+      Walk<T> walk(args.paging, b, args.lengths[b]);
+      const Source key = sequence(args.key, b, 0), value = sequence(args.value, b, 0);
+      for (int64_t j = 0; j < args.new_len; j++, walk.next()) {
+        Scratch angles;
+        load_row(row, at<T>(key, h, j, 0), key.stride[3], args.head_dim);
+        Rotation<A>(args.rotary, angles, args.lengths[b] + j).turn(row);
+        store_row(walk(args.key_cache, h), args.key_cache.stride[3], row, args.head_dim);
+        load_row(row, at<T>(value, h, j, 0), value.stride[3], args.value_dim);
+        store_row(walk(args.value_cache, h), args.value_cache.stride[3], row, args.value_dim);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA

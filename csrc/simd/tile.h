@@ -1,0 +1,234 @@
+// The register tile of a matrix product, and the packing of its operands into panels.
+//
+// A tile reads rows of A element by element and panels of B, Tile::cols wide, with stride one.
+// Elements are widened as they are packed.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// The register tile: rows x vecs accumulators, a row of B, one broadcast element of A. A tile that
+// is wide costs fewer loads for each multiply-add than a high one, which counts where a core is
+// shared; narrower B makes it higher, with as many accumulators.
+template <class A>
+struct Tile {
+  static constexpr int sums = FASTATTN_LANES == 1 ? 8 : FASTATTN_LANES == 8 ? 12 : 24;
+  static constexpr int vecs = FASTATTN_LANES == 1 || FASTATTN_LANES == 8 ? 2 : 4;
+  static constexpr int rows = sums / vecs;
+  static constexpr int cols = vecs * lanes<A>;
+};
+
+// The A operand of a tile: element (i, k) is data[i * row + k * depth]. While a tile is computed,
+// what lies `ahead` elements further is fetched into the cache.
+template <class A>
+struct Rows {
+  const A* data;
+  int64_t row, depth;
+  int64_t ahead = 0;
+
+  Rows from(int64_t i) const { return {data + i * row, row, depth, ahead}; }
+};
+
+// C tile (=|+=) Count rows of A * B panel over `depth`. Row k of B is b[k * Vecs * lanes ...], row
+// i of C is c[i * c_row ...]. What is added to C is summed on its own first: an error grows with
+// the length of a chain of additions, so that partial sums of blocks round less than one long
+// chain.
+template <class A, int Count, int Vecs, bool Add>
+__attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t depth, A* c,
+                                             int64_t c_row) {
+  constexpr int width = lanes<A>;
+  constexpr int step = 3,
+                bases = (Count + step - 1) / step;  // x86 adds one or two strides for free
+  constexpr int64_t line = 64 / sizeof(A);
+  Vec<A> sum[Count][Vecs];
+#pragma GCC unroll 24
+  for (int i = 0; i < Count; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; j++) sum[i][j] = Vec<A>{};
+  const A* base[bases];
+#pragma GCC unroll 8
+  for (int i = 0; i < bases; i++) base[i] = a.data + i * step * a.row;
+  for (int64_t k = 0; k < depth;) {
+    if (a.ahead != 0)
+#pragma GCC unroll 24
+      for (int i = 0; i < Count; i++)
+        __builtin_prefetch(base[i / step] + i % step * a.row + a.ahead, 0, 2);
+    for (const int64_t end = smaller(k + line, depth); k < end; k++) {
+      Vec<A> row[Vecs];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; j++) row[j] = load<A>(b + j * width);
+#pragma GCC unroll 24
+      for (int i = 0; i < Count; i++) {
+        const A factor = base[i / step][i % step * a.row];
+#pragma GCC unroll 4
+        for (int j = 0; j < Vecs; j++) sum[i][j] += factor * row[j];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < bases; i++) base[i] += a.depth;
+      b += Vecs * width;
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < Count; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; j++) {
+      A* to = c + i * c_row + j * width;
+      store(to, Add ? load<A>(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// Calls f with the number of vectors in `width`, at most Vecs, as a constant.
+template <class A, int Vecs, class F>
+FASTATTN_INLINE void with_vecs(int64_t width, F&& f) {
+  if constexpr (Vecs > 1)
+    if (width < Vecs * lanes<A>) return with_vecs<A, Vecs - 1>(width, f);
+  f(std::integral_constant<int, Vecs>{});
+}
+
+// In-register transpose of lanes x lanes floats: pairs within 128 bits, then the 128-bit blocks.
+template <class V, size_t... I, class Pattern>
+FASTATTN_INLINE V shuffle(V a, V b, std::index_sequence<I...>, Pattern pattern) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, pattern(static_cast<int>(I))...);
+#else
+  return __builtin_shuffle(a, b, VecI{pattern(static_cast<int>(I))...});
+#endif
+}
+FASTATTN_INLINE void transpose(Vec<float>* r) {
+  constexpr int n = lanes<float>;
+  if constexpr (n >= 4) {
+    constexpr auto index = std::make_index_sequence<n>{};
+    Vec<float> t[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 2) {
+      t[i] = shuffle(r[i], r[i + 1], index,
+                     [](int j) constexpr { return j / 4 * 4 + j % 4 / 2 + (j % 2) * n; });
+      t[i + 1] = shuffle(r[i], r[i + 1], index,
+                         [](int j) constexpr { return j / 4 * 4 + 2 + j % 4 / 2 + (j % 2) * n; });
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 4)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const Vec<float> a = t[i + half], b = t[i + half + 2];
+        r[i + 2 * half] = shuffle(
+            a, b, index, [](int j) constexpr { return j / 4 * 4 + j % 2 + (j % 4 / 2) * n; });
+        r[i + 2 * half + 1] = shuffle(
+            a, b, index, [](int j) constexpr { return j / 4 * 4 + 2 + j % 2 + (j % 4 / 2) * n; });
+      }
+    // Now block q of r[i] holds column 4 q + i % 4 of the rows i / 4 * 4 ...: swap across blocks.
+    if constexpr (n >= 8) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++)
+        if ((i & 4) == 0) {
+          const Vec<float> a = r[i], b = r[i + 4];
+          r[i] = shuffle(a, b, index, [](int j) constexpr { return (j & 4) ? j - 4 + n : j; });
+          r[i + 4] = shuffle(a, b, index, [](int j) constexpr { return (j & 4) ? j + n : j + 4; });
+        }
+    }
+    if constexpr (n >= 16) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++)
+        if ((i & 8) == 0) {
+          const Vec<float> a = r[i], b = r[i + 8];
+          r[i] = shuffle(a, b, index, [](int j) constexpr { return (j & 8) ? j - 8 + n : j; });
+          r[i + 8] = shuffle(a, b, index, [](int j) constexpr { return (j & 8) ? j + n : j + 8; });
+        }
+    }
+  }
+}
+
+// Folds n vectors of n lanes onto each other until lane i holds the sum of vector i.
+template <int Half>
+FASTATTN_INLINE void fold_pairs(Vec<float>* v) {
+  constexpr int n = lanes<float>;
+  constexpr auto index = std::make_index_sequence<n>{};
+  if constexpr (Half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Half; i++) {
+      const Vec<float> a = v[i], b = v[i + Half];
+      v[i] = shuffle(a, b, index, [](int j) constexpr { return (j & Half) ? j + n : j; }) +
+             shuffle(a, b, index,
+                     [](int j) constexpr { return (j & Half) ? (j ^ Half) + n : j ^ Half; });
+    }
+    fold_pairs<Half / 2>(v);
+  }
+}
+// to[i] = the sum of the lanes of v[i].
+template <int Count>
+FASTATTN_INLINE void sum_each(Vec<float> (&v)[Count], float* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i += lanes<float>) {
+    fold_pairs<lanes<float> / 2>(v + i);
+    store(to + i, v[i]);
+  }
+}
+template <int Count>
+FASTATTN_INLINE void sum_each(Vec<double> (&v)[Count], double* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i++) to[i] = sum<double>(v[i]);
+}
+
+// Packs one panel: to[k * width + i] = from[i * outer + k * inner] for i < count, 0 up to width.
+// Writes whole vectors, up to kSlack elements past the panel: pack panels in order of address.
+constexpr int64_t kSlack = 16;
+template <class A, class T>
+void pack_panel(A* to, int64_t width, const T* from, int64_t outer, int64_t inner, int64_t count,
+                int64_t depth) {
+  if (outer == 1) {
+    for (int64_t k = 0; k < depth; k++) {
+      A* row = to + k * width;
+      const T* source = from + k * inner;
+      int64_t i = 0;
+      for (; i + lanes<A> <= count; i += lanes<A>) store(row + i, load<A>(source + i));
+      for (; i < count; i++) row[i] = load_one<A>(source + i);
+      for (; i < width; i++) row[i] = 0;
+    }
+    return;
+  }
+  int64_t done = 0;
+  if constexpr (std::is_same_v<A, float> && lanes<float> >= 4) {
+    if (inner == 1) {
+      constexpr int n = lanes<float>;
+      for (; done + n <= depth; done += n)
+        for (int64_t i = 0; i < width; i += n) {
+          Vec<float> block[n];
+#pragma GCC unroll 16
+          for (int j = 0; j < n; j++)
+            block[j] = i + j < count ? load<float>(from + (i + j) * outer + done) : Vec<float>{};
+          transpose(block);
+#pragma GCC unroll 16
+          for (int j = 0; j < n; j++) store(to + (done + j) * width + i, block[j]);
+        }
+    }
+  }
+  for (int64_t k = done; k < depth; k++)
+    for (int64_t i = 0; i < width; i++)
+      to[k * width + i] = i < count ? load_one<A>(from + i * outer + k * inner) : A{0};
+}
+
+// to[j * to_row + i] = from[i * from_row + j] for i < rows, j < cols, multiples of lanes<A>.
+template <class A>
+void transpose_tile(const A* from, int64_t from_row, int64_t rows, int64_t cols, A* to,
+                    int64_t to_row) {
+  if constexpr (std::is_same_v<A, float> && lanes<float> >= 4) {
+    constexpr int n = lanes<float>;
+    for (int64_t i = 0; i < rows; i += n)
+      for (int64_t j = 0; j < cols; j += n) {
+        Vec<float> block[n];
+#pragma GCC unroll 16
+        for (int k = 0; k < n; k++) block[k] = load<float>(from + (i + k) * from_row + j);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int k = 0; k < n; k++) store(to + (j + k) * to_row + i, block[k]);
+      }
+  } else {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < cols; j++) to[j * to_row + i] = from[i * from_row + j];
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
