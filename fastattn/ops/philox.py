@@ -35,7 +35,7 @@ def philox_4x32_10(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 def keep(
     seed: Tensor, heads: int, rows: int, keys: int, dropout_p: float, first_head: int = 0
 ) -> Tensor:
-    """Bool [heads, rows, keys], True = kept, from a seed of one int64 and the first head's number."""
+    """Bool [heads, rows, keys], True = kept, of heads from the first on; the seed is one int64."""
     seed = seed.reshape(())
     blocks = (keys + BLOCK - 1) // BLOCK
     counter = torch.arange(blocks * LANES, device=seed.device)
