@@ -1,4 +1,4 @@
-"""Bad input to every public function: an exception that names the argument, never a crash."""
+"""Bad input raises what names the argument; long because every function has many ways to be wrong."""
 
 from __future__ import annotations
 

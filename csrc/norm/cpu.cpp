@@ -6,19 +6,26 @@ namespace fastattn::FASTATTN_ISA {
 namespace {
 
 // N sums over a row: f(offset, count, sums) adds its terms to vectors of sums, of which there are
-// four, so that additions overlap.
+// four, so that additions overlap. Chains of them are no longer than 64.
 template <class A, int N, class F>
 FASTATTN_INLINE void sum_row(int64_t cols, A (&sums)[N], F&& f) {
   constexpr std::integral_constant<int64_t, lanes<A>> whole{};
-  Vec<A> part[4][N] = {};
+  constexpr int64_t step = 4 * lanes<A>;
+  double total[N] = {};
   int64_t c = 0;
-  for (; c + 4 * lanes<A> <= cols; c += 4 * lanes<A>)
+  while (c < cols) {
+    const int64_t end = smaller(cols, c + 64 * step);
+    Vec<A> part[4][N] = {};
+    for (; c + step <= end; c += step)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) f(c + i * lanes<A>, whole, part[i]);
-  for (; c + lanes<A> <= cols; c += lanes<A>) f(c, whole, part[0]);
-  if (c < cols) f(c, cols - c, part[1]);
-  for (int i = 0; i < N; i++)
-    sums[i] = sum<A>((part[0][i] + part[1][i]) + (part[2][i] + part[3][i]));
+      for (int i = 0; i < 4; i++) f(c + i * lanes<A>, whole, part[i]);
+    for (; c + lanes<A> <= end; c += lanes<A>) f(c, whole, part[0]);
+    if (c < end) f(c, end - c, part[1]);
+    c = end;
+    for (int i = 0; i < N; i++)
+      total[i] += sum<A>((part[0][i] + part[1][i]) + (part[2][i] + part[3][i]));
+  }
+  for (int i = 0; i < N; i++) sums[i] = static_cast<A>(total[i]);
 }
 
 // Zeros in the lanes past `count`, whatever was computed there.

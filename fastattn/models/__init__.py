@@ -45,9 +45,20 @@ class EagerOps:
         return F.linear(hidden, down_weight, down_bias)
 
     @staticmethod
-    def add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5):
-        summed = input + residual
-        return F.layer_norm(summed, normalized_shape, weight, bias, eps), summed
+    def add_layer_norm(
+        input,
+        residual,
+        normalized_shape,
+        weight=None,
+        bias=None,
+        eps=1e-5,
+        *,
+        dropout_p=0.0,
+        return_sum=True,
+    ):
+        summed = F.dropout(input, dropout_p) + residual
+        out = F.layer_norm(summed, normalized_shape, weight, bias, eps)
+        return (out, summed) if return_sum else out
 
 
 class SdpaOps(EagerOps):

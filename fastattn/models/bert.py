@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
+
+Attend = Callable[..., Tensor]  # of query, key, value [..., H, D] and dropout_p, to the same shape
 
 # Hugging Face's names of activations -> fastattn's
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -98,14 +102,13 @@ class SelfAttention(nn.Module):
         width = config.hidden_size
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
         query, key, value = (
-            ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1))
             for proj in (self.query, self.key, self.value)
-        )  # [B, H, S, D], views of [B, S, E]
+        )  # [..., H, D]
         dropout_p = self.dropout_p if self.training else 0.0
-        context = ops.attention(query, key, value, mask=mask, dropout_p=dropout_p)
-        return context.transpose(1, 2).flatten(2)  # [B, S, E]
+        return attend(query, key, value, dropout_p=dropout_p).flatten(-2)  # [..., E]
 
 
 class Layer(nn.Module):
@@ -119,18 +122,18 @@ class Layer(nn.Module):
         self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": after})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _dense_and_norm(inner, width, eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_p = config.hidden_dropout_prob
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor, mask: Tensor | None, ops: Any) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
         proj, norm = self.attention["output"].values()
-        out = ops.linear(self.attention["self"](x, mask, ops), proj.weight, proj.bias)
+        after = {"dropout_p": self.dropout_p if self.training else 0.0, "return_sum": False}
+        out = ops.linear(self.attention["self"](x, attend, ops), proj.weight, proj.bias)
         # autocast makes a product bf16 and leaves what is added to it as it was
-        x, _ = ops.add_layer_norm(self.dropout(out).to(x.dtype), x, *_arguments(norm))
+        x = ops.add_layer_norm(out.to(x.dtype), x, *_arguments(norm), **after)
         up, (down, norm) = self.intermediate["dense"], self.output.values()
         out = ops.ffn(x, up.weight, down.weight, up.bias, down.bias, activation=self.activation)
-        x, _ = ops.add_layer_norm(self.dropout(out).to(x.dtype), x, *_arguments(norm))
-        return x  # [B, S, E]
+        return ops.add_layer_norm(out.to(x.dtype), x, *_arguments(norm), **after)  # [..., E]
 
 
 class BertOutput(NamedTuple):
@@ -184,7 +187,9 @@ class Bert(nn.Module):
             position_ids: (S,) or (B, S) integers; None: 0 .. S - 1.
 
         Returns the last hidden state (B, S, E) and, with a pooler, the first token's state after
-        its linear layer and tanh (B, E). Raises ValueError naming the argument.
+        its linear layer and tanh (B, E). Fused kernels leave out padding, whose state is then 0,
+        unless torch.compile, which cannot know how much there is, traces the model. Raises
+        ValueError naming the argument.
         """
         mask = _visible(input_ids, attention_mask, self.config.max_position_embeddings)
         if token_type_ids is None:
@@ -193,12 +198,24 @@ class Bert(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         ops = models.ops(self.kernels)
         x = self.embeddings(input_ids, token_type_ids, position_ids, ops)  # [B, S, E]
-        for layer in self.encoder["layer"]:
-            x = layer(x, mask, ops)
+        if mask is None or self.kernels != "fused" or torch.compiler.is_compiling():
+            x = self._encode(x, partial(_attend_padded, mask, ops), ops)
+        else:
+            tokens = mask.flatten().nonzero()[:, 0]
+            ends = F.pad(mask.sum(1).cumsum(0), (1, 0))  # [B + 1]
+            attend = partial(ops.attention_varlen, cu_seqlens_q=ends, cu_seqlens_k=ends)
+            packed = self._encode(x.flatten(0, 1)[tokens], attend, ops)  # [tokens, E]
+            x = packed.new_zeros(mask.numel(), packed.shape[-1]).index_copy(0, tokens, packed)
+            x = x.unflatten(0, mask.shape)
         if self.pooler is None:
             return BertOutput(x, None)
         dense = self.pooler["dense"]
         return BertOutput(x, ops.linear(x[:, 0], dense.weight, dense.bias).tanh())
+
+    def _encode(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
+        for layer in self.encoder["layer"]:
+            x = layer(x, attend, ops)
+        return x
 
 
 class PredictionHead(nn.Module):
@@ -298,7 +315,16 @@ def _visible(input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> 
     got = tuple(attention_mask.shape), attention_mask.dtype
     if got[0] != shape or got[1].is_floating_point:
         raise ValueError(f"attention_mask must be bool or integer, {shape}, got {got[1]}, {got[0]}")
-    return attention_mask.bool()[:, None, None]  # [B, 1, 1, S], True = attend
+    return attention_mask.bool()
+
+
+def _attend_padded(
+    mask: Tensor | None, ops: Any, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float
+) -> Tensor:
+    if mask is not None:
+        mask = mask[:, None, None]  # [B, 1, 1, S], True = attend
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return ops.attention(*heads_first, mask=mask, dropout_p=dropout_p).transpose(1, 2)
 
 
 def _read(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
