@@ -1,4 +1,4 @@
-"""Bad input raises what names the argument; long because every function has many ways to be wrong."""
+"""Bad input raises what names the argument; long because a function has many ways to be wrong."""
 
 from __future__ import annotations
 

@@ -337,23 +337,30 @@ def calls(draw: st.DrawFn, function: str) -> Call:
 # what must be true
 
 
-def noise(call: Call, inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """By gradient, the error that a fused backward pass makes and an eager one does not.
+def noise(
+    call: Call, inputs: Mapping[str, Tensor], oracle: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """By result, the error that a fused pass makes and an eager one does not.
 
-    It finds the softmax again from the statistics of its rows, which are kept in at least fp32 and
-    round a weight by eps * |score|, and the gradient of a score as weight * (grad . value - grad .
-    out) from `out` as the caller got it, in his dtype. Eager keeps the softmax, which over one
-    key is exactly 1. Of a norm of few equal columns, the terms grad * weight * rstd cancel.
+    Forward finds the logsumexp of a row in base 2, and rounds it once more for that. Backward finds
+    the softmax again from the statistics of its rows, which are kept in at least fp32 and round a
+    weight by eps * |score|, and the gradient of a score as weight * (grad . value - grad . out)
+    from `out` as the caller got it, in his dtype. Eager keeps the softmax, which over one key is
+    exactly 1. Of a norm of few equal columns, the terms grad * weight * rstd cancel.
     Sizes are those of the inputs, which are normal, so that a product of vectors is no longer than
     4.5 times the other's length; errors of many rows add up at random.
     """
     case, options, reach = call.case, call.case.options, 4.5
+    accumulated = torch.finfo(torch.promote_types(call.dtype, float32)).eps
+    found = {}
+    if options.get("return_lse"):
+        found["out 1"] = accumulated * oracle["out 1"].nan_to_num(0, 0, 0).abs().max().item()
 
     def longest(tensor: Tensor) -> float:
         return tensor.nan_to_num(0, 0, 0).norm(dim=-1).max().item()
 
     if case.function in ("linear", "ffn", "apply_rope", "attention_decode"):
-        return {}
+        return found
     if "input" in inputs:
         x = inputs["input"] + inputs.get("residual", torch.zeros(()))
         x = x.flatten(x.dim() - len(options["normalized_shape"]))
@@ -376,11 +383,10 @@ def noise(call: Call, inputs: Mapping[str, Tensor]) -> dict[str, float]:
             highest += inputs[name].nan_to_num(0, 0, 0).abs().max().item()
     if "alibi_slopes" in inputs:
         highest += key.shape[0 if case.function == "attention_varlen" else -2]
-    accumulated = torch.finfo(torch.promote_types(call.dtype, float32)).eps
     weight = accumulated * (1 + highest) / (1 - options.get("dropout_p", 0) % 1)
     score = (weight + torch.finfo(call.dtype).eps) * reach * (longest(value) + 1)
     rows = math.sqrt(math.prod(query.shape[:-1]))
-    return {
+    return found | {
         "grad query": score * by_query,
         "grad key": score * by_key * rows,
         "grad value": weight * reach * rows,
@@ -410,7 +416,7 @@ def check(call: Call) -> None:
         for name in oracle:
             difference = (eager[name].double() - oracle[name]).nan_to_num(0, 0, 0)
             errors[name] = max(errors.get(name, 0.0), difference.abs().max().item())
-    for name, error in noise(call, exact).items():
+    for name, error in noise(call, exact, oracle).items():
         errors[name] = max(errors.get(name, 0.0), error)
     with use_isa(call.isa), use_threads(call.threads), poisoned():
         found = run(case, inputs, "cpu")
