@@ -96,13 +96,19 @@ def build(case: Model, *, compiled: bool = False) -> Work:
         left_out["compile"] = "draws dropout masks of its own, which cannot be checked"
     elif compiled:
         models["compile"] = torch.compile(models["sdpa"], dynamic=False)
+    visible = read.get("attention_mask", torch.ones_like(read["input_ids"])).bool()
+
+    def hidden_states(model: nn.Module) -> Tensor:
+        """[tokens, E]: what stands at padding means nothing, and each model has its own."""
+        return model(**read).last_hidden_state[visible]
+
     with torch.no_grad():
-        hidden = models["sdpa"](**read).last_hidden_state  # [B, S, E]
+        hidden = hidden_states(models["sdpa"])
     cotangent = torch.randn_like(hidden) if case.backward else None
 
     def run(model: nn.Module, cotangent: Tensor | None) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(case.backward):
-            out = model(**read).last_hidden_state
+            out = hidden_states(model)
             if cotangent is None:
                 return (out,)
             weights = dict(model.named_parameters())
