@@ -16,7 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import Attention, Case, Decode, FeedForward, Linear, Model, Norm, Rope, Varlen
+from bench.cases import (
+    AdditiveAttention,
+    Attention,
+    Case,
+    Decode,
+    FeedForward,
+    Linear,
+    Model,
+    Norm,
+    Rope,
+    Varlen,
+)
 from bench.work import SEED, Work, differentiate
 
 
@@ -192,6 +203,24 @@ def decode(case: Decode) -> Recipe:
     return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 
 
+def additive_attention(case: AdditiveAttention) -> Recipe:
+    """query (B, H, Sq, D), key and value (B, H, Sk, D), weight (H, D)."""
+    lead = (case.batch, case.heads)
+    inputs = {
+        "query": torch.randn(*lead, case.q_len, case.head_dim),
+        "key": torch.randn(*lead, case.kv_len, case.head_dim),
+        "value": torch.randn(*lead, case.kv_len, case.head_dim),
+        "weight": torch.randn(case.heads, case.head_dim) * case.head_dim**-0.5,
+    }
+
+    def eager(query, key, value, weight):
+        features = torch.tanh(query[:, :, :, None] + key[:, :, None])  # [B, H, Sq, Sk, D]
+        scores = features @ weight[:, None, :, None]  # [B, H, Sq, Sk, 1]
+        return scores.squeeze(-1).softmax(-1) @ value
+
+    return Recipe(inputs, {"fused": fastattn.additive_attention, "eager": eager}, eager)
+
+
 def kept_weights(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
     """Bool [B, H, S, S]: which weights the dropout of `function` keeps under the seed.
 
@@ -345,6 +374,7 @@ RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
     Attention: attention,
     Varlen: varlen,
     Decode: decode,
+    AdditiveAttention: additive_attention,
     Norm: norm,
     Rope: rope,
     Linear: linear,

@@ -176,6 +176,33 @@ class Decode(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdditiveAttention(Case):
+    """softmax(w . tanh(q + k)) v over every pair of a query and a key, each (B, H, S, D)."""
+
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+
+    group: ClassVar[str] = "attention"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "heads": 1, "q_len": 8, "kv_len": 64}
+
+    @property
+    def title(self) -> str:
+        return "additive attention"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.heads} S{self.q_len}x{self.kv_len} D{self.head_dim}"
+
+    @property
+    def eager_bytes(self) -> float:
+        pairs = self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
+        return pairs * (4.0 if self.dtype == "float32" else 2.0) * (3 if self.backward else 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Norm(Case):
     """layer_norm or rms_norm over the last dimension, alone or with a residual added in front."""
 
@@ -364,6 +391,13 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),
+    # additive attention
+    AdditiveAttention(batch=8, heads=1, q_len=64, kv_len=128, head_dim=128, quick=True),
+    AdditiveAttention(
+        batch=8, heads=1, q_len=64, kv_len=128, head_dim=128, backward=True, quick=True
+    ),
+    AdditiveAttention(batch=1, heads=4, q_len=512, kv_len=512, head_dim=64, backward=True),
+    AdditiveAttention(batch=64, heads=1, q_len=1, kv_len=50, head_dim=256, backward=True),
     # norms
     Norm(kind="layer_norm", rows=128, cols=768),
     Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),

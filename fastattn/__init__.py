@@ -2,6 +2,7 @@
 
 from fastattn._library import isa
 from fastattn.dispatch import Choice, UnavailableKernelError, backends, use_kernel
+from fastattn.ops.additive_attention import additive_attention
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.attention.decode import attention_decode
 from fastattn.ops.attention.varlen import attention_varlen
@@ -20,6 +21,7 @@ __all__ = [
     "UnavailableKernelError",
     "add_layer_norm",
     "add_rms_norm",
+    "additive_attention",
     "apply_rope",
     "attention",
     "attention_decode",

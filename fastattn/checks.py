@@ -50,3 +50,13 @@ def finite(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def broadcastable(name: str, value: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """`value`, viewed as four dimensions, each 1 or that of the scores [B, H, Sq, Sk]."""
+    shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(value.shape)}"
+        )
+    return value if value.dim() == 4 else value.reshape(shape)

@@ -1,5 +1,16 @@
-"""What tests of kernels need: the error rule, poisoned memory, a chosen ISA, the table of cases;
-long because the table has a line for every feature of every function.
+"""What tests of kernels need: the error rule, poison, an ISA, cases; long because the cases have a
+line for every feature of every function.
+
+The cases enumerate each public function with its features and the shapes that break kernels; `run`
+computes one of them, gradients included, on any kernel, dtype and memory layout:
+
+    case = fastattn.testing.cases("attention")[0]
+    inputs = case.inputs(torch.bfloat16)
+    found = run(case, inputs, kernel="cpu")
+    eager = run(case, inputs, kernel="reference")
+    oracle = run(case, widened(inputs), kernel="reference")
+    for name in oracle:
+        assert_close_to_oracle(found[name], eager[name], oracle[name], name=name)
 """
 
 from __future__ import annotations
@@ -47,7 +58,12 @@ M_PERTURB, MALLOC_BYTE = -6, 0x7F  # glibc's mallopt; four such bytes are 3e38, 
 
 
 def assert_close_to_oracle(
-    kernel: Tensor, eager: Tensor, oracle: Tensor, factor: float = 2.0, name: str = "result"
+    kernel: Tensor,
+    eager: Tensor,
+    oracle: Tensor,
+    factor: float = 2.0,
+    name: str = "result",
+    eager_error: float = 0.0,
 ) -> None:
     """`kernel` is as close to the truth as eager PyTorch in the same dtype, within a factor.
 
@@ -60,6 +76,7 @@ def assert_close_to_oracle(
     Args:
         kernel: the result in question; eager: eager PyTorch's, in the same dtype and shape.
         oracle: eager PyTorch's in fp64, from the same inputs.
+        eager_error: an error that eager may make beside the one seen here; the larger one counts.
 
     Raises:
         AssertionError: with both errors and the bound; also where a shape or a dtype differs.
@@ -75,11 +92,11 @@ def assert_close_to_oracle(
     kernel, eager, oracle = kernel[finite], eager[finite], oracle[finite]
     error = _largest(kernel.double() - oracle)
     if kernel.dtype == torch.float64:
-        limit = 300 * torch.finfo(torch.float64).eps * _largest(oracle)
+        limit = max(300 * torch.finfo(torch.float64).eps * _largest(oracle), factor * eager_error)
         assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e} in fp64"
         return
     rounded = oracle.to(kernel.dtype)
-    eager_error = _largest(eager.double() - oracle)
+    eager_error = max(eager_error, _largest(eager.double() - oracle))
     limit = factor * eager_error + 2 * _largest((rounded + 0.3 - 0.3) - rounded)
     assert error <= limit, (
         f"{name}: error {error:.2e}, allowed {limit:.2e}, eager's own {eager_error:.2e}"
@@ -393,6 +410,44 @@ def _attention_cases(function: str) -> Iterator[Case]:
     yield case("no_keys", (2, 2, 2, 5, 0, 8, 8), refused="empty", return_lse=True)
 
 
+def _additive_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        sizes: tuple[int, int, int, int, int, int],
+        *,
+        weight: tuple[int, ...] | None = None,
+        mask: tuple[int, ...] | None = None,
+        vanishing: tuple[str, ...] = (),
+        refused: str = "",
+        **options: Any,
+    ) -> Case:
+        batch, heads, q_len, kv_len, width, value_dim = sizes
+        tensors = {
+            "query": Draw((batch, heads, q_len, width)),
+            "key": Draw((batch, heads, kv_len, width)),
+            "value": Draw((batch, heads, kv_len, value_dim)),
+            "weight": Draw(weight or (heads, width), "weight"),
+        }
+        if mask:
+            tensors["mask"] = Draw(mask, "mask")
+        return Case(function, name, tensors, options, vanishing, refused)
+
+    yield case("plain", (2, 2, 70, 130, 32, 24))
+    yield case("one_row", (3, 1, 1, 50, 64, 80))
+    yield case("one_key", (2, 2, 65, 1, 16, 24), vanishing=("query", "key", "weight"))
+    yield case("odd_sizes", (3, 5, 13, 37, 7, 5), weight=(7,))
+    yield case("one_feature", (2, 2, 33, 40, 1, 1))
+    yield case("long", (1, 1, 150, 600, 9, 16))
+    yield case("wide", (1, 1, 17, 35, 300, 40))
+    yield case("mask", (2, 3, 40, 70, 16, 16), mask=(2, 1, 40, 70))
+    yield case("padding", (2, 2, 30, 90, 24, 16), mask=(2, 1, 1, 90))
+    yield case("causal", (2, 2, 150, 150, 16, 8), causal=True)
+    yield case("causal_tall", (1, 2, 90, 60, 16, 8), causal=True, mask=(90, 60))
+    yield case("no_batch", (0, 2, 5, 7, 8, 8), refused="empty")
+    yield case("no_queries", (2, 2, 0, 7, 8, 8), refused="empty")
+    yield case("no_keys", (2, 2, 5, 0, 8, 8), refused="empty")
+
+
 def _varlen_cases(function: str) -> Iterator[Case]:
     def case(
         name: str,
@@ -648,6 +703,7 @@ _TABLE = {
     "attention_varlen": _varlen_cases,
     "attention_decode": _decode_cases,
     "scaled_dot_product_attention": _attention_cases,
+    "additive_attention": _additive_cases,
     "layer_norm": _norm_cases,
     "add_layer_norm": _norm_cases,
     "rms_norm": _norm_cases,

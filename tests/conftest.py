@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--fuzz-cases",
+        type=int,
+        help="how many calls tests/test_fuzz.py draws anew; by default 300, always the same",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Bad input raises what names the argument; long because every function has many ways to be wrong."""
+"""Bad input raises what names the argument; long because a function has many ways to be wrong."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ GOOD: dict[str, dict[str, Any]] = {
         "value": randn(2, 4, 6, 7),
         "attn_mask": randn(5, 6),
     },
+    "additive_attention": {
+        "query": randn(2, 4, 5, 8),
+        "key": randn(2, 4, 6, 8),
+        "value": randn(2, 4, 6, 7),
+        "weight": randn(4, 8),
+        "mask": torch.ones(5, 6, dtype=torch.bool),
+    },
     "layer_norm": {
         "input": randn(3, 8),
         "weight": randn(8),
@@ -102,6 +109,8 @@ FINE = {
     ("attention", "bias", "0-dimensional"),
     ("attention", "mask", "0-dimensional"),
     ("attention", "mask", "an integer dtype"),
+    ("additive_attention", "mask", "0-dimensional"),
+    ("additive_attention", "value", "too long"),
     ("attention", "alibi_slopes", "another dtype"),
     ("attention", "sinks", "another dtype"),
     ("attention_varlen", "alibi_slopes", "another dtype"),
@@ -201,6 +210,14 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attention", {"bias": randn(2, 5, 6)}, ValueError, "bias"),
     ("attention", {"alibi_slopes": randn(2, 3)}, ValueError, "alibi_slopes"),
     ("attention", {"sinks": randn(2, 4)}, ValueError, "sinks"),
+    *(("additive_attention", {"causal": bad}, TypeError, "causal") for bad in (1, "yes", None)),
+    ("additive_attention", {"query": randn(4, 5, 8)}, ValueError, "query"),
+    ("additive_attention", {"query": randn(2, 3, 5, 8)}, ValueError, r"key.*\[2, 3\]"),
+    ("additive_attention", {"query": randn(2, 4, 5, 9)}, ValueError, "key.*width 9"),
+    ("additive_attention", {"value": randn(2, 4, 5, 7)}, ValueError, "value.*length 6"),
+    ("additive_attention", {"weight": randn(4)}, ValueError, r"weight.*\[4, 8\]"),
+    ("additive_attention", {"weight": randn(4, 1)}, ValueError, "weight"),
+    ("additive_attention", {"mask": torch.ones(5, 7).bool()}, ValueError, r"mask.*\[5, 7\]"),
     *(
         ("attention_varlen", {"cu_seqlens_q": torch.tensor(bad)}, ValueError, "cu_seqlens_q")
         for bad in ([1, 3, 7], [0, 3, 6], [0, 3, 8], [0, 4, 3, 7], [0, -1, 7], [0], [[0, 3, 7]])

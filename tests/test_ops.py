@@ -215,6 +215,8 @@ CHECKED = [
     "attention_varlen-everything",
     "attention_decode-plain",
     "attention_decode-everything",
+    "additive_attention-causal_tall",
+    "additive_attention-plain",
     "add_layer_norm-odd_sizes",
     "add_layer_norm-dropout",
     "add_layer_norm-everything",

@@ -30,6 +30,7 @@ def tiny(function: str, options: dict, **shapes: tuple[int, ...] | Draw) -> Case
 
 
 QKV = {"query": (1, 2, 3, 2), "key": (1, 1, 4, 2), "value": (1, 1, 4, 3)}
+ADDITIVE = {"query": (1, 2, 3, 2), "key": (1, 2, 4, 2), "value": (1, 2, 4, 3)}
 NORM = {"input": (2, 5), "weight": (5,)}
 LINEAR = {"input": (2, 3), "weight": (4, 3), "bias": (4,)}
 FFN = {"input": (2, 3), "up_weight": (4, 3), "down_weight": (2, 4)}
@@ -50,6 +51,8 @@ TINY = [
         sinks=(2,),
     ),
     tiny("scaled_dot_product_attention", {"enable_gqa": True}, **QKV, attn_mask=(3, 4)),
+    tiny("additive_attention", {"causal": True}, **ADDITIVE, weight=(2, 2)),
+    tiny("additive_attention", {}, **ADDITIVE, weight=(2,), mask=Draw((3, 4), "mask")),
     tiny("layer_norm", {"normalized_shape": [5]}, **NORM, bias=(5,)),
     tiny("add_layer_norm", {"normalized_shape": [5]}, **NORM, residual=(2, 5)),
     tiny(
@@ -143,6 +146,7 @@ ONE_EACH = [
     "attention-everything",
     "attention_varlen-everything",
     "scaled_dot_product_attention-float_mask",
+    "additive_attention-mask",
     "layer_norm-odd_sizes",
     "add_layer_norm-dropout",
     "rms_norm-plain",
@@ -273,7 +277,14 @@ def test_subsets_of_gradients(case_id: str) -> None:
         assert found.equal(complete[f"grad {name}"]), name
 
 
-AUTOCAST = {"attention", "attention_varlen", "scaled_dot_product_attention", "linear", "ffn"}
+AUTOCAST = {
+    "attention",
+    "attention_varlen",
+    "additive_attention",
+    "scaled_dot_product_attention",
+    "linear",
+    "ffn",
+}
 
 
 @by_one_each

@@ -5,18 +5,9 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/view.h"
 
 namespace fastattn {
-
-// A tensor of four dimensions [batch, head, row, column]; a stride of 0 broadcasts.
-template <class Pointer>
-struct View {
-  Pointer data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-  int64_t first = 0;  // elements in front of the first
-};
-using Source = View<const void*>;
-using Target = View<void*>;
 
 constexpr int64_t kUnbounded = int64_t{1} << 60;
 

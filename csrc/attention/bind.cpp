@@ -8,45 +8,6 @@
 namespace fastattn {
 namespace {
 
-// A view of four dimensions, each of the size given or 1, which broadcasts.
-Source view(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  FASTATTN_CHECK(tensor.dim() == 4, name, " must have four dimensions");
-  Source source{tensor.const_data_ptr(), {}};
-  int dim = 0;
-  for (const int64_t size : sizes) {
-    const int64_t own = tensor.size(dim);
-    FASTATTN_CHECK(own == size || own == 1, name, " does not broadcast to the sizes of the others");
-    source.stride[dim] = own == 1 ? 0 : tensor.stride(dim);
-    dim++;
-  }
-  return source;
-}
-
-// A batch of one has a stride of 0: its rows may be those of packed sequences.
-template <class Pointer>
-View<Pointer> strided(Pointer data, const Tensor& tensor) {
-  View<Pointer> to{data, {}};
-  for (int dim = 0; dim < 4; dim++) to.stride[dim] = tensor.stride(dim);
-  if (tensor.size(0) == 1) to.stride[0] = 0;
-  return to;
-}
-Source source(const Tensor& tensor) { return strided(tensor.const_data_ptr(), tensor); }
-Target target(const Tensor& tensor) { return strided(tensor.mutable_data_ptr(), tensor); }
-
-// A view of four dimensions, each of the size given.
-Source exact(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  int dim = 0;
-  for (const int64_t size : sizes)
-    FASTATTN_CHECK(tensor.dim() == 4 && tensor.size(dim++) == size, name,
-                   " has not the shape that the others ask for");
-  return source(tensor);
-}
-
-// A tensor [B, H, S, D] that lies in memory as [B, S, H, D].
-Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype) {
-  return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype);
-}
-
 // The numbers of a tensor of int32 or int64 with `dims` dimensions, row by row.
 std::vector<int64_t> integers(const char* name, const Tensor& tensor, int64_t dims = 1) {
   const auto type = tensor.scalar_type();
@@ -133,10 +94,7 @@ struct Inputs {
       sequences.push_back({static_cast<int64_t>(n), query[n], q_len, key[n], kv_len,
                            bottom_right ? kv_len - q_len : 0});
     }
-    std::stable_sort(sequences.begin(), sequences.end(), [](const auto& a, const auto& b) {
-      return static_cast<double>(a.q_len) * static_cast<double>(a.kv_len) >
-             static_cast<double>(b.q_len) * static_cast<double>(b.kv_len);
-    });
+    sort(sequences);
     in.sequences = sequences.data();
     in.row_stride[0] = 0;
   }

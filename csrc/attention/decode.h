@@ -16,16 +16,6 @@ static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
 constexpr int64_t kAhead = kTile;  // keys between a prefetch and its use
 
 template <class A, class T>
-void load_row(A* to, const T* from, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    each_vector<A>(
-        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
-  } else {
-    for (int64_t c = 0; c < count; c++) to[c] = load_one<A>(from + c * stride);
-  }
-}
-
-template <class A, class T>
 void store_row(T* to, int64_t stride, const A* from, int64_t count) {
   if (stride == 1) {
     each_vector<A>(

@@ -1,8 +1,6 @@
 // What happens to a block of scores between the product and the softmax, for one sequence and head.
 #pragma once
 
-#include <limits>
-
 #include "attention/attention.h"
 #include "simd/philox.h"
 #include "simd/tile.h"
@@ -14,28 +12,7 @@ constexpr int64_t kKeys = 192;  // keys in a block: a multiple of the tile's row
 static_assert(kKeys % Tile<float>::rows == 0 && kKeys % Tile<float>::cols == 0);  // Philox' block
 static_assert(kKeys % kPhiloxBlock == 0);
 
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-
-template <class A>
-constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
-
-template <class T>
-const T* at(const Source& view, int64_t h, int64_t i, int64_t j) {
-  return static_cast<const T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
-         j * view.stride[3];
-}
-template <class T>
-T* at(const Target& view, int64_t h, int64_t i, int64_t j) {
-  return static_cast<T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
-         j * view.stride[3];
-}
-
 // The n-th sequence of a batch, as a batch of its own.
-template <class Pointer>
-View<Pointer> sequence(View<Pointer> view, int64_t index, int64_t row) {
-  view.first += index * view.stride[0] + row * view.stride[2];
-  return view;
-}
 inline Attention sequence(const Attention& in, int64_t n) {
   const Sequence own =
       in.sequences != nullptr ? in.sequences[n] : Sequence{n, 0, in.q_len, 0, in.kv_len, in.offset};
@@ -47,8 +24,8 @@ inline Attention sequence(const Attention& in, int64_t n) {
   one.query = sequence(in.query, own.index, own.query);
   one.key = sequence(in.key, own.index, own.key);
   one.value = sequence(in.value, own.index, own.key);
-  one.mask = sequence(in.mask, own.index, 0);
-  one.bias = sequence(in.bias, own.index, 0);
+  one.mask = sequence(in.mask, own.index);
+  one.bias = sequence(in.bias, own.index);
   one.first_query = own.query;
   one.first_key = own.key;
   one.first_row = own.index * in.row_stride[0] + own.query;

@@ -14,6 +14,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/view.h"
 
 namespace fastattn {
 
@@ -109,6 +110,45 @@ inline void check_sizes(const char* name, const Tensor& tensor,
 
 inline void check_dtype(const char* name, const Tensor& tensor, Dtype dtype) {
   FASTATTN_CHECK(dtype_of(tensor) == dtype, name, " has not the dtype that the others ask for");
+}
+
+// A view of four dimensions, each of the size given or 1, which broadcasts.
+inline Source view(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  FASTATTN_CHECK(tensor.dim() == 4, name, " must have four dimensions");
+  Source source{tensor.const_data_ptr(), {}};
+  int dim = 0;
+  for (const int64_t size : sizes) {
+    const int64_t own = tensor.size(dim);
+    FASTATTN_CHECK(own == size || own == 1, name, " does not broadcast to the sizes of the others");
+    source.stride[dim] = own == 1 ? 0 : tensor.stride(dim);
+    dim++;
+  }
+  return source;
+}
+
+// A batch of one has a stride of 0: its rows may be those of packed sequences.
+template <class Pointer>
+View<Pointer> strided(Pointer data, const Tensor& tensor) {
+  View<Pointer> to{data, {}};
+  for (int dim = 0; dim < 4; dim++) to.stride[dim] = tensor.stride(dim);
+  if (tensor.size(0) == 1) to.stride[0] = 0;
+  return to;
+}
+inline Source source(const Tensor& tensor) { return strided(tensor.const_data_ptr(), tensor); }
+inline Target target(const Tensor& tensor) { return strided(tensor.mutable_data_ptr(), tensor); }
+
+// A view of four dimensions, each of the size given.
+inline Source exact(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  int dim = 0;
+  for (const int64_t size : sizes)
+    FASTATTN_CHECK(tensor.dim() == 4 && tensor.size(dim++) == size, name,
+                   " has not the shape that the others ask for");
+  return source(tensor);
+}
+
+// A tensor [B, H, S, D] that lies in memory as [B, S, H, D].
+inline Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype) {
+  return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype);
 }
 
 inline const void* read(const OptionalTensor& tensor) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -14,6 +15,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/view.h"
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
@@ -38,6 +40,11 @@ using Vec = Vector<A, lanes<A>>;  // A is float or double
 using VecU = Vector<uint32_t, lanes<float>>;
 using VecI = Vector<int32_t, lanes<float>>;
 using VecH = Vector<uint16_t, lanes<float>>;
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+template <class A>
+constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -215,6 +222,16 @@ FASTATTN_INLINE void store_count(T* to, Vec<A> from, Count count) {
   }
 }
 
+template <class A, class T>
+void load_row(A* to, const T* from, int64_t stride, int64_t count) {
+  if (stride == 1) {
+    each_vector<A>(
+        count, [&](int64_t c, auto n) { store_count<A>(to + c, load_count<A>(from + c, n), n); });
+  } else {
+    for (int64_t c = 0; c < count; c++) to[c] = load_one<A>(from + c * stride);
+  }
+}
+
 template <class V>
 FASTATTN_INLINE V max(V a, V b) {
   return a > b ? a : b;
@@ -304,6 +321,18 @@ FASTATTN_INLINE Vec<double> exp(Vec<double> x) {
   return each_lane(x, [](double v) { return std::exp(v); });
 }
 
+// a / b where b and 1 / b are normal numbers; relative error 1 ulp.
+FASTATTN_INLINE Vec<float> divide(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16  // where division is slowest; a step of Newton's
+  const Vec<float> guess = bits<Vec<float>>(_mm512_maskz_rcp14_ps(0xffff, bits<__m512>(b)));
+  const Vec<float> quotient = a * guess;
+  return quotient + guess * (a - quotient * b);
+#else
+  return a / b;
+#endif
+}
+FASTATTN_INLINE Vec<double> divide(Vec<double> a, Vec<double> b) { return a / b; }
+
 FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
   const Vec<float> magnitude = x < 0.f ? -x : x;
   const Vec<float> square = x * x;
@@ -336,6 +365,25 @@ FASTATTN_INLINE Vec<float> normal_cdf(Vec<float> x) {
 }
 FASTATTN_INLINE Vec<double> normal_cdf(Vec<double> x) {
   return each_lane(x, [](double v) { return 0.5 * std::erfc(-v * 0.70710678118654752440); });
+}
+
+// Where element [h, i, j] of the first sequence of a batch lies.
+template <class T>
+const T* at(const Source& view, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
+         j * view.stride[3];
+}
+template <class T>
+T* at(const Target& view, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(view.data) + view.first + h * view.stride[1] + i * view.stride[2] +
+         j * view.stride[3];
+}
+
+// A sequence of a batch, from one of its rows on, as a batch of its own.
+template <class Pointer>
+View<Pointer> sequence(View<Pointer> view, int64_t index, int64_t row = 0) {
+  view.first += index * view.stride[0] + row * view.stride[2];
+  return view;
 }
 
 // Runs f(queue) on torch's threads, as many as there are tasks for: each takes tasks until none is

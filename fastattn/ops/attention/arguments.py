@@ -8,16 +8,6 @@ from torch import Tensor
 from fastattn import checks
 
 
-def broadcast(name: str, tensor: Tensor, scores: tuple[int, ...]) -> Tensor:
-    """View `tensor` as four dimensions, each 1 or that of the scores [B, H, Sq, Sk]."""
-    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
-        raise ValueError(
-            f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(tensor.shape)}"
-        )
-    return tensor if tensor.dim() == 4 else tensor.reshape(shape)
-
-
 def mask_and_bias(
     mask: Tensor | None, bias: Tensor | None, query: Tensor, scores: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -26,13 +16,13 @@ def mask_and_bias(
         checks.on_device("mask", mask, "query", query)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be torch.bool (True = attend), got {mask.dtype}; use bias")
-        mask = broadcast("mask", mask, scores)
+        mask = checks.broadcastable("mask", mask, scores)
     if bias is not None:
         checks.floating("bias", bias)
         checks.on_device("bias", bias, "query", query)
         if bias.dtype not in (query.dtype, torch.float32):
             raise TypeError(f"bias must be {query.dtype} or torch.float32, got {bias.dtype}")
-        bias = broadcast("bias", bias, scores)
+        bias = checks.broadcastable("bias", bias, scores)
     return mask, bias
 
 
