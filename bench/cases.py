@@ -392,7 +392,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),
     # additive attention
-    AdditiveAttention(batch=8, heads=1, q_len=64, kv_len=128, head_dim=128, quick=True),
+    AdditiveAttention(batch=8, heads=1, q_len=64, kv_len=128, head_dim=128),
     AdditiveAttention(
         batch=8, heads=1, q_len=64, kv_len=128, head_dim=128, backward=True, quick=True
     ),
