@@ -1,8 +1,9 @@
-"""What all tests share: seeds, the marker `slow`, and child processes with an own environment."""
+"""What all tests share: seeds, the marker `slow`, PTX kernels, and child processes."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +42,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=["committed", "compiled"])
+def kernels(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, emulator.Kernel]:
+    """The kernels of the module's SOURCE: from the PTX beside it, and fresh from nvcc."""
+    source = ROOT / "tests/data" / request.module.SOURCE
+    if request.param == "committed":
+        return emulator.load(source.with_suffix(".ptx"))
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH: with it, fresh PTX is tested beside the committed")
+    out = tmp_path_factory.mktemp("ptx") / source.with_suffix(".ptx").name
+    flags = [f"-arch={request.module.ARCHITECTURE}", "-std=c++20", "-lineinfo", "-ptx"]
+    subprocess.run(["nvcc", *flags, source, "-o", out], check=True)
+    return emulator.load(out)
 
 
 @pytest.fixture

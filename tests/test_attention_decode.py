@@ -154,9 +154,8 @@ def test_a_sequence_without_keys_gives_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)
 def test_bits_depend_on_no_other_sequence_and_no_thread(kernel: str, dtype: torch.dtype) -> None:
-    if kernel == "reference":
-        pytest.skip("a promise of the kernel")
     lengths = (3000, 17, 700)
     query, key, value = qkv(3, 3000, dtype)
     query = query[:, :, :1]
@@ -208,9 +207,8 @@ def test_autocast_takes_the_dtype_of_the_cache() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kernel", ["cpu"], indirect=True)  # the reference reads lengths
 def test_compiles_into_one_graph(kernel: str, backend: str) -> None:
-    if kernel == "reference":
-        pytest.skip("the reference reads lengths, which no graph can")
     if backend == "inductor" and shutil.which("c++") is None:
         pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +14,11 @@ from fastattn.emulator.__main__ import main
 DATA = Path(__file__).with_name("data")
 THREADS = 128
 
+SOURCE, ARCHITECTURE = "emulator.cu", "compute_80"  # of the fixture `kernels`
+
 pytestmark = pytest.mark.skipif(
     _library.LIBRARY is None, reason=f"needs the compiled library: {_library.WHY_NOT}"
 )
-
-
-@pytest.fixture(scope="module", params=["committed", "compiled"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """The kernels of emulator.cu: as committed in PTX, and fresh from nvcc."""
-    if request.param == "committed":
-        return emulator.load(DATA / "emulator.ptx")
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH: only the committed PTX is tested")
-    out = tmp_path_factory.mktemp("ptx") / "emulator.ptx"
-    flags = ["-arch=compute_80", "-std=c++20", "-lineinfo", "-ptx"]
-    subprocess.run(["nvcc", *flags, DATA / "emulator.cu", "-o", out], check=True)
-    return emulator.load(out)
 
 
 def kinds(report: emulator.Report) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,22 +12,11 @@ from fastattn import _library, emulator
 
 DATA = Path(__file__).with_name("data")
 
+SOURCE, ARCHITECTURE = "emulator_sm90.cu", "compute_90a"  # of the fixture `kernels`
+
 pytestmark = pytest.mark.skipif(
     _library.LIBRARY is None, reason=f"needs the compiled library: {_library.WHY_NOT}"
 )
-
-
-@pytest.fixture(scope="module", params=["committed", "compiled"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """The kernels of emulator_sm90.cu: as committed in PTX, and fresh from nvcc."""
-    if request.param == "committed":
-        return emulator.load(DATA / "emulator_sm90.ptx")
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH: only the committed PTX is tested")
-    out = tmp_path_factory.mktemp("ptx") / "emulator_sm90.ptx"
-    flags = ["-arch=compute_90a", "-std=c++20", "-lineinfo", "-ptx"]
-    subprocess.run(["nvcc", *flags, DATA / "emulator_sm90.cu", "-o", out], check=True)
-    return emulator.load(out)
 
 
 def kinds(report: emulator.Report) -> set[str]:
