@@ -104,9 +104,9 @@ void linear(const LinearForward& args) {
       store_count<A>(out + at, activate<kind>(x), n);
     });
   };
-  multiply<A, T>(args.rows, args.out_features, args.in_features,
-                 rows_of<T>(args.input, args.in_features),
-                 {rows_of<T>(args.weight, args.in_features)}, Finish<A>(body));
+  multiply<A, T>(
+      args.rows, args.out_features, args.in_features, rows_of<T>(args.input, args.in_features),
+      {rows_of<T>(args.weight, args.in_features)}, Finish<A>(body, out, args.out_features));
 }
 
 template <class T, Activation kind>
@@ -131,7 +131,7 @@ void gated(const GatedForward& args) {
                  rows_of<T>(args.input, args.in_features),
                  {rows_of<T>(args.gate_weight, args.in_features),
                   rows_of<T>(args.up_weight, args.in_features)},
-                 Finish<A>(body));
+                 Finish<A>(body, hidden, args.hidden_features));
 }
 
 template <class T, Activation kind>
@@ -179,7 +179,7 @@ void linear_gradients(const LinearBackward& args) {
       });
     };
     multiply<A, T>(rows, in, out, rows_of<T>(grad, out), {columns_of<T>(args.weight, in)},
-                   Finish<A>(body));
+                   Finish<A>(body, to, in));
   }
   if (args.grad_weight != nullptr) {
     auto* to = static_cast<T*>(args.grad_weight);
@@ -189,7 +189,7 @@ void linear_gradients(const LinearBackward& args) {
       });
     };
     multiply<A, T>(out, in, rows, columns_of<T>(grad, out), {columns_of<T>(args.input, in)},
-                   Finish<A>(body));
+                   Finish<A>(body, to, in));
   }
   if (args.grad_bias != nullptr) {
     auto* to = static_cast<T*>(args.grad_bias);

@@ -1,8 +1,8 @@
 // Blocked matrix products C = A B^T with an epilogue, where B is a weight and A holds activations.
 //
-// The weight is the larger operand, and packing it would cost a fifth of a product with a hundred
-// rows: so it is the one that a tile reads element by element, in place wherever it can, while the
-// activations are packed as panels. A tile is then a piece of C^T, and is turned when it is done.
+// A tile reads panels of one operand, which is packed, and single elements of the other, which is
+// read in place wherever it can: packing a large weight would cost a fifth of a product with a
+// hundred rows. So the smaller operand is packed; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
 #pragma once
 
@@ -23,23 +23,48 @@ struct Operand {
 };
 
 // What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
-// product w for i < rows, j < cols. A reference, not a copy, of `body`.
+// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`.
 template <class A>
 struct Finish {
-  static constexpr int64_t width = 2 * Tile<A>::sums;  // whole tiles and vectors of any shape
-  static_assert(width % lanes<A> == 0);
   struct Place {
-    int64_t row, col, rows, cols;
+    int64_t row, col, rows, cols, width;
   };
   void (*call)(const void* body, const Place& place, const A* const* blocks);
   const void* body;
+  const char* out;
+  int64_t out_row, size;  // bytes of a row and of an element
 
-  template <class F>
-  explicit Finish(const F& f)
-      : call([](const void* to, const Place& place, const A* const* blocks) {
-          (*static_cast<const F*>(to))(place, blocks);
+  template <class F, class T>
+  Finish(const F& f, const T* to, int64_t to_row)
+      : call([](const void* self, const Place& place, const A* const* blocks) {
+          (*static_cast<const F*>(self))(place, blocks);
         }),
-        body(&f) {}
+        body(&f),
+        out(reinterpret_cast<const char*>(to)),
+        out_row(to_row * static_cast<int64_t>(sizeof(T))),
+        size(sizeof(T)) {}
+};
+
+// Fetches the memory that a finished block will be written to, a little at each of `steps` steps:
+// a burst would keep the loads of a tile waiting.
+template <class A>
+class Fetch {
+ public:
+  Fetch(const Finish<A>& finish, const typename Finish<A>::Place& place, int64_t steps)
+      : finish_(finish), place_(place), steps_(steps) {}
+
+  void step() {
+    for (due_ += place_.rows; row_ * steps_ < due_; row_++) {
+      const char* to =
+          finish_.out + (place_.row + row_) * finish_.out_row + place_.col * finish_.size;
+      for (int64_t i = 0; i < place_.cols * finish_.size; i += 64) __builtin_prefetch(to + i, 1, 3);
+    }
+  }
+
+ private:
+  const Finish<A>& finish_;
+  const typename Finish<A>::Place& place_;
+  int64_t steps_, due_ = 0, row_ = 0;
 };
 
 // Visits a finished block in vectors: f(row, col, count, sum of product 0, of product 1).
@@ -48,7 +73,7 @@ FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, const
                                    F&& f) {
   for (int64_t i = 0; i < place.rows; i++)
     each_vector<A>(place.cols, [&](int64_t j, auto n) {
-      const int64_t at = i * Finish<A>::width + j;
+      const int64_t at = i * place.width + j;
       f(place.row + i, place.col + j, n, load<A>(blocks[0] + at), load<A>(blocks[1] + at));
     });
 }
@@ -69,143 +94,187 @@ struct Product {
   }
 };
 
-// A product in tiles: panels of up to Tile::vecs vectors of rows of C meet groups of its columns.
+// A product in tiles: one operand is packed as panels of up to Tile::vecs vectors of its rows, and
+// groups of rows of the other meet them. Tiles of C^T are turned when they are done.
 template <class A, class T>
 class TiledProduct {
  public:
   explicit TiledProduct(const Product<A, T>& product) : in_(product) {
-    const int64_t fitting =
-        cache_bytes() / 2 / (larger(in_.depth, 1) * static_cast<int64_t>(sizeof(A)));
-    const int64_t blocks = ceil_div(in_.rows, larger(2 * kWidth, round_up(fitting, kWidth)));
-    block_rows_ = round_up(ceil_div(in_.rows, blocks), kWidth);
-    row_blocks_ = ceil_div(in_.rows, block_rows_);
-    groups_ = ceil_div(in_.cols, kGroup);
-    ranges_ = smaller(groups_, ceil_div(in_.tasks(groups_ * row_blocks_), row_blocks_));
+    const Side activations{in_.rows, 1, {in_.a}},
+        weights{in_.cols, in_.count, {in_.weights[0], in_.weights[1]}};
+    // Turning an element costs about half as much as packing one.
+    turned_ = in_.rows * (in_.depth + weights.rows * in_.count / 2) <=
+              weights.rows * in_.count * in_.depth;
+    packed_ = turned_ ? activations : weights;
+    placed_ = turned_ ? weights : activations;
+    const int64_t row_bytes =
+        smaller(larger(in_.depth, 1), kSpan) * packed_.count * static_cast<int64_t>(sizeof(A));
+    const int64_t fitting = larger(2, cache_bytes() / 4 / (row_bytes * kWidth)) * kWidth;
+    block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
+    blocks_ = ceil_div(packed_.rows, block_rows_);
+    groups_ = ceil_div(placed_.rows, kGroup);
+    ranges_ = smaller(groups_, ceil_div(in_.tasks(groups_ * blocks_), blocks_));
+    ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
   }
 
   void run() const {
-    workers(row_blocks_ * ranges_, [&](TaskQueue& queue) {
+    workers(blocks_ * ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
-      const int64_t rows = smaller(block_rows_, round_up(in_.rows, lanes<A>));
-      Memory memory{scratch.take<A>(rows * in_.depth + kSlack),
-                    scratch.take<A>(kGroup * smaller(in_.depth, kDepth) + kSlack),
-                    scratch.take<A>(in_.count * kGroup * rows),
-                    scratch.take<A>(2 * kGroup * kWidth)};
+      const int64_t kept = in_.depth > kSpan ? ceil_div(groups_, ranges_) : 1;
+      const Memory memory{
+          scratch.take<A>(packed_.count * block_rows_ * in_.depth + kSlack),
+          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
+          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
+          scratch.take<A>(2 * kGroup * kWidth)};
       int64_t packed = -1;
       for (int64_t task; queue.next(task);) {
         const int64_t block = task / ranges_, range = task % ranges_;
-        const Block rows{block * block_rows_, smaller(block_rows_, in_.rows - block * block_rows_)};
-        if (packed != block) pack(memory, rows);
-        packed = block;
-        const int64_t end = (range + 1) * groups_ / ranges_;
-        for (int64_t group = range * groups_ / ranges_; group < end; group++) {
-          const Block cols{group * kGroup, smaller(kGroup, in_.cols - group * kGroup)};
-          const bool more = group + 1 < end && cols.first + 2 * kGroup <= in_.cols;
-          for (int64_t start = 0; start == 0 || start < in_.depth; start += kDepth)
-            add(memory, rows, cols, start, more);
-          finish(memory, rows, cols);
+        const Block rows{block * block_rows_,
+                         smaller(block_rows_, packed_.rows - block * block_rows_)};
+        const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
+        for (int64_t start = 0; start == 0 || start < in_.depth; start += kSpan) {
+          const Block span{start, smaller(kSpan, in_.depth - start)};
+          if (packed != block) pack(memory, rows, span);
+          A* tiles = memory.tiles;
+          for (int64_t group = first; group < end; group++) {
+            const Block others{group * kGroup, smaller(kGroup, placed_.rows - group * kGroup)};
+            const bool more = group + 1 < end && others.first + 2 * kGroup <= placed_.rows;
+            add(memory, rows, others, span, more, tiles);
+            if (kept > 1) tiles += in_.count * kGroup * block_rows_;
+          }
         }
+        packed = block;
       }
     });
   }
 
  private:
-  static constexpr int64_t kWidth = Tile<A>::cols;     // rows of C in a panel, fewer in the last
-  static constexpr int64_t kGroup = Finish<A>::width;  // columns of C that meet a panel at a time
-  static constexpr int64_t kDepth = 64;                // no chain of additions is longer
+  static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
+  static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
+  static constexpr int64_t kDepth = 64;                 // no chain of additions is longer
+  static constexpr int64_t kSpan = 8 * kDepth;          // depths of a block that stay in the cache
+  static constexpr int64_t kMostGroups = 64;            // whose sums are kept from span to span
+  static_assert(kGroup % lanes<A> == 0);
 
+  struct Side {
+    int64_t rows, count;  // of matrices
+    Operand<T> matrices[2];
+  };
   struct Block {
     int64_t first, count;
   };
+  using Place = typename Finish<A>::Place;
   struct Memory {
-    A* panels;  // [depth blocks, panels, depth, kWidth] of A
-    A* copied;  // a group of a weight that cannot be read in place
-    A* tiles;   // [weights, panels, kGroup, kWidth] of C^T
-    A* block;   // [2, kWidth, kGroup] of C
+    A* panels;  // [matrices, spans, panels, depths of a span, kWidth]
+    A* copied;  // [matrices, depths of a span, kGroup] of a group that cannot be read in place
+    A* tiles;   // [groups, products, panels, kGroup, kWidth]
+    A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
 
   static int64_t width_at(int64_t row, Block rows) {
     return smaller(kWidth, round_up(rows.count - row, lanes<A>));
   }
 
-  void pack(const Memory& memory, Block rows) const {
-    A* to = memory.panels;
-    for (int64_t start = 0; start < in_.depth; start += kDepth) {
-      const int64_t length = smaller(kDepth, in_.depth - start);
-      for (int64_t row = 0; row < rows.count; row += kWidth) {
-        const Operand<T> a = in_.a.from(rows.first + row, start);
-        const int64_t width = width_at(row, rows);
-        pack_panel(to, width, a.data, a.outer, a.inner, smaller(width, rows.count - row), length);
-        to += width * length;
-      }
-    }
+  A* panel_at(const Memory& memory, int64_t matrix, Block rows, Block span, int64_t row) const {
+    return memory.panels + matrix * block_rows_ * in_.depth +
+           span.first * round_up(rows.count, lanes<A>) + row * span.count;
   }
 
-  // A group of a weight's rows as the A operand of tiles: in place, or copied.
-  static Rows<A> group_rows(Operand<T> weight, int64_t count, int64_t depth, int64_t ahead, A* to) {
+  void pack(const Memory& memory, Block rows, Block span) const {
+    for (int64_t m = 0; m < packed_.count; m++)
+      for (int64_t row = 0; row < rows.count; row += kWidth) {
+        const Operand<T> from = packed_.matrices[m].from(rows.first + row, span.first);
+        const int64_t width = width_at(row, rows);
+        pack_panel(panel_at(memory, m, rows, span, row), width, from.data, from.outer, from.inner,
+                   smaller(width, rows.count - row), span.count);
+      }
+  }
+
+  // A group of rows as the A operand of tiles: in place, or copied.
+  static Rows<A> group_rows(Operand<T> matrix, int64_t count, int64_t depth, A* to) {
     if constexpr (std::is_same_v<A, T>)
-      if (weight.inner == 1 && count == kGroup) return {weight.data, weight.outer, 1, ahead};
-    if (weight.inner != 1) {
-      pack_panel(to, kGroup, weight.data, weight.outer, weight.inner, count, depth);
+      if (matrix.inner == 1 && count == kGroup) return {matrix.data, matrix.outer, 1};
+    if (matrix.inner != 1) {
+      pack_panel(to, kGroup, matrix.data, matrix.outer, matrix.inner, count, depth);
       return {to, 1, kGroup};
     }
     for (int64_t i = 0; i < kGroup; i++)
       each_vector<A>(depth, [&](int64_t k, auto n) {
         Vec<A> x{};
-        if (i < count) x = load_count<A>(weight.data + i * weight.outer + k, n);
+        if (i < count) x = load_count<A>(matrix.data + i * matrix.outer + k, n);
         store_count<A>(to + i * depth + k, x, n);
       });
     return {to, depth, 1};
   }
 
-  // Adds what depths from `start` give to a group of columns of every product.
-  void add(const Memory& memory, Block rows, Block cols, int64_t start, bool more) const {
-    const int64_t length = smaller(kDepth, in_.depth - start);
-    A* to = memory.tiles;
-    for (int64_t w = 0; w < in_.count; w++) {
-      const Operand<T> weight = in_.weights[w].from(cols.first, start);
-      // The first panel fetches what comes next: the next depths, or the next group's first.
-      const int64_t next = more ? kGroup * weight.outer - start : 0;
-      const int64_t ahead = start + kDepth < in_.depth ? kDepth : next;
-      Rows<A> group = group_rows(weight, cols.count, length, ahead, memory.copied);
-      const A* panel = memory.panels + start * round_up(rows.count, lanes<A>);
-      for (int64_t row = 0; row < rows.count; row += kWidth) {
-        const int64_t width = width_at(row, rows);
-        with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
-          constexpr int count = Tile<A>::sums / vecs;
-          for (int64_t i = 0; i < cols.count; i += count) {
-            A* tile = to + i * width;
-            if (start == 0) {
-              multiply_tile<A, count, vecs, false>(group.from(i), panel, length, tile, width);
-            } else {
-              multiply_tile<A, count, vecs, true>(group.from(i), panel, length, tile, width);
+  Place place_at(Block rows, Block others, int64_t row) const {
+    const int64_t width = width_at(row, rows), count = smaller(width, rows.count - row);
+    if (turned_) return {rows.first + row, others.first, count, others.count, kGroup};
+    return {others.first, rows.first + row, others.count, count, width};
+  }
+
+  // Adds what a span of depths gives to the tiles of a group, panel by panel; after the last span
+  // a panel's sums are finished while they are in the cache.
+  void add(const Memory& memory, Block rows, Block others, Block span, bool more, A* tiles) const {
+    const bool last = span.first + span.count == in_.depth;
+    Rows<A> groups[2];
+    for (int64_t m = 0; m < placed_.count; m++)
+      groups[m] = group_rows(placed_.matrices[m].from(others.first, span.first), others.count,
+                             span.count, memory.copied + m * kGroup * span.count);
+    for (int64_t row = 0; row < rows.count; row += kWidth) {
+      const int64_t width = width_at(row, rows);
+      const Place place = place_at(rows, others, row);
+      A* to = tiles + row * kGroup;
+      with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
+        constexpr int count = Tile<A>::sums / vecs;
+        const int64_t steps = ceil_div(larger(span.count, 1), kDepth);
+        Fetch<A> fetch(in_.finish, place, in_.count * steps * ceil_div(others.count, count));
+        for (int64_t w = 0; w < in_.count; w++) {
+          const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
+          Rows<A> group = groups[turned_ ? w : 0];
+          for (int64_t start = 0; start == 0 || start < span.count; start += kDepth) {
+            const int64_t length = smaller(kDepth, span.count - start);
+            // Fetched now: the next depths, for the next panel the first ones, or the next group's.
+            group.ahead = group.depth != 1              ? 0
+                          : start + length < span.count ? length
+                          : row + kWidth < rows.count   ? -start
+                          : more                        ? kGroup * group.row - start
+                                                        : 0;
+            for (int64_t i = 0; i < others.count; i += count) {
+              if (last) fetch.step();
+              A* tile = to + (w * block_rows_ * kGroup + i * width);
+              if (span.first + start == 0) {
+                multiply_tile<A, count, vecs, false>(group.from(i), panel, length, tile, width);
+              } else {
+                multiply_tile<A, count, vecs, true>(group.from(i), panel, length, tile, width);
+              }
             }
+            group.data += length * group.depth;
+            panel += length * width;
           }
-        });
-        panel += length * width;
-        to += kGroup * width;
-        group.ahead = 0;
-      }
+        }
+      });
+      if (last) finish(memory, place, to, width);
     }
   }
 
-  void finish(const Memory& memory, Block rows, Block cols) const {
-    const A* blocks[2] = {memory.block, memory.block + (in_.count - 1) * kGroup * kWidth};
-    const int64_t size = kGroup * round_up(rows.count, lanes<A>);
-    for (int64_t row = 0; row < rows.count; row += kWidth) {
-      const int64_t width = width_at(row, rows);
-      for (int64_t w = 0; w < in_.count; w++)
-        transpose_tile(memory.tiles + w * size + row * kGroup, width,
-                       round_up(cols.count, lanes<A>), width, memory.block + w * kGroup * kWidth,
-                       kGroup);
-      in_.finish.call(in_.finish.body,
-                      {rows.first + row, cols.first, smaller(width, rows.count - row), cols.count},
-                      blocks);
+  void finish(const Memory& memory, const Place& place, const A* tiles, int64_t width) const {
+    const A* blocks[2];
+    for (int64_t w = 0; w < in_.count; w++) {
+      blocks[w] = tiles + w * block_rows_ * kGroup;
+      if (!turned_) continue;
+      A* block = memory.block + w * kWidth * kGroup;
+      transpose_tile(blocks[w], width, round_up(place.cols, lanes<A>), width, block, kGroup);
+      blocks[w] = block;
     }
+    if (in_.count == 1) blocks[1] = blocks[0];
+    in_.finish.call(in_.finish.body, place, blocks);
   }
 
   const Product<A, T>& in_;
-  int64_t block_rows_, row_blocks_, groups_, ranges_;
+  bool turned_;
+  Side packed_, placed_;
+  int64_t block_rows_, blocks_, groups_, ranges_;
 };
 
 // Up to Count rows of A against rows of a weight that are vectors along depth: the weight streams
@@ -237,14 +306,14 @@ class DotProduct {
               dot<kWeights>(rows, in_.weights[w].from(col + j, 0), to + j);
             for (; j < cols; j++) dot<1>(rows, in_.weights[w].from(col + j, 0), to + j);
           }
-          in_.finish.call(in_.finish.body, {0, col, in_.rows, cols}, blocks);
+          in_.finish.call(in_.finish.body, {0, col, in_.rows, cols, kGroup}, blocks);
         }
       }
     });
   }
 
  private:
-  static constexpr int64_t kGroup = Finish<A>::width;
+  static constexpr int64_t kGroup = 2 * Tile<A>::sums;
   static constexpr int kSums = FASTATTN_LANES == 16 ? 16 : 8;  // accumulators that fit in registers
   static constexpr int kWeights = kSums / Count > 8 ? 8 : kSums / Count;
   static constexpr int64_t kChain = FASTATTN_LANES == 1 ? 32 : 64 * lanes<A>;

@@ -54,8 +54,10 @@ __attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t dept
     if (a.ahead != 0)
 #pragma GCC unroll 24
       for (int i = 0; i < Count; i++)
-        __builtin_prefetch(base[i / step] + i % step * a.row + a.ahead, 0, 2);
-    for (const int64_t end = smaller(k + line, depth); k < end; k++) {
+        __builtin_prefetch(base[i / step] + i % step * a.row + a.ahead, 0, 3);
+    const int64_t end = smaller(k + line, depth);
+#pragma GCC unroll 2
+    for (; k < end; k++) {
       Vec<A> row[Vecs];
 #pragma GCC unroll 4
       for (int j = 0; j < Vecs; j++) row[j] = load<A>(b + j * width);
@@ -175,8 +177,8 @@ FASTATTN_INLINE void sum_each(Vec<double> (&v)[Count], double* to) {
 // Writes whole vectors, up to kSlack elements past the panel: pack panels in order of address.
 constexpr int64_t kSlack = 16;
 template <class A, class T>
-void pack_panel(A* to, int64_t width, const T* from, int64_t outer, int64_t inner, int64_t count,
-                int64_t depth) {
+__attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, int64_t outer,
+                                          int64_t inner, int64_t count, int64_t depth) {
   if (outer == 1) {
     for (int64_t k = 0; k < depth; k++) {
       A* row = to + k * width;
@@ -188,25 +190,24 @@ void pack_panel(A* to, int64_t width, const T* from, int64_t outer, int64_t inne
     }
     return;
   }
-  int64_t done = 0;
-  if constexpr (std::is_same_v<A, float> && lanes<float> >= 4) {
-    if (inner == 1) {
+  for (int64_t i = 0; i < width; i += lanes<A>) {
+    int64_t k = 0;
+    if constexpr (std::is_same_v<A, float> && lanes<float> >= 4) {
       constexpr int n = lanes<float>;
-      for (; done + n <= depth; done += n)
-        for (int64_t i = 0; i < width; i += n) {
+      if (inner == 1 && i + n <= count)
+        for (; k + n <= depth; k += n) {
           Vec<float> block[n];
 #pragma GCC unroll 16
-          for (int j = 0; j < n; j++)
-            block[j] = i + j < count ? load<float>(from + (i + j) * outer + done) : Vec<float>{};
+          for (int j = 0; j < n; j++) block[j] = load<float>(from + (i + j) * outer + k);
           transpose(block);
 #pragma GCC unroll 16
-          for (int j = 0; j < n; j++) store(to + (done + j) * width + i, block[j]);
+          for (int j = 0; j < n; j++) store(to + (k + j) * width + i, block[j]);
         }
     }
+    for (; k < depth; k++)
+      for (int64_t j = i; j < smaller(i + lanes<A>, width); j++)
+        to[k * width + j] = j < count ? load_one<A>(from + j * outer + k * inner) : A{0};
   }
-  for (int64_t k = done; k < depth; k++)
-    for (int64_t i = 0; i < width; i++)
-      to[k * width + i] = i < count ? load_one<A>(from + i * outer + k * inner) : A{0};
 }
 
 // to[j * to_row + i] = from[i * from_row + j] for i < rows, j < cols, multiples of lanes<A>.
