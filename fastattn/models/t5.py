@@ -50,7 +50,8 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
     feed_forward_proj: str = "relu"
-    tie_word_embeddings: bool = True  # and scale what goes into the output layer
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool | None = None  # by d_model ** -0.5; None: where weights are tied
     decoder_start_token_id: int = 0
     eos_token_id: int | None = 1
 
@@ -237,8 +238,11 @@ class T5(parts.Seq2SeqLM):
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits (..., vocab_size) of states (..., E)."""
-        scale = self.config.d_model**-0.5 if self.config.tie_word_embeddings else 1.0
-        return super().logits(states * scale)
+        config = self.config
+        scaled = config.scale_decoder_outputs
+        if config.tie_word_embeddings if scaled is None else scaled:
+            states = states * config.d_model**-0.5
+        return super().logits(states)
 
 
 def _bucket(distance: Tensor, config: T5Config, both_sides: bool) -> Tensor:
