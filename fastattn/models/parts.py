@@ -98,7 +98,9 @@ class Memory(NamedTuple):
 def visible(
     input_ids: Tensor, attention_mask: Tensor | None, longest: int | None, prefix: str = ""
 ) -> Tensor | None:
-    """The mask as bool; raises ValueError where it or the ids do not fit."""
+    """The mask as bool; raises TypeError or ValueError where it or the ids do not fit."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{prefix}input_ids must be int64 or int32, got {input_ids.dtype}")
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or (longest is not None and shape[1] > longest):
         limit = "" if longest is None else f", S <= {longest}"
