@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastattn import models
 from fastattn.models import generation
 from fastattn.models.generation import Cache, generate, stream
-from fastattn.models.llama import Llama
+from fastattn.models.llama import Llama, LlamaConfig
 from fastattn.models.transformer import Transformer
 
 PAD, EOS, NEW = 1, 2, 8
@@ -175,6 +175,17 @@ def test_a_prompt_may_come_in_pieces(kind: Kind) -> None:
     assert cache.lengths.tolist() == [9, 9]
 
 
+@ALL
+def test_generates_under_autocast(kind: Kind) -> None:
+    model = kind.build()
+    ids, mask = rows(PROMPTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        for kernels in models.KERNELS:
+            model.kernels = kernels
+            tokens = found(model, ids, mask, eos_token_id=())
+            assert tokens.shape == (len(PROMPTS), NEW)
+
+
 # streams and draws
 
 
@@ -272,6 +283,8 @@ def test_caches_that_do_not_fit() -> None:
         Cache(model, 2, 25)
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         Cache(KINDS["t5"].build(), 2, 0)
+    with pytest.raises(ValueError, match=r"call the model under torch\.no_grad\(\)"):
+        model(ids, cache=Cache(model, 2, 9))
     with torch.no_grad():
         with pytest.raises(ValueError, match="room for 5 tokens, got one for 4"):
             model(ids, cache=Cache(model, 2, 4))
@@ -312,14 +325,15 @@ def test_smollm2_says_what_it_says_in_transformers(transformers: Any, tmp_path: 
     folder, file = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    theirs.save_pretrained(tmp_path)
+    theirs.config.save_pretrained(tmp_path)
+    ours = Llama(LlamaConfig.from_json(tmp_path / "config.json")).eval()
+    ours.load_state_dict(theirs.state_dict())
     tokenizer.padding_side = "left"
     texts = ["The capital of France is", "Once upon a time, in a village by the sea,", "1 2 3 4"]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     options = {"max_new_tokens": 24, "do_sample": False}
     length = inputs["input_ids"].shape[1]
     wanted = [theirs.generate(**inputs, **options, num_beams=n)[:, length:] for n in (1, 3)]
-    ours = Llama.from_pretrained(tmp_path)
     for beams, tokens in zip((1, 3), wanted, strict=True):
         got = generate(ours, **inputs, max_new_tokens=24, num_beams=beams)
         assert tokenizer.batch_decode(got) == tokenizer.batch_decode(tokens)

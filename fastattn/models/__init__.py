@@ -50,9 +50,10 @@ class EagerOps:
         cls, query, key_cache, value_cache, *, cache_seqlens, key, value, scale=None
     ):
         rows = torch.arange(len(query), device=query.device)
-        key_cache[rows, :, cache_seqlens] = key[:, :, 0]
-        value_cache[rows, :, cache_seqlens] = value[:, :, 0]
+        for cache, new in ((key_cache, key), (value_cache, value)):
+            cache[rows, :, cache_seqlens] = new[:, :, 0].to(cache.dtype)
         places = torch.arange(key_cache.shape[2], device=query.device)
+        query, key_cache, value_cache = (x.to(key.dtype) for x in (query, key_cache, value_cache))
         mask = places <= cache_seqlens[:, None, None, None]  # [B, 1, 1, S]
         return cls.attention(query, key_cache, value_cache, mask=mask, scale=scale)
 

@@ -26,8 +26,8 @@ class CacheShape(NamedTuple):
 class Cache:
     """Keys and values of the tokens so far, with room for `length` in each of `batch` rows.
 
-    Pass it to a model along with the tokens that come next. `lengths` [B] is how many each row has.
-    Raises ValueError where the model has fewer positions than `length`.
+    Pass it to a model, under torch.no_grad(), along with the tokens that come next. `lengths` [B]
+    is how many each row has. Raises ValueError where the model has fewer positions than `length`.
     """
 
     def __init__(self, model: models.LanguageModel, batch: int, length: int) -> None:
@@ -47,6 +47,8 @@ class Cache:
         mask [B, S] is True at tokens, and False at padding behind them. Raises ValueError where
         they do not fit.
         """
+        if torch.is_grad_enabled():
+            raise ValueError("cache is for inference: call the model under torch.no_grad()")
         batch, count = input_ids.shape
         if batch != len(self.lengths):
             raise ValueError(
