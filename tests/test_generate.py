@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastattn import models
 from fastattn.models import generation
-from fastattn.models.generation import Cache, generate, stream
+from fastattn.models.generation import generate, stream
+from fastattn.models.kv_cache import Cache
 from fastattn.models.llama import Llama, LlamaConfig
 from fastattn.models.transformer import Transformer
 
@@ -184,6 +185,12 @@ def test_generates_under_autocast(kind: Kind) -> None:
             model.kernels = kernels
             tokens = found(model, ids, mask, eos_token_id=())
             assert tokens.shape == (len(PROMPTS), NEW)
+
+
+def test_more_beams_than_there_are_tokens() -> None:
+    model = KINDS["gpt2"].build(vocab_size=3)
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    assert found(model, ids, None, num_beams=5, eos_token_id=[0, 1, 2]).shape == (1, NEW)
 
 
 # streams and draws

@@ -283,6 +283,7 @@ def test_from_pretrained(transformers: Any, tmp_path: Path, kind: Kind) -> None:
     model = kind.ours.from_pretrained(tmp_path, kernels="reference")
     assert model.kernels == "reference" and not model.training
     assert not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
+    assert all(p.is_contiguous() for p in model.parameters())
     run = task(kind, batch(kind))
     with torch.no_grad():
         torch.testing.assert_close(run(model)[0], run(theirs)[0], rtol=1e-4, atol=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import model_parity
@@ -291,6 +293,27 @@ def test_a_patched_model_compiles() -> None:
     x = torch.randn(3, 24)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+class Stubborn(nn.Module):
+    """Looks like a model of transformers that takes no other attention."""
+
+    config = SimpleNamespace(_attn_implementation="eager")
+
+    def set_attn_implementation(self, name: str) -> None:
+        raise ValueError(f"no {name} here")
+
+
+def test_attention_that_cannot_be_replaced(
+    transformers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = "attention of Stubborn"
+    why = "its code does not use transformers' AttentionInterface"
+    assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, why)]
+    monkeypatch.setattr(sys.modules[__name__], "ALL_ATTENTION_FUNCTIONS", {}, raising=False)
+    assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, "no fastattn here")]
+    Stubborn.config.output_attentions = True
+    assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, "it returns attention weights")]
 
 
 def test_refusals() -> None:

@@ -143,7 +143,10 @@ def _patch_interface(model: nn.Module, undo: list[tuple]) -> tuple[str, bool, st
     if getattr(model.config, "output_attentions", False):
         return what, False, "it returns attention weights"
     huggingface.register()
-    model.set_attn_implementation("fastattn")
+    try:
+        model.set_attn_implementation("fastattn")
+    except ValueError as error:
+        return what, False, str(error)
     undo.append((model, "attention", before))
     return what, True, f"attn_implementation {before!r} -> 'fastattn'"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
-from fastattn.models import generation, parts
+from fastattn.models import kv_cache, parts
 
 
 def _size(layers: int, heads: int, width: int) -> dict[str, int]:
@@ -67,12 +67,16 @@ class Conv1D(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.register_state_dict_post_hook(_transpose)
-        self.register_load_state_dict_pre_hook(_transpose)
+        self.register_load_state_dict_pre_hook(_transpose_back)
 
 
 def _transpose(layer: Conv1D, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"].t()
+
+
+def _transpose_back(layer: Conv1D, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
     if (name := prefix + "weight") in state:
-        state[name] = state[name].t()
+        state[name] = state[name].t().contiguous()
 
 
 class Attention(nn.Module):
@@ -155,11 +159,11 @@ class GPT2(parts.CausalLM):
         }
 
     @property
-    def cache_shape(self) -> generation.CacheShape:
+    def cache_shape(self) -> kv_cache.CacheShape:
         """What a key/value cache holds of a token."""
         config = self.config
         width = config.n_embd // config.n_head
-        return generation.CacheShape(config.n_layer, config.n_head, width, config.n_positions)
+        return kv_cache.CacheShape(config.n_layer, config.n_head, width, config.n_positions)
 
     def decode(self, input_ids: Tensor, positions: Tensor, attend: parts.Padded) -> Tensor:
         ops = models.ops(self.kernels)

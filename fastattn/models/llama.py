@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import models
-from fastattn.models import generation, parts
+from fastattn.models import kv_cache, parts
 
 
 def _size(layers: int, heads: int, kv_heads: int, width: int, inner: int) -> dict[str, int]:
@@ -193,11 +193,11 @@ class Llama(parts.CausalLM):
         return {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
 
     @property
-    def cache_shape(self) -> generation.CacheShape:
+    def cache_shape(self) -> kv_cache.CacheShape:
         """What a key/value cache holds of a token."""
         config = self.config
         sizes = config.num_hidden_layers, config.kv_heads, config.width_of_head
-        return generation.CacheShape(*sizes, config.max_position_embeddings)
+        return kv_cache.CacheShape(*sizes, config.max_position_embeddings)
 
     def decode(self, input_ids: Tensor, positions: Tensor, attend: parts.Padded) -> Tensor:
         ops = models.ops(self.kernels)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastattn import models
 
 if TYPE_CHECKING:
-    from fastattn.models import generation
+    from fastattn.models import kv_cache
 
 # Hugging Face's names of activations -> fastattn's
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
@@ -182,7 +182,7 @@ class CausalLM(models.LanguageModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: generation.Cache | None = None,
+        cache: kv_cache.Cache | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size) of what follows each token.
 
@@ -202,7 +202,7 @@ class CausalLM(models.LanguageModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: generation.Cache | None = None,
+        cache: kv_cache.Cache | None = None,
     ) -> Tensor:
         """The last hidden state (B, S, E), after the norm; the arguments are forward's."""
         mask = visible(input_ids, attention_mask, self.cache_shape.positions)
@@ -251,7 +251,7 @@ class Seq2SeqLM(models.LanguageModel):
         decoder_input_ids: Tensor,
         memory: Memory,
         decoder_attention_mask: Tensor | None = None,
-        cache: generation.Cache | None = None,
+        cache: kv_cache.Cache | None = None,
     ) -> Tensor:
         """The decoder's last hidden state (B, T, E); the arguments are forward's.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
-from fastattn.models import generation, parts
+from fastattn.models import kv_cache, parts
 
 FEED_FORWARD = {"relu": "relu", "gated-gelu": "gelu_tanh", "gated-silu": "silu"}
 
@@ -219,10 +219,10 @@ class T5(parts.Seq2SeqLM):
         return {name: tensor for name, tensor in state.items() if name != unused}
 
     @property
-    def cache_shape(self) -> generation.CacheShape:
+    def cache_shape(self) -> kv_cache.CacheShape:
         """What a key/value cache holds of a token."""
         layers = len(self.decoder.block)
-        return generation.CacheShape(layers, self.config.num_heads, self.config.d_kv, None)
+        return kv_cache.CacheShape(layers, self.config.num_heads, self.config.d_kv, None)
 
     def remember(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> parts.Memory:
         mask = parts.visible(input_ids, attention_mask, None)

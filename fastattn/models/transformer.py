@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
-from fastattn.models import generation, parts
+from fastattn.models import kv_cache, parts
 
 FAMILIES = {  # Hugging Face's model_type -> what it says of the architecture
     "marian": {"positions": "sinusoidal", "pre_norm": False, "embedding_norm": False},
@@ -236,11 +236,11 @@ class Transformer(parts.Seq2SeqLM):
         return made | state
 
     @property
-    def cache_shape(self) -> generation.CacheShape:
+    def cache_shape(self) -> kv_cache.CacheShape:
         """What a key/value cache holds of a token."""
         config, heads = self.config, self.config.decoder_attention_heads
         sizes = config.decoder_layers, heads, config.d_model // heads
-        return generation.CacheShape(*sizes, config.max_position_embeddings)
+        return kv_cache.CacheShape(*sizes, config.max_position_embeddings)
 
     def remember(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> parts.Memory:
         mask = parts.visible(input_ids, attention_mask, self.config.max_position_embeddings)
