@@ -201,7 +201,8 @@ def test_compiles_into_one_graph(name: str, one_layer: dict[str, int]) -> None:
     model, inputs = kind.build(**one_layer), batch(kind)
     run = task(kind, inputs)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(compiled)[0], run(model)[0], rtol=1e-4, atol=1e-4)
+    with torch.set_grad_enabled(name == "llama"):  # gradients take most of the time
+        torch.testing.assert_close(run(compiled)[0], run(model)[0], rtol=1e-4, atol=1e-4)
 
 
 @ALL
