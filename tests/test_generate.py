@@ -13,6 +13,7 @@ import torch
 from test_models_lm import ALL, KINDS, Kind, rows
 from torch import Tensor, nn
 
+import fastattn
 from fastattn import models
 from fastattn.models import generation
 from fastattn.models.generation import generate, stream
@@ -345,3 +346,6 @@ def test_smollm2_says_what_it_says_in_transformers(transformers: Any, tmp_path: 
         got = generate(ours, **inputs, max_new_tokens=24, num_beams=beams)
         assert tokenizer.batch_decode(got) == tokenizer.batch_decode(tokens)
     assert "Paris" in tokenizer.decode(wanted[0][0])
+    assert all(row.replaced for row in fastattn.patch(theirs).rows)
+    patched = theirs.generate(**inputs, **options)[:, length:]
+    assert tokenizer.batch_decode(patched) == tokenizer.batch_decode(wanted[0])

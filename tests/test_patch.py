@@ -220,6 +220,8 @@ class Block(nn.Module):
         gate, up = self.gate(x), self.up(x)
         if self.kind == "quick":
             return self.down(gate * torch.sigmoid(1.702 * gate) * up)
+        if self.kind == "two":
+            return up, gate
         if self.kind == "residual":
             return x + self.down(F.silu(gate) * up)
         if self.kind == "dropout":
@@ -272,6 +274,18 @@ def test_layers_that_change_after_patching() -> None:
     block.up = nn.Sequential(nn.Linear(24, 40), nn.Tanh())
     wanted = block.down.forward(F.silu(block.gate(x)) * block.up(x)) + 1
     torch.testing.assert_close(block(x), wanted)
+
+
+def test_layers_that_are_not_tried() -> None:
+    assert fastattn.patch(Block("two")).rows == []
+    calls = []
+    block = Block("own")
+    block.up.register_forward_hook(lambda *args: calls.append(args))
+    assert fastattn.patch(block).rows == [Row(1, "Block", False, "it has hooks, or a layer within")]
+    assert not calls
+    block = Block("own")
+    block.down.half()
+    assert fastattn.patch(block).rows == [Row(1, "Block", False, "its weights have several dtypes")]
 
 
 def test_a_patched_model_can_be_pickled() -> None:

@@ -212,12 +212,15 @@ def _alike(module: nn.Module, known: dict, probe: Callable[[nn.Module], Any]) ->
 def _probe(module: nn.Module, inputs: Tensor, candidates: dict[str, Forward]) -> Found:
     """The candidate that computes what the module does, if it has random weights.
 
-    None where the module takes other arguments, else a sentence if there is no candidate.
+    None where the module takes or returns something else than a tensor, else a sentence if there is
+    no candidate.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return "its weights are on the meta device"
     if len({parameter.dtype for parameter in module.parameters()}) > 1:
         return "its weights have several dtypes"
+    if any(map(fastattn.nn._hooked, module.modules())):
+        return "it has hooks, or a layer within"
     trial = copy.deepcopy(module).float().cpu().eval()
     with torch.no_grad():
         for parameter in trial.parameters():
@@ -225,6 +228,8 @@ def _probe(module: nn.Module, inputs: Tensor, candidates: dict[str, Forward]) ->
         try:
             wanted = trial(inputs)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(wanted, Tensor):
             return None
         for by, forward in candidates.items():
             found = forward(trial, inputs)
@@ -244,7 +249,7 @@ def _unless_it_drops(forward: Forward, module: nn.Module, x: Tensor) -> Tensor:
 
 def _probe_norm(module: nn.Module) -> Found:
     eps = _epsilon(module)
-    inputs = torch.randn(4, len(module.weight))
+    inputs = torch.randn(4, len(module.weight), device="cpu")
     inputs[2:] *= eps**0.5  # where eps tells
     candidates = {
         "fastattn.rms_norm": partial(_rms_norm, eps=eps),
@@ -275,7 +280,7 @@ def _probe_mlp(module: nn.Module) -> Found:
         for activation in fastattn.nn.ACTIVATIONS:
             said = f"{op}, {activation}" + (f", gate {names[2]}" if names[2:] else "")
             candidates[said] = partial(_mlp, names=names, activation=activation)
-    return _probe(module, 2 * torch.randn(64, width), candidates)
+    return _probe(module, 2 * torch.randn(64, width, device="cpu"), candidates)
 
 
 def _mlp(module: nn.Module, x: Tensor, names: tuple[str, ...], activation: str) -> Tensor:
