@@ -13,6 +13,7 @@ from fastattn.ops.rope import apply_rope
 from fastattn.registry import explain
 
 from fastattn import nn  # isort: skip  last, for the modules are made of the functions above
+from fastattn.integrations.patch import patch, unpatch  # isort: skip  and this of the modules
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "nn",
+    "patch",
     "rms_norm",
     "scaled_dot_product_attention",
+    "unpatch",
     "use_kernel",
 ]

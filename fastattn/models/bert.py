@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
-
-Attend = Callable[..., Tensor]  # of query, key, value [..., H, D] and dropout_p, to the same shape
-
-# Hugging Face's names of activations -> fastattn's
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+from fastattn.models import parts
 
 
 def _size(layers: int, heads: int, width: int) -> dict[str, int]:
@@ -59,19 +52,14 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             got = self.hidden_size, self.num_attention_heads
             raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {got}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be in {list(ACTIVATIONS)}, got {self.hidden_act!r}")
+        parts.check_activation("hidden_act", self.hidden_act)
 
     @classmethod
     def from_json(cls, path: str | Path) -> BertConfig:
         """Reads a config.json; raises ValueError for what would make it another model."""
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
         needed = {"model_type": "bert", "is_decoder": False, "tie_word_embeddings": True}
         needed["position_embedding_type"] = "absolute"
-        for name, value in needed.items():
-            if raw.get(name, value) != value:
-                raise ValueError(f"{path}: {name} must be {value!r}, got {raw[name]!r}")
-        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        return models.read_config(cls, path, needed)
 
 
 class Embeddings(nn.Module):
@@ -89,7 +77,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, types: Tensor, positions: Tensor, ops: Any) -> Tensor:
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
         x = x + self.position_embeddings(positions)  # [B, S, E]
-        return self.dropout(ops.layer_norm(x, *_arguments(self.LayerNorm)))
+        return self.dropout(parts.norm(ops, x, self.LayerNorm))
 
 
 class SelfAttention(nn.Module):
@@ -102,13 +90,13 @@ class SelfAttention(nn.Module):
         width = config.hidden_size
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
+    def forward(self, x: Tensor, attend: parts.Padded, ops: Any) -> Tensor:
         query, key, value = (
-            ops.linear(x, proj.weight, proj.bias).unflatten(-1, (self.heads, -1))
+            parts.linear(ops, x, proj).unflatten(-1, (self.heads, -1))
             for proj in (self.query, self.key, self.value)
-        )  # [..., H, D]
+        )  # [B, S, H, D]
         dropout_p = self.dropout_p if self.training else 0.0
-        return attend(query, key, value, dropout_p=dropout_p).flatten(-2)  # [..., E]
+        return attend(query, key, value, dropout_p=dropout_p).flatten(-2)  # [B, S, E]
 
 
 class Layer(nn.Module):
@@ -123,17 +111,16 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = _dense_and_norm(inner, width, eps)
         self.dropout_p = config.hidden_dropout_prob
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = parts.ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
+    def forward(self, x: Tensor, attend: parts.Padded, ops: Any) -> Tensor:
         proj, norm = self.attention["output"].values()
         after = {"dropout_p": self.dropout_p if self.training else 0.0, "return_sum": False}
-        out = ops.linear(self.attention["self"](x, attend, ops), proj.weight, proj.bias)
-        # autocast makes a product bf16 and leaves what is added to it as it was
-        x = ops.add_layer_norm(out.to(x.dtype), x, *_arguments(norm), **after)
-        up, (down, norm) = self.intermediate["dense"], self.output.values()
-        out = ops.ffn(x, up.weight, down.weight, up.bias, down.bias, activation=self.activation)
-        return ops.add_layer_norm(out.to(x.dtype), x, *_arguments(norm), **after)  # [..., E]
+        out = parts.linear(ops, self.attention["self"](x, attend, ops), proj)
+        x = parts.add_norm(ops, out, x, norm, **after)
+        down, norm = self.output.values()
+        out = parts.ffn(ops, x, self.intermediate["dense"], down, activation=self.activation)
+        return parts.add_norm(ops, out, x, norm, **after)  # [B, S, E]
 
 
 class BertOutput(NamedTuple):
@@ -155,7 +142,7 @@ class Bert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": layers})
         dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler = nn.ModuleDict({"dense": dense}) if pooler else None
-        _init_weights(self, config.initializer_range)
+        parts.init_weights(self, config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, kernels: str = "fused") -> Bert:
@@ -191,31 +178,21 @@ class Bert(nn.Module):
         unless torch.compile, which cannot know how much there is, traces the model. Raises
         ValueError naming the argument.
         """
-        mask = _visible(input_ids, attention_mask, self.config.max_position_embeddings)
+        mask = parts.visible(input_ids, attention_mask, self.config.max_position_embeddings)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         ops = models.ops(self.kernels)
-        x = self.embeddings(input_ids, token_type_ids, position_ids, ops)  # [B, S, E]
-        if mask is None or self.kernels != "fused" or torch.compiler.is_compiling():
-            x = self._encode(x, partial(_attend_padded, mask, ops), ops)
-        else:
-            tokens = mask.flatten().nonzero()[:, 0]
-            ends = F.pad(mask.sum(1).cumsum(0), (1, 0))  # [B + 1]
-            attend = partial(ops.attention_varlen, cu_seqlens_q=ends, cu_seqlens_k=ends)
-            packed = self._encode(x.flatten(0, 1)[tokens], attend, ops)  # [tokens, E]
-            x = packed.new_zeros(mask.numel(), packed.shape[-1]).index_copy(0, tokens, packed)
-            x = x.unflatten(0, mask.shape)
+        attend = parts.self_attention(self.kernels, mask)
+        ids = input_ids, token_type_ids, position_ids
+        x = self.embeddings(*(attend.pack(x.expand(input_ids.shape)) for x in ids), ops)
+        for layer in self.encoder["layer"]:
+            x = layer(x, attend, ops)  # [B, S, E]
+        x = attend.unpack(x)
         if self.pooler is None:
             return BertOutput(x, None)
-        dense = self.pooler["dense"]
-        return BertOutput(x, ops.linear(x[:, 0], dense.weight, dense.bias).tanh())
-
-    def _encode(self, x: Tensor, attend: Attend, ops: Any) -> Tensor:
-        for layer in self.encoder["layer"]:
-            x = layer(x, attend, ops)
-        return x
+        return BertOutput(x, parts.linear(ops, x[:, 0], self.pooler["dense"]).tanh())
 
 
 class PredictionHead(nn.Module):
@@ -226,13 +203,12 @@ class PredictionHead(nn.Module):
         width = config.hidden_size
         self.transform = _dense_and_norm(width, width, config.layer_norm_eps)
         self.decoder = nn.Linear(width, config.vocab_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = parts.ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor, ops: Any) -> Tensor:
         dense, norm = self.transform.values()
-        x = ops.linear(x, dense.weight, dense.bias, self.activation)  # [B, S, E]
-        x = ops.layer_norm(x, *_arguments(norm))
-        return ops.linear(x, self.decoder.weight, self.decoder.bias)  # [B, S, vocab]
+        x = parts.norm(ops, parts.linear(ops, x, dense, self.activation), norm)  # [B, S, E]
+        return parts.linear(ops, x, self.decoder)  # [B, S, vocab]
 
 
 class BertForMaskedLM(nn.Module):
@@ -242,7 +218,7 @@ class BertForMaskedLM(nn.Module):
         super().__init__()
         self.bert = Bert(config, kernels, pooler=False)
         self.cls = nn.ModuleDict({"predictions": PredictionHead(config)})
-        _init_weights(self, config.initializer_range)
+        parts.init_weights(self, config.initializer_range)
         self._tie_weights()
 
     def _tie_weights(self) -> None:
@@ -292,39 +268,6 @@ def sentence_embeddings(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 def _dense_and_norm(in_features: int, out_features: int, eps: float) -> nn.ModuleDict:
     norm = nn.LayerNorm(out_features, eps=eps)
     return nn.ModuleDict({"dense": nn.Linear(in_features, out_features), "LayerNorm": norm})
-
-
-def _arguments(norm: nn.LayerNorm) -> tuple[Any, ...]:
-    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def _init_weights(model: nn.Module, std: float) -> None:
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-
-def _visible(input_ids: Tensor, attention_mask: Tensor | None, max_len: int) -> Tensor | None:
-    shape = tuple(input_ids.shape)
-    if len(shape) != 2 or shape[1] > max_len:
-        raise ValueError(f"input_ids must have shape (B, S), S <= {max_len}, got {shape}")
-    if attention_mask is None:
-        return None
-    got = tuple(attention_mask.shape), attention_mask.dtype
-    if got[0] != shape or got[1].is_floating_point:
-        raise ValueError(f"attention_mask must be bool or integer, {shape}, got {got[1]}, {got[0]}")
-    return attention_mask.bool()
-
-
-def _attend_padded(
-    mask: Tensor | None, ops: Any, query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float
-) -> Tensor:
-    if mask is not None:
-        mask = mask[:, None, None]  # [B, 1, 1, S], True = attend
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return ops.attention(*heads_first, mask=mask, dropout_p=dropout_p).transpose(1, 2)
 
 
 def _read(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:

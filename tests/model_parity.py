@@ -1,0 +1,75 @@
+"""What tests of whole models share: weights that attend, gradients by name, the error rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.testing import assert_close_to_oracle, assert_vanishes
+
+FACTOR = 5.0  # a model is a chain of ops, whose errors add up
+GET_TRANSFORMERS = 'needs transformers: pip install "fastattn[test]"'
+KEY_AND_QUERY = {"key.bias": "query.bias", "k_proj.bias": "q_proj.bias"}
+
+
+@contextmanager
+def one_seed_and_thread() -> Iterator[None]:
+    """On tensors of a test's size threads would only wait for each other."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sharpened(model: nn.Module, scale: float = 6.0) -> nn.Module:
+    """Random weights hardly attend: with these, six times as large, a wrong mask shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() > 1 and parameter.requires_grad:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+def results(
+    model: nn.Module, run: Callable[[nn.Module], tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The logits that `run` returns, and the gradients of the loss beside it, by parameter name."""
+    model.zero_grad()
+    torch.manual_seed(1)  # of dropout
+    logits, loss = run(model)
+    loss.backward()
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_attn.bias"):  # GPT-2's three in one
+            for part, grad in zip(("query", "key", "value"), parameter.grad.chunk(3), strict=True):
+                found[name.replace("c_attn", part)] = grad
+        elif parameter.requires_grad:
+            found[name] = parameter.grad
+    return found
+
+
+def check(
+    found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], terms: int
+) -> None:
+    """The error rule against eager PyTorch; `terms` tokens add to a gradient."""
+    assert found.keys() == eager.keys() == exact.keys()
+    for name, oracle in exact.items():
+        size = exact.get(_query(name), oracle).abs().max().item()
+        if oracle.abs().max() < 1e-10 * size:  # it moves all scores of a query alike
+            noise = found[name].to(found["logits"].dtype)  # bf16 under autocast
+            assert_vanishes(noise, size, terms=terms, name=name)
+        else:
+            assert_close_to_oracle(found[name], eager[name], oracle, factor=FACTOR, name=name)
+
+
+def _query(name: str) -> str:
+    """The bias of the queries, if `name` is that of the keys."""
+    for key, query in KEY_AND_QUERY.items():
+        name = name.replace(key, query)
+    return name
