@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import registry
+from fastattn import _library, registry
+from fastattn.dispatch import CUDA_DTYPES
 from fastattn.testing import (
     DTYPES,
     LAYOUTS,
@@ -95,6 +96,8 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
             found += [(case.id, dtype, "cpu", layout) for layout in layouts]
             found.append((case.id, dtype, "reference", "sliced"))
         found += [(case.id, torch.float32, "reference", layout) for layout in layouts[2:]]
+        if "cuda" in registry.FUNCTIONS[case.function][1].kernels:
+            found += [(case.id, dtype, "emulator", "contiguous") for dtype in CUDA_DTYPES]
     return found
 
 
@@ -102,9 +105,11 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
 def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: str) -> None:
     case = CASES[case_id]
     inputs = case.inputs(dtype, layout)
-    if case.refused and kernel == "cpu":
+    if kernel == "emulator" and _library.WHY_NO_CUDA:
+        pytest.skip(_library.WHY_NO_CUDA)
+    if case.refused and kernel != "reference":
         with pytest.raises(fastattn.UnavailableKernelError, match=case.refused):
-            run(case, inputs, "cpu")
+            run(case, inputs, kernel)
         kernel = "reference"
     # That the number of threads changes nothing is a test of its own.
     with use_threads(2 if (kernel, layout) == ("cpu", "contiguous") else 1):
