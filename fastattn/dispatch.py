@@ -71,7 +71,7 @@ def use_kernel(name: str) -> Iterator[None]:
     """Force kernel `name` for the calls inside the `with` block.
 
     "cpu" and "cuda" are the C++ kernels, "reference" is eager PyTorch, and "emulator" runs the CUDA
-    kernels on CPU tensors in `fastattn.emulator`, slowly and with all of its checks. A call that the
+    kernels on CPU tensors in `fastattn.emulator`, slowly and with all of its checks. A call that a
     kernel cannot serve raises `UnavailableKernelError`; nothing falls back. Overrides the
     environment variable `FASTATTN_KERNEL`. The choice is the process's, not the thread's.
 

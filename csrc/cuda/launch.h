@@ -6,6 +6,8 @@
 #include <string>
 #include <type_traits>
 
+#include "common/dtype.h"
+
 namespace fastattn::cuda {
 
 // Dynamic shared memory that a block can have on every GPU since sm_80, with some static beside it.
@@ -55,6 +57,13 @@ struct Memory {
 inline Memory reads(const void* data, int64_t bytes) { return {data, bytes}; }
 inline Memory writes(void* data, int64_t bytes) { return {data, bytes, true, true}; }
 inline Memory updates(void* data, int64_t bytes) { return {data, bytes, true, false}; }
+
+inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+inline std::string name_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? "f32" : dtype == Dtype::bf16 ? "bf16" : "f16";
+}
 
 // The random word below which dropout with probability p drops a position.
 inline uint32_t dropout_threshold(double p) {

@@ -53,7 +53,7 @@ Norm checked(const Tensor& input, const OptionalTensor& residual, const Optional
                      seed->scalar_type() == torch::headeronly::ScalarType::Long,
                  "dropout needs a seed of one int64");
   norm.device_seed = static_cast<const uint64_t*>(seed->const_data_ptr());
-  if (!on_gpu(place_of(input))) norm.seed = *norm.device_seed;
+  if (place_of(input).is_cpu()) norm.seed = *norm.device_seed;
   return norm;
 }
 

@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t kMostParts = 264;
 constexpr int64_t kFloat = sizeof(float);
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 // The teams of a launch, a row each: a warp, or all threads of a block where rows are long.
 struct Teams {
   int64_t vector;  // neighbouring columns that a thread moves together
@@ -45,13 +43,9 @@ struct Teams {
   }
 };
 
-std::string name(Dtype dtype) {
-  return dtype == Dtype::f32 ? "f32" : dtype == Dtype::bf16 ? "bf16" : "f16";
-}
-
 std::string name(const char* direction, const Norm& in, const Teams& teams) {
   const bool apart = in.residual_dtype != in.dtype;
-  return "norm_" + std::string(direction) + "_" + name(in.dtype) + (apart ? "_f32" : "") + "_x" +
+  return "norm_" + std::string(direction) + "_" + name_of(in.dtype) + (apart ? "_f32" : "") + "_x" +
          std::to_string(teams.vector);
 }
 
@@ -124,7 +118,7 @@ void norm_backward(const NormBackward& args, Device& device) {
   const auto fold = [&](void* parts_of, void* grad, Dtype dtype) {
     if (grad == nullptr) return;
     const Shape shape{{static_cast<uint32_t>((in.cols + 31) / 32), 1, 1}, {32, kFolders, 1}};
-    launch(device, "norm", "norm_fold_" + name(dtype), shape, reads(parts_of, part_bytes),
+    launch(device, "norm", "norm_fold_" + name_of(dtype), shape, reads(parts_of, part_bytes),
            writes(grad, in.cols * size_of(dtype)), static_cast<int32_t>(parts),
            static_cast<int32_t>(in.cols), static_cast<int32_t>(teams.vector));
   };

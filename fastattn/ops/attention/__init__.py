@@ -19,7 +19,8 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-TENSORS = 10
+SEQUENCES, TENSORS = 8, 10
+WIDEST_ON_CUDA = 256
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -29,6 +30,20 @@ def _refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
+    return reasons
+
+
+def _cuda_refusals(*args: Any) -> list[str]:
+    query, value = args[QUERY], args[VALUE]
+    reasons = dispatch.cuda_refusals(*args[:3], args[BIAS])
+    if args[SLOPES] is not None and args[SLOPES].requires_grad:
+        reasons.append("alibi_slopes requires a gradient")
+    if 0 in query.shape or 0 in value.shape:
+        reasons.append("a tensor is empty")
+    if max(query.shape[3], value.shape[3]) > WIDEST_ON_CUDA:
+        reasons.append(f"heads are wider than {WIDEST_ON_CUDA}")
+    if args[SEQUENCES] is not None:
+        reasons.append("sequences are packed")
     return reasons
 
 
@@ -82,7 +97,7 @@ ATTENTION = registry.op(
     backward_arguments=_backward_arguments,
     backward_fake=_backward_fake,
     derivative=_derivative,
-    kernels={"cpu": _refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
     differentiable=2,
     keep=(0, 1),
 )
