@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from fastattn.testing import Case, all_cases, assert_close_to_oracle, run, widen
 CASES = {
     case.id: case
     for case in all_cases()
-    if "cuda" in registry.FUNCTIONS[case.function][1].kernels and not case.refused
+    if "cuda" in registry.FUNCTIONS[case.function][1].kernels
+    and not (case.refused or case.refused_on_cuda)
 }
 
 emulated = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
@@ -27,6 +30,9 @@ WATCHED = [
     ("add_layer_norm-dropout", torch.float16),
     ("add_rms_norm-odd_sizes", torch.bfloat16),
     ("layer_norm-few_columns", torch.float32),
+    ("attention-causal_tall", torch.float16),
+    ("attention-one_key", torch.float32),
+    ("attention-odd_sizes", torch.bfloat16),
 ]
 
 
@@ -36,8 +42,8 @@ def test_every_schedule_gives_the_same_bits(case_id: str, dtype: torch.dtype) ->
     """And nothing is found under any of them: a finding would raise."""
     case = CASES[case_id]
     with device.watching(thorough=True) as reports:
-        run(case, case.inputs(dtype), "emulator")
-    assert len(reports) >= 2 and all(report.ok for report in reports)
+        run(case, case.inputs(dtype), "emulator", gradients=not case.id.startswith("attention"))
+    assert reports and all(report.ok for report in reports)
 
 
 ALIGNED = [
@@ -57,6 +63,72 @@ def test_memory_is_moved_whole(case_id: str, dtype: torch.dtype) -> None:
     for report in reports:
         assert report.counters.bank_conflicts == 1, report.counters
         assert report.counters.sector_efficiency >= 0.95, report.counters
+
+
+@emulated
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_moves_memory_whole(head_dim: int) -> None:
+    """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores."""
+    query, key, value = (torch.randn(1, 1, 64, head_dim).bfloat16() for _ in range(3))
+    with device.watching() as reports, fastattn.use_kernel("emulator"):
+        fastattn.attention(query, key, value, causal=True)
+    counters = reports[0].counters
+    assert counters.bank_conflicts == 1, counters
+    assert counters.sector_efficiency >= 0.95, counters
+    assert counters.mix()["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
+
+
+@emulated
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) -> None:
+    """And nobody else: one bad element among queries, keys or values of a causal attention."""
+    tensors = [torch.randn(1, 1, 80, 16) for _ in range(3)]
+    expected = fastattn.attention(*tensors, causal=True)
+    tensors[position][:, :, 25, 3] = rubbish
+    with fastattn.use_kernel("emulator"):
+        found = fastattn.attention(*tensors, causal=True)
+    rows = found.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
+    assert rows == ([25] if position == 0 else [*range(25, 80)])
+    torch.testing.assert_close(found[:, :, :25], expected[:, :, :25])
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rubbish", [math.nan, -math.inf])
+def test_nothing_leaks_from_under_a_mask(rubbish: float, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 1, 70, 16).to(dtype) for _ in range(3))
+    mask = torch.arange(70) < 40
+    with fastattn.use_kernel("emulator"):
+        expected = fastattn.attention(query, key, value, mask=mask, return_lse=True)
+        key[:, :, 40:] = value[:, :, 40:] = rubbish
+        found = fastattn.attention(query, key, value, mask=mask, return_lse=True)
+    assert all(map(torch.equal, found, expected))
+
+
+@emulated
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "heads_inside", "expanded"])
+def test_any_strides(layout: str) -> None:
+    case = CASES["attention-mask"]
+    inputs = case.inputs(torch.bfloat16, layout)
+    plain = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    for found, expected in zip(
+        run(case, inputs, "emulator", gradients=False).values(),
+        run(case, plain, "emulator", gradients=False).values(),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@emulated
+def test_wide_heads_are_refused() -> None:
+    for dtype, widest in ((torch.float32, 128), (torch.bfloat16, 256)):
+        wide = torch.randn(1, 1, 2, widest + 1).to(dtype)
+        with (
+            fastattn.use_kernel("emulator"),
+            pytest.raises(fastattn.UnavailableKernelError, match=f"wider than {widest}"),
+        ):
+            fastattn.attention(wide, wide, wide)
 
 
 @emulated

@@ -173,9 +173,11 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Attention& in = inputs.in;
   const int64_t batch = query.size(0);
   const Place place = place_of(query);
-  FASTATTN_CHECK(!on_gpu(place) || (in.dtype != Dtype::f64 && in.sequences == nullptr &&
-                                    std::max(in.head_dim, in.value_dim) <= 256),
-                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256");
+  FASTATTN_CHECK(!on_gpu(place) ||
+                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
+                      std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
+                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
+                 "than 128");
   Tensor out = rows_first(batch, in.heads, in.q_len, in.value_dim, in.dtype, place);
   Tensor lse =
       empty({batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype), place);

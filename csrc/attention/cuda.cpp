@@ -53,8 +53,8 @@ AttentionScalars scalars(const Attention& in) {
   to.offset = static_cast<int32_t>(in.offset);
   to.left = static_cast<int32_t>(std::min<int64_t>(in.left, kFar));
   to.right = static_cast<int32_t>(std::min<int64_t>(in.right, kFar));
-  to.hides = in.mask.data != nullptr || in.bias.data != nullptr || to.left < kFar ||
-             to.right < kFar;
+  to.hides =
+      in.mask.data != nullptr || in.bias.data != nullptr || to.left < kFar || to.right < kFar;
   to.scale = static_cast<float>(in.softcap == 0 ? in.scale * log2e : in.scale / in.softcap);
   to.softcap = static_cast<float>(in.softcap * log2e);
   to.threshold = dropout_threshold(in.dropout_p);
@@ -72,12 +72,12 @@ void launch_forward(const AttentionForward& args, Device& device) {
   numbers.query_blocks = static_cast<int32_t>(blocks);
   copy_strides(numbers.out, args.out);
   numbers.aligned_out = aligned(args.out, Bytes) && in.value_dim * Bytes % 16 == 0;
-  // A kernel of its own for what needs no more than products, bounds and sinks.
-  const bool extra = in.dtype == Dtype::f32 || in.mask.data != nullptr ||
+  // Kernels of their own for what needs no more than products, bounds and sinks, where it pays.
+  const bool extra = Bytes == 4 || Dim == 256 || in.mask.data != nullptr ||
                      in.bias.data != nullptr || in.alibi_slopes != nullptr || in.softcap != 0 ||
                      in.dropout_p > 0;
-  const std::string name = "attention_forward_" + name_of(in.dtype) + (extra ? "_extra_" : "_") +
-                           std::to_string(Dim);
+  const std::string name =
+      "attention_forward_" + name_of(in.dtype) + (extra ? "_extra_" : "_") + std::to_string(Dim);
   const auto tensor = [&](const Source& view, int64_t heads, int64_t rows, int64_t cols) {
     return memory(view, {in.batch, heads, rows, cols}, Bytes);
   };
@@ -99,14 +99,16 @@ void launch_forward(const AttentionForward& args, Device& device) {
 }  // namespace
 
 void attention_forward(const AttentionForward& args, Device& device) {
-  const bool wide = args.in.dtype == Dtype::f32;
   const int64_t dim = std::max(args.in.head_dim, args.in.value_dim);
-  const auto on_tiles = [&]<int Dim>() {
-    wide ? launch_forward<4, Dim>(args, device) : launch_forward<2, Dim>(args, device);
-  };
-  dim <= 64    ? on_tiles.template operator()<64>()
-  : dim <= 128 ? on_tiles.template operator()<128>()
-               : on_tiles.template operator()<256>();
+  if (args.in.dtype == Dtype::f32) {
+    dim <= 32   ? launch_forward<4, 32>(args, device)
+    : dim <= 64 ? launch_forward<4, 64>(args, device)
+                : launch_forward<4, 128>(args, device);
+  } else {
+    dim <= 64    ? launch_forward<2, 64>(args, device)
+    : dim <= 128 ? launch_forward<2, 128>(args, device)
+                 : launch_forward<2, 256>(args, device);
+  }
 }
 
 }  // namespace fastattn::cuda

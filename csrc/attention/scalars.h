@@ -9,10 +9,10 @@ namespace fastattn::cuda {
 // keys, which are there twice, one being copied while the other is worked on.
 template <int Bytes, int Dim>
 struct AttentionTiles {
-  static constexpr int kWidth = Bytes * Dim;  // of a row, at most 1024
-  static constexpr int kWarps = kWidth == 1024 ? 2 : 4;
-  static constexpr int kQueries = 16 * kWarps;
-  static constexpr int kKeys = kWidth <= 256 ? 64 : kWidth == 512 ? 32 : 16;
+  static constexpr int kWidth = Bytes * Dim;  // of a row
+  static_assert(kWidth <= 512);               // more does not fit into registers
+  static constexpr int kWarps = 4, kQueries = 16 * kWarps;
+  static constexpr int kKeys = Bytes == 4 || kWidth == 512 ? 32 : 64;
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
@@ -21,7 +21,7 @@ struct AttentionScalars {
   int32_t heads, group;  // query heads that share a head of keys
   int32_t q_len, kv_len, head_dim, value_dim, query_blocks;
   int64_t query[4], key[4], value[4], out[4], mask[4], bias[4];
-  int32_t wide_bias;                                // fp32, whatever query is
+  int32_t wide_bias;                                               // fp32, whatever query is
   int32_t aligned_query, aligned_key, aligned_value, aligned_out;  // see Matrix
   int32_t offset, left, right;  // query i sees the keys i + offset - left ... i + offset + right
   int32_t hides;                // whether some keys may be invisible

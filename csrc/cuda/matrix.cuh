@@ -1,8 +1,9 @@
 // Tiles of matrices in shared memory, and products of 16 rows per warp with them.
 //
-// A warp holds 16 rows of a matrix of floats as an `Accumulator`: a lane has, of each 8 columns, the
-// columns 2 q and 2 q + 1 of the rows r and r + 8, where r = lane / 4 and q = lane % 4. Tensor cores
-// leave their products so, and fp32, which they would round, is multiplied into the same places.
+// A warp holds 16 rows of a matrix of floats as an `Accumulator`: a lane has, of each 8 columns,
+// the columns 2 q and 2 q + 1 of the rows r and r + 8, where r = lane / 4 and q = lane % 4. Tensor
+// cores leave their products so, and fp32, which they would round, is multiplied into the same
+// places.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -12,8 +13,8 @@ namespace fastattn::cuda {
 template <int Cols>
 using Accumulator = float[Cols / 8][4];
 
-// Rows of Cols elements in chunks of 16 bytes. Where eight rows are read at one column, the chunks of
-// a row are permuted by its number, so that they lie in different banks.
+// Rows of Cols elements in chunks of 16 bytes. Where eight rows are read at one column, the chunks
+// of a row are permuted by its number, so that they lie in different banks.
 template <class T, int Cols, bool Permuted = true>
 struct Tile {
   static constexpr int kEach = 16 / sizeof(T), kChunks = Cols / kEach;
@@ -57,15 +58,16 @@ __device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& f
   }
 }
 
-// sum += a b^T: 16 rows of a, which begin at `row`, with all rows of b.
+// sum += a b^T: 16 rows of a, which begin at `row`, with all rows of b. All columns past `cols` are
+// zeros.
 template <int N, class T, int Cols>
 __device__ void multiply_transposed(Accumulator<N>& sum, const Tile<T, Cols>& a, int row,
-                                    const Tile<T, Cols>& b) {
+                                    const Tile<T, Cols>& b, int cols) {
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     const int r = row + lane / 4, q = lane % 4;
 #pragma unroll 1
-    for (int c = 0; c < Cols; c += 4) {
+    for (int c = 0; c < cols; c += 4) {
       float left[2][4];
       load(left[0], a.at(r, c));
       load(left[1], a.at(r + 8, c));
@@ -90,8 +92,7 @@ __device__ void multiply_transposed(Accumulator<N>& sum, const Tile<T, Cols>& a,
 #pragma unroll
       for (int n = 0; n < N / 16; n++) {
         uint32_t right[4];
-        ptx::load_matrices(right,
-                           b.chunk(n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        ptx::load_matrices(right, b.chunk(n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
         ptx::multiply<T>(sum[2 * n], left, right[0], right[1]);
         ptx::multiply<T>(sum[2 * n + 1], left, right[2], right[3]);
       }
@@ -134,8 +135,8 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
   }
 }
 
-// Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`. The tile's rows
-// are this warp's own to write to: through them, rows leave in whole chunks.
+// Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`. The tile's
+// rows are this warp's own to write to: through them, rows leave in whole chunks.
 template <class T, int Cols>
 __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
                       const Tile<T, Cols>& tile, int row) {

@@ -20,7 +20,6 @@ SCHEMA = (
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
 SEQUENCES, TENSORS = 8, 10
-WIDEST_ON_CUDA = 256
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -40,8 +39,9 @@ def _cuda_refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
-    if max(query.shape[3], value.shape[3]) > WIDEST_ON_CUDA:
-        reasons.append(f"heads are wider than {WIDEST_ON_CUDA}")
+    widest = 128 if query.dtype == torch.float32 else 256
+    if max(query.shape[3], value.shape[3]) > widest:
+        reasons.append(f"heads are wider than {widest}")
     if args[SEQUENCES] is not None:
         reasons.append("sequences are packed")
     return reasons
