@@ -86,6 +86,11 @@ def use_kernel(name: str) -> Iterator[None]:
         _force(before)
 
 
+def forced() -> str | None:
+    """The kernel that is forced now."""
+    return _forced
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """What torch.autocast makes of the operands of a product: its dtype, except where fp64.
 

@@ -300,12 +300,12 @@ __device__ void fold(const float* parts, W* grad, int teams, int cols, int width
 using namespace fastattn::cuda;
 
 #define FASTATTN_NORM(name, T, R, V)                                                               \
-  extern "C" __global__ void __launch_bounds__(kNormThreads) norm_forward_##name##_x##V(           \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_##name##_x##V(        \
       const T* input, const R* residual, const void* weight, const void* bias,                     \
       const uint64_t* seed, T* out, R* summed, float* mean, float* rstd, NormScalars in) {         \
     forward<T, R, V>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);            \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kNormThreads) norm_backward_##name##_x##V(          \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_##name##_x##V(       \
       const T* grad_out, const R* grad_summed, const T* input, const R* residual, const R* summed, \
       const void* weight, const uint64_t* seed, const float* mean, const float* rstd,              \
       T* grad_input, R* grad_residual, float* weight_parts, float* bias_parts, NormScalars in) {   \

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Iterator
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint32, c_void_p, cast
 from functools import cache
 
 from fastattn import _library
 from fastattn.emulator import abi
-from fastattn.emulator.launch import Memory, Module, load
+from fastattn.emulator.launch import Kernel, Memory, load
 from fastattn.emulator.report import EmulatorError, Report
 
 
@@ -41,11 +42,16 @@ class Launch(Structure):
 
 
 @cache
-def module(room: str) -> Module:
-    """The CUDA kernels of a room. Raises RuntimeError where the library was built without."""
+def kernel(room: str, name: str) -> Kernel:
+    """A CUDA kernel of a room. Raises RuntimeError where the library was built without."""
     if not (text := _library.ptx(room)):
         raise RuntimeError(_library.WHY_NO_CUDA)
-    return load(text)
+
+    # The other kernels become empty lines, for reading them all takes seconds.
+    def keep(entry: re.Match[str]) -> str:
+        return entry[0] if entry[1] == name else "\n" * entry[0].count("\n")
+
+    return load(re.sub(r"\.visible \.entry (\w+)\([\s\S]*?\n}\n", keep, text))[name]
 
 
 _thorough = False
@@ -77,9 +83,9 @@ def _argument(given: Argument) -> Memory | bytes | None:
 
 
 def _run(launch: Launch) -> None:
-    kernel = module(launch.room.decode())[launch.kernel.decode()]
+    launched = kernel(launch.room.decode(), launch.kernel.decode())
     arguments = [_argument(launch.arguments[i]) for i in range(launch.count)]
-    run = kernel.check if _thorough else kernel.launch
+    run = launched.check if _thorough else launched.launch
     count = _reports is not None
     report = run(
         launch.grid[:], launch.block[:], *arguments, shared=launch.shared, count=count
