@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,24 @@ def ninja() -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler on PATH or in CUDA_HOME; None for a build without CUDA kernels."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin")) or None
+    """The CUDA compiler on PATH or in CUDA_HOME; None for a build without CUDA kernels.
+
+    One that is too old, or that refuses the machine's g++, is no reason to go without the others.
+    """
+    folder = Path(os.environ.get("CUDA_HOME") or "/nowhere", "bin")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(folder))
+    if found is None:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.cu")
+        source.write_text("#include <concepts>\n__global__ void probe() {}\n")
+        command = [found, *CUDA_FLAGS, str(source), "-o", str(source.with_suffix(".ptx"))]
+        probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode:
+        said = next(filter(None, (probe.stderr + probe.stdout).splitlines()), "no message")
+        print(f"fastattn: no CUDA kernels, for {found} refuses C++20: {said}", file=sys.stderr)
+        return None
+    return found
 
 
 def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanitize: str) -> str:
