@@ -90,7 +90,7 @@ def emulated(case: Case) -> tuple[torch.dtype, ...]:
     Not all: fp16 runs the code of bf16, and a large attention in fp32, without tensor cores, takes
     seconds.
     """
-    some = case.name in ("plain", "one_row", "one_key", "odd_sizes", "causal", "bias", "dropout")
+    some = case.name in ("one_row", "one_key", "odd_sizes", "causal", "dropout")
     if case.function == "scaled_dot_product_attention":
         return (torch.bfloat16,)
     if "attention" in case.function:

@@ -136,13 +136,12 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
 }
 
 // Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`. The tile's
-// rows are this warp's own to write to: through them, rows leave in whole chunks.
+// rows are this warp's own to write to, since a barrier: through them, rows leave in whole chunks.
 template <class T, int Cols>
 __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
                       const Tile<T, Cols>& tile, int row) {
   constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
   const int lane = lane_index(), r = row + lane / 4, q = lane % 4;
-  __syncwarp();
 #pragma unroll
   for (int n = 0; n < Cols / 8; n++)
 #pragma unroll

@@ -41,17 +41,21 @@ class Launch(Structure):
     ]
 
 
+def alone(ptx: str, name: str) -> str:
+    """PTX with empty lines for the other kernels, since to read them all takes seconds."""
+
+    def keep(entry: re.Match[str]) -> str:
+        return entry[0] if entry[1] == name else "\n" * entry[0].count("\n")
+
+    return re.sub(r"\.visible \.entry (\w+)\([\s\S]*?\n}\n", keep, ptx)
+
+
 @cache
 def kernel(room: str, name: str) -> Kernel:
     """A CUDA kernel of a room. Raises RuntimeError where the library was built without."""
     if not (text := _library.ptx(room)):
         raise RuntimeError(_library.WHY_NO_CUDA)
-
-    # The other kernels become empty lines, for reading them all takes seconds.
-    def keep(entry: re.Match[str]) -> str:
-        return entry[0] if entry[1] == name else "\n" * entry[0].count("\n")
-
-    return load(re.sub(r"\.visible \.entry (\w+)\([\s\S]*?\n}\n", keep, text))[name]
+    return load(alone(text, name))[name]
 
 
 _thorough = False
