@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ COMMON_FLAGS = shlex.split(
     "-std=c++20 -fPIC -pthread -fvisibility=hidden -ffunction-sections -fdata-sections "
     "-Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math -Icsrc"
 )
-LINK_FLAGS = shlex.split("-shared -pthread -Wl,--gc-sections")
+LINK_FLAGS = shlex.split("-shared -pthread -Wl,--gc-sections -Wl,-z,noexecstack")
+# PTX for the oldest architecture that the kernels know: see csrc/cuda/driver.cpp.
+CUDA_FLAGS = shlex.split("-std=c++20 -arch=compute_80 -ptx -lineinfo -Icsrc -Werror all-warnings")
 
 # Architecture of the compiler's output -> {ISA: (lanes of fp32, flags)}. The emulated vector fits
 # no register: at -O1 g++ takes half the time over it, and the code runs three times as fast.
@@ -158,6 +161,27 @@ def ninja() -> str:
     return program
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler on PATH or in CUDA_HOME; None for a build without CUDA kernels.
+
+    One that is too old, or that refuses the machine's g++, is no reason to go without the others.
+    """
+    folder = Path(os.environ.get("CUDA_HOME") or "/nowhere", "bin")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(folder))
+    if found is None:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.cu")
+        source.write_text("#include <concepts>\n__global__ void probe() {}\n")
+        command = [found, *CUDA_FLAGS, str(source), "-o", str(source.with_suffix(".ptx"))]
+        probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode:
+        said = next(filter(None, (probe.stderr + probe.stdout).splitlines()), "no message")
+        print(f"fastattn: no CUDA kernels, for {found} refuses C++20: {said}", file=sys.stderr)
+        return None
+    return found
+
+
 def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanitize: str) -> str:
     """The text of build.ninja; its paths are relative to the root of the source tree."""
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -218,6 +242,23 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
             compile_source(source, "common", ["-O1"])
         elif source not in kernels:
             compile_source(source, "common", torch_flags)
+    if cuda := nvcc():
+        lines += [
+            "rule ptx",
+            f"  command = {quoted([cuda, *CUDA_FLAGS])} -MD -MF $out.d $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            # The text becomes the symbols _binary_<room>_ptx_start and _end, after its file's name.
+            "rule embed",
+            "  command = cd $$(dirname $in) && ld -r -b binary -z noexecstack $$(basename $in)"
+            " -o $$(basename $out)",
+            "  description = embed $in",
+        ]
+        for source in sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/cuda.cu")):
+            text = folder / "cuda" / f"{source.parent.name}.ptx"
+            objects.append(str(text.with_suffix(".o")))
+            lines += [f"build {text}: ptx {source}", f"build {objects[-1]}: embed {text}"]
     lines += [f"build {folder / LIBRARY.name}: link {' '.join(objects)} | {stub} {exports}", ""]
     return "\n".join(lines)
 

@@ -28,6 +28,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("fastattn_poison_scratch", None, [ctypes.c_int]),
         ("fastattn_fma_peak", ctypes.c_double, [ctypes.c_int, ctypes.c_double]),
         ("fastattn_build_info", ctypes.c_char_p, []),
+        ("fastattn_cuda_ptx", ctypes.c_void_p, [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)]),
+        ("fastattn_emulate", None, [ctypes.c_void_p]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -35,6 +37,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 LIBRARY, WHY_NOT = _load()
+
+
+def ptx(room: str) -> str:
+    """The PTX of a room's CUDA kernels; empty where the library was built without."""
+    size = ctypes.c_int64()
+    text = LIBRARY and LIBRARY.fastattn_cuda_ptx(room.encode(), ctypes.byref(size))
+    return ctypes.string_at(text, size.value).decode() if text else ""
+
+
+WHY_NO_CUDA = WHY_NOT or ("" if ptx("norm") else "the library was built without nvcc")
 
 
 def isas() -> dict[str, bool]:

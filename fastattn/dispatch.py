@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastattn")
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("cpu", "cuda", "emulator", "reference")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -47,7 +48,7 @@ def _checked(name: str | None, source: str) -> str | None:
 
 
 # A plain global, for torch.compile can guard on it but not trace a ContextVar.
-_forced: str | None = _checked(os.environ.get("FASTATTN_KERNEL"), "FASTATTN_KERNEL")
+_forced: str | None = None
 _told: set[tuple[str, str]] = set()
 if _level := os.environ.get("FASTATTN_LOG"):
     if _level.upper() not in LEVELS:
@@ -56,22 +57,38 @@ if _level := os.environ.get("FASTATTN_LOG"):
     log.setLevel(_level.upper())
 
 
+def _force(name: str | None) -> None:
+    global _forced
+    if "emulator" in (name, _forced) and name != _forced and not _library.WHY_NO_CUDA:
+        from fastattn.emulator import device
+
+        device.attach(name == "emulator")
+    _forced = name
+
+
 @contextlib.contextmanager
 def use_kernel(name: str) -> Iterator[None]:
-    """Force kernel `name` ("cpu", "reference") for the calls inside the `with` block.
+    """Force kernel `name` for the calls inside the `with` block.
 
-    A call that it cannot serve raises `UnavailableKernelError`; nothing falls back. Overrides
-    the environment variable `FASTATTN_KERNEL`. The choice is the process's, not the thread's.
+    "cpu" and "cuda" are the C++ kernels, "reference" is eager PyTorch, and "emulator" runs the CUDA
+    kernels on CPU tensors in `fastattn.emulator`, slowly and with all of its checks. A call that a
+    kernel cannot serve raises `UnavailableKernelError`; nothing falls back. Overrides the
+    environment variable `FASTATTN_KERNEL`. The choice is the process's, not the thread's.
 
     Raises:
         ValueError: `name` is not a kernel.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "name")
+    before = _forced
+    _force(_checked(name, "name"))
     try:
         yield
     finally:
-        _forced = before
+        _force(before)
+
+
+def forced() -> str | None:
+    """The kernel that is forced now."""
+    return _forced
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -94,6 +111,9 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+_force(_checked(os.environ.get("FASTATTN_KERNEL"), "FASTATTN_KERNEL"))
+
+
 def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
     """The reasons, common to all ops, for which the C++ CPU kernels do not take these tensors."""
     reasons = []
@@ -108,6 +128,30 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
         if tensor.dtype not in CPU_DTYPES:
             reasons.append(f"dtype {tensor.dtype} has no C++ kernel")
             break
+    return reasons + _transforms()
+
+
+def cuda_refusals(*tensors: torch.Tensor | None) -> list[str]:
+    """The same for the CUDA kernels, on a GPU or, where that is forced, in the emulator."""
+    reasons = []
+    if _library.WHY_NO_CUDA:
+        reasons.append(_library.WHY_NO_CUDA)
+    device = "cpu" if _forced == "emulator" else "cuda"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device:
+            reasons.append(f"a tensor is on {tensor.device}")
+            break
+        if tensor.dtype not in CUDA_DTYPES:
+            reasons.append(f"dtype {tensor.dtype} has no CUDA kernel")
+            break
+    return reasons + _transforms()
+
+
+def _transforms() -> list[str]:
+    """The reasons that lie in where a call stands."""
+    reasons = []
     if torch._C._are_functorch_transforms_active():  # a test that torch.compile can trace
         reasons.append("inside a torch.func transform")
     if torch.autograd.forward_ad._current_level >= 0:
@@ -116,21 +160,21 @@ def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
 
 
 def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
-    """The kernel for one call of `op`: the first in its list that refuses nothing.
+    """The kernel for one call of `op`: the one of its device, unless that refuses.
 
     Raises:
         UnavailableKernelError: the forced kernel refuses the call.
     """
-    refused: dict[str, list[str]] = {}
-    for name, refusals in op.kernels.items():
-        if _forced not in (None, name):
-            continue
-        if not (reasons := refusals(*args)):
-            return Choice(name, refused)
-        refused[name] = reasons
-        if _forced is not None:
-            raise UnavailableKernelError(f"{op.name}: {name!r} is forced, but {'; '.join(reasons)}")
-    return Choice("reference", refused)
+    if _forced == "reference":
+        return Choice("reference", {})
+    name = _forced or ("cuda" if "cuda" in op.kernels and args[0].is_cuda else "cpu")
+    refusals = op.kernels.get("cuda" if name == "emulator" else name)
+    reasons = refusals(*args) if refusals else ["it has no CUDA kernel"]
+    if not reasons:
+        return Choice(name, {})
+    if _forced is not None:
+        raise UnavailableKernelError(f"{op.name}: {name!r} is forced, but {'; '.join(reasons)}")
+    return Choice("reference", {name: reasons})
 
 
 def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
@@ -148,4 +192,10 @@ def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
 
 def backends() -> dict[str, str]:
     """Each kernel's name, and "" where it can run on this machine or the reason why it cannot."""
-    return {"cpu": _library.WHY_NOT, "reference": ""}
+    no_gpu = "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    return {
+        "cpu": _library.WHY_NOT,
+        "cuda": _library.WHY_NO_CUDA or no_gpu,
+        "emulator": _library.WHY_NO_CUDA,
+        "reference": "",
+    }

@@ -217,8 +217,9 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernel leaves the case to the reference, `written` the arguments that the call
-    writes to. An `inference` case has no gradients.
+    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA
+    kernel alone, `written` the arguments that the call writes to. An `inference` case has no
+    gradients.
     """
 
     function: str
@@ -229,6 +230,7 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
+    refused_on_cuda: str = ""
 
     @property
     def id(self) -> str:
@@ -467,7 +469,14 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             "cu_seqlens_q": numbers(0, *accumulate(q_lens)),
             "cu_seqlens_k": numbers(0, *accumulate(kv_lens)),
         }
-        return Case(function, name, drawn | dict(tensors or {}), options, refused=refused)
+        return Case(
+            function,
+            name,
+            drawn | dict(tensors or {}),
+            options,
+            refused=refused,
+            refused_on_cuda="packed",
+        )
 
     lengths = (5, 70, 1, 33)
     yield case("plain", lengths, lengths, (3, 3, 16, 16))

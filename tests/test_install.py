@@ -192,6 +192,31 @@ def test_a_compile_error_shows_the_compilers_words(small_tree: Path):
     assert_stopped(run, "C++ build failed")
 
 
+def test_cuda_kernels_are_embedded(small_tree: Path):
+    if backend.nvcc() is None:
+        pytest.skip("nvcc is not on PATH, or refuses C++20")
+    source = small_tree / "csrc/room/cuda.cu"
+    source.write_text('extern "C" __global__ void room_kernel() {}\n')
+    run = build(small_tree)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (small_tree / RELEASE / "cuda/room.ptx").is_file()
+    symbols_of = subprocess.run(
+        ["nm", small_tree / RELEASE / "cuda/room.o"], capture_output=True, text=True
+    )
+    assert "_binary_room_ptx_start" in symbols_of.stdout
+
+
+def test_an_nvcc_that_cannot_is_left_out(small_tree: Path, tmp_path: Path):
+    (small_tree / "csrc/room/cuda.cu").touch()
+    refusing = tmp_path / "bin/nvcc"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\necho 'too old' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    run = build(small_tree, PATH=f"{refusing.parent}:{os.environ['PATH']}")
+    assert run.returncode == 0 and "no CUDA kernels" in run.stderr and "too old" in run.stderr
+    assert (small_tree / "fastattn/libfastattn.so").is_file()
+
+
 # A function that the linker may merge with another object's (a template of std::, an inline
 # function of a shared header) must not be compiled for one ISA: the linker keeps one copy for all,
 # and the copy with AVX-512 in it would then run on machines without.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {".py", ".cpp", ".h", ".j2"}
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".j2"}
 LONGEST = 500
 
 Law = Callable[[Path], Iterator[str]]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import registry
+from fastattn import _library, registry
+from fastattn.dispatch import CUDA_DTYPES
 from fastattn.testing import (
     DTYPES,
     LAYOUTS,
@@ -83,6 +84,20 @@ def test_every_function_and_op_has_cases() -> None:
 # values and gradients
 
 
+def emulated(case: Case) -> tuple[torch.dtype, ...]:
+    """The dtypes in which the CUDA kernel of a case is tried.
+
+    Not all: fp16 runs the code of bf16, and a large attention in fp32, without tensor cores, takes
+    seconds.
+    """
+    some = case.name in ("one_row", "one_key", "odd_sizes", "causal", "dropout")
+    if case.function == "scaled_dot_product_attention":
+        return (torch.bfloat16,)
+    if "attention" in case.function:
+        return CUDA_DTYPES if some else (torch.bfloat16,)
+    return CUDA_DTYPES if some else (torch.float32, torch.bfloat16)
+
+
 def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
     found: list[tuple[str, torch.dtype, str, str]] = []
     for case in CASES.values():
@@ -95,6 +110,8 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
             found += [(case.id, dtype, "cpu", layout) for layout in layouts]
             found.append((case.id, dtype, "reference", "sliced"))
         found += [(case.id, torch.float32, "reference", layout) for layout in layouts[2:]]
+        if "cuda" in registry.FUNCTIONS[case.function][1].kernels:
+            found += [(case.id, dtype, "emulator", "contiguous") for dtype in emulated(case)]
     return found
 
 
@@ -102,9 +119,12 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
 def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: str) -> None:
     case = CASES[case_id]
     inputs = case.inputs(dtype, layout)
-    if case.refused and kernel == "cpu":
-        with pytest.raises(fastattn.UnavailableKernelError, match=case.refused):
-            run(case, inputs, "cpu")
+    if kernel == "emulator" and _library.WHY_NO_CUDA:
+        pytest.skip(_library.WHY_NO_CUDA)
+    refused = case.refused or (kernel == "emulator" and case.refused_on_cuda)
+    if refused and kernel != "reference":
+        with pytest.raises(fastattn.UnavailableKernelError, match=refused):
+            run(case, inputs, kernel)
         kernel = "reference"
     # That the number of threads changes nothing is a test of its own.
     with use_threads(2 if (kernel, layout) == ("cpu", "contiguous") else 1):

@@ -6,6 +6,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/view.h"
+#include "cuda/launch.h"
 
 namespace fastattn {
 
@@ -30,7 +31,8 @@ struct Attention {
   // Query i sees the keys i + offset - left ... i + offset + right; kUnbounded is no bound.
   int64_t offset, left, right;
   double scale, softcap, dropout_p;
-  uint64_t seed;
+  uint64_t seed;                          // on the CPU
+  const uint64_t* device_seed = nullptr;  // on a GPU, whose memory the host does not read
   // The sequences of a batch of unequal lengths, longest first; null where all have q_len queries
   // and kv_len keys. Packed ones lie in tensors with a batch stride of 0.
   const Sequence* sequences = nullptr;
@@ -98,5 +100,9 @@ FASTATTN_KERNEL(attention_forward, AttentionForward)
 FASTATTN_KERNEL(attention_backward, AttentionBackward)
 FASTATTN_KERNEL(attention_decode, AttentionDecode)
 FASTATTN_KERNEL(attention_append, AttentionAppend)
+
+namespace cuda {
+void attention_forward(const AttentionForward& args, Device& device);
+}
 
 }  // namespace fastattn

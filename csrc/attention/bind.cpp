@@ -1,4 +1,4 @@
-// The torch ops of the attention room on the CPU.
+// The torch ops of the attention room: on the CPU, and attention_fwd on a GPU too.
 #include <algorithm>
 #include <vector>
 
@@ -155,7 +155,8 @@ struct Inputs {
       FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
                          seed->scalar_type() == torch::headeronly::ScalarType::Long,
                      "dropout needs a seed of one int64");
-      in.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+      in.device_seed = static_cast<const uint64_t*>(seed->const_data_ptr());
+      if (place_of(query).is_cpu()) in.seed = *in.device_seed;
     }
   }
 };
@@ -171,10 +172,17 @@ std::tuple<Tensor, Tensor> attention_fwd(
                       max_seqlen_q, max_seqlen_k);
   const Attention& in = inputs.in;
   const int64_t batch = query.size(0);
-  Tensor out = rows_first(batch, in.heads, in.q_len, in.value_dim, in.dtype);
+  const Place place = place_of(query);
+  FASTATTN_CHECK(!on_gpu(place) ||
+                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
+                      std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
+                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
+                 "than 128");
+  Tensor out = rows_first(batch, in.heads, in.q_len, in.value_dim, in.dtype, place);
   Tensor lse =
-      empty({batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype));
-  attention_forward({in, target(out), lse.mutable_data_ptr()});
+      empty({batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype), place);
+  const AttentionForward args{in, target(out), lse.mutable_data_ptr()};
+  run(place, args, attention_forward, cuda::attention_forward);
   return {out, lse};
 }
 
@@ -378,6 +386,10 @@ void append_to_cache(Tensor key_cache, Tensor value_cache, Tensor key, Tensor va
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) {
+  library.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
   library.impl("attention_fwd", TORCH_BOX(&attention_fwd));

@@ -15,6 +15,7 @@
 #include "common/dtype.h"
 #include "common/parallel.h"
 #include "common/view.h"
+#include "cuda/launch.h"
 
 namespace fastattn {
 
@@ -34,50 +35,73 @@ inline Dtype dtype_of(const Tensor& tensor) {
     case torch::headeronly::ScalarType::Double:
       return Dtype::f64;
     default:
-      FASTATTN_CHECK(false, "the CPU kernels take fp32, bf16, fp16 and fp64");
+      FASTATTN_CHECK(false, "the kernels take fp32, bf16, fp16 and fp64");
   }
 }
 
 // The dtype of statistics of a tensor: fp64 for fp64, else fp32.
 inline Dtype wide(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
+// Torch's current stream on a GPU. Throws without a CUDA torch.
+void* current_cuda_stream(int32_t device);
+
+// A device of torch's: the CPU unless another is named.
+struct Place {
+  int32_t type = aoti_torch_device_type_cpu(), index = 0;
+
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+};
+
+inline Place place_of(const Tensor& tensor) {
+  Place place;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
+  return place;
+}
+
+// Whether the CUDA kernels are to work on tensors of this place.
+inline bool on_gpu(Place place) { return !place.is_cpu() || cuda::emulating(); }
+
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Dtype dtype,
+                    Place place = {}) {
   static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float64()};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
-                                                  codes[static_cast<int>(dtype)],
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, codes[static_cast<int>(dtype)], place.type, place.index, &handle));
   Tensor tensor(handle);
+  if (!place.is_cpu()) return tensor;
   const int64_t width = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   prefer_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel() * width));
   return tensor;
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                    Dtype dtype) {
-  return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype);
+                    Dtype dtype, Place place = {}) {
+  return empty(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype, place);
 }
-inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+inline Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype, Place place = {}) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t dim = sizes.size(); dim-- > 1;)
     strides[dim - 1] = strides[dim] * std::max<int64_t>(1, sizes[dim]);
-  return empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
+  return empty(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, place);
 }
-inline Tensor empty(int64_t size, Dtype dtype) { return empty({size}, {1}, dtype); }
-inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype) {
-  return empty({rows, cols}, {cols, 1}, dtype);
+inline Tensor empty(int64_t size, Dtype dtype, Place place = {}) {
+  return empty({size}, {1}, dtype, place);
+}
+inline Tensor empty(int64_t rows, int64_t cols, Dtype dtype, Place place = {}) {
+  return empty({rows, cols}, {cols, 1}, dtype, place);
 }
 
-// A contiguous tensor of the sizes of `other`.
+// A contiguous tensor of the sizes of `other`, where that is.
 inline Tensor empty_like(const Tensor& other, Dtype dtype) {
-  return empty({other.sizes().begin(), other.sizes().end()}, dtype);
+  return empty({other.sizes().begin(), other.sizes().end()}, dtype, place_of(other));
 }
 
 // The same but for the last dimension.
 inline Tensor empty_rows(const Tensor& other, int64_t columns, Dtype dtype) {
   std::vector<int64_t> sizes(other.sizes().begin(), other.sizes().end());
   sizes.back() = columns;
-  return empty(sizes, dtype);
+  return empty(sizes, dtype, place_of(other));
 }
 
 // The number of rows of a contiguous tensor [..., columns], all leading dimensions taken as one.
@@ -147,8 +171,35 @@ inline Source exact(const char* name, const Tensor& tensor, std::initializer_lis
 }
 
 // A tensor [B, H, S, D] that lies in memory as [B, S, H, D].
-inline Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype) {
-  return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype);
+inline Tensor rows_first(int64_t batch, int64_t heads, int64_t rows, int64_t cols, Dtype dtype,
+                         Place place = {}) {
+  return empty({batch, heads, rows, cols}, {rows * heads * cols, cols, heads * cols, 1}, dtype,
+               place);
+}
+
+// The GPU that a tensor is on, or the CPU for the emulator, with torch's current stream.
+class TorchDevice : public cuda::Device {
+ public:
+  explicit TorchDevice(Place place)
+      : Device(place.index, place.is_cpu() ? nullptr : current_cuda_stream(place.index)),
+        place_(place) {}
+
+  void* scratch(int64_t bytes) override {
+    return kept_.emplace_back(empty((bytes + 3) / 4, Dtype::f32, place_)).mutable_data_ptr();
+  }
+
+ private:
+  Place place_;
+  std::vector<Tensor> kept_;  // torch's allocator gives memory back in the order of the stream
+};
+
+// Runs an op on the kernel of its place.
+template <class Args>
+void run(Place place, const Args& args, void (*on_cpu)(const Args&),
+         void (*on_cuda)(const Args&, cuda::Device&)) {
+  if (!on_gpu(place)) return on_cpu(args);
+  TorchDevice device(place);
+  on_cuda(args, device);
 }
 
 inline const void* read(const OptionalTensor& tensor) {

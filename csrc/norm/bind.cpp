@@ -1,4 +1,4 @@
-// The torch ops of the norm room on the CPU: layer_norm and rms_norm, forward and backward.
+// The torch ops of the norm room: layer_norm and rms_norm, forward and backward.
 #include "common/tensor.h"
 #include "norm/norm.h"
 
@@ -30,6 +30,7 @@ Norm checked(const Tensor& input, const OptionalTensor& residual, const Optional
   FASTATTN_CHECK(input.is_contiguous(), "input must be contiguous");
   FASTATTN_CHECK(dims > 0 && dims <= input.dim(), "dims must be in [1, input.dim()]");
   norm.dtype = dtype_of(input);
+  FASTATTN_CHECK(norm.dtype != Dtype::f64 || !on_gpu(place_of(input)), "no CUDA kernel takes fp64");
   norm.rows = norm.cols = 1;
   for (int64_t dim = 0; dim < input.dim(); dim++)
     (dim < input.dim() - dims ? norm.rows : norm.cols) *= input.size(dim);
@@ -51,7 +52,8 @@ Norm checked(const Tensor& input, const OptionalTensor& residual, const Optional
   FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
                      seed->scalar_type() == torch::headeronly::ScalarType::Long,
                  "dropout needs a seed of one int64");
-  norm.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+  norm.device_seed = static_cast<const uint64_t*>(seed->const_data_ptr());
+  if (place_of(input).is_cpu()) norm.seed = *norm.device_seed;
   return norm;
 }
 
@@ -61,12 +63,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     double dropout_p, bool keep_sum, bool centred) {
   const Norm norm = checked(input, residual, weight, bias, seed, dims, dropout_p, centred);
   const bool sums = keep_sum && residual.has_value();
+  const Place place = place_of(input);
   Tensor out = empty_like(input, norm.dtype);
-  Tensor summed = sums ? empty_like(input, norm.residual_dtype) : empty(0, norm.residual_dtype);
-  Tensor rstd = empty(norm.rows, wide(norm.dtype));
-  Tensor mean = empty(centred ? norm.rows : 0, wide(norm.dtype));
-  norm_forward({norm, eps, out.mutable_data_ptr(), sums ? summed.mutable_data_ptr() : nullptr,
-                mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
+  Tensor summed =
+      sums ? empty_like(input, norm.residual_dtype) : empty(0, norm.residual_dtype, place);
+  Tensor rstd = empty(norm.rows, wide(norm.dtype), place);
+  Tensor mean = empty(centred ? norm.rows : 0, wide(norm.dtype), place);
+  const NormForward args{norm,
+                         eps,
+                         out.mutable_data_ptr(),
+                         sums ? summed.mutable_data_ptr() : nullptr,
+                         mean.mutable_data_ptr(),
+                         rstd.mutable_data_ptr()};
+  run(place, args, norm_forward, cuda::norm_forward);
   return {out, summed, mean, rstd};
 }
 
@@ -78,23 +87,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const bool centred = mean.has_value();
   const Norm norm = checked(input, residual, weight, bias, seed, dims, dropout_p, centred);
   const int64_t size = norm.rows * norm.cols;
+  const Place place = place_of(input);
   const bool apart = residual.has_value() && (dropout_p > 0 || norm.residual_dtype != norm.dtype);
   FASTATTN_CHECK(residual.has_value() || !(summed.has_value() || grad_summed.has_value()),
                  "there is no sum without a residual");
   const auto like = [&](const OptionalTensor& tensor, Dtype dtype) {
-    return tensor.has_value() ? empty_like(*tensor, dtype) : empty(0, norm.dtype);
+    return tensor.has_value() ? empty_like(*tensor, dtype) : empty(0, norm.dtype, place);
   };
   Tensor grad_input = empty_like(input, norm.dtype);
   Tensor grad_residual = like(apart ? residual : std::nullopt, norm.residual_dtype);
   Tensor grad_weight = like(weight, norm.weight_dtype), grad_bias = like(bias, norm.bias_dtype);
-  norm_backward({norm, read("grad_out", grad_out, size, norm.dtype),
-                 read("grad_summed", grad_summed, size, norm.residual_dtype),
-                 read("summed", summed, size, norm.residual_dtype),
-                 read("mean", mean, norm.rows, wide(norm.dtype)),
-                 read("rstd", rstd, norm.rows, wide(norm.dtype)), grad_input.mutable_data_ptr(),
-                 apart ? grad_residual.mutable_data_ptr() : nullptr,
-                 weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr,
-                 bias.has_value() ? grad_bias.mutable_data_ptr() : nullptr});
+  const NormBackward args{norm,
+                          read("grad_out", grad_out, size, norm.dtype),
+                          read("grad_summed", grad_summed, size, norm.residual_dtype),
+                          read("summed", summed, size, norm.residual_dtype),
+                          read("mean", mean, norm.rows, wide(norm.dtype)),
+                          read("rstd", rstd, norm.rows, wide(norm.dtype)),
+                          grad_input.mutable_data_ptr(),
+                          apart ? grad_residual.mutable_data_ptr() : nullptr,
+                          weight.has_value() ? grad_weight.mutable_data_ptr() : nullptr,
+                          bias.has_value() ? grad_bias.mutable_data_ptr() : nullptr};
+  run(place, args, norm_backward, cuda::norm_backward);
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
@@ -134,13 +147,17 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(OptionalTensor grad_out, Optiona
   return {grad_input, grad_residual, grad_weight};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
+template <class Library>
+void implement(Library& library) {
   library.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
   library.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
   library.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
   library.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) { implement(library); }
 
 }  // namespace fastattn

@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cuda/launch.h"
 
 namespace fastattn {
 
@@ -19,8 +20,9 @@ struct Norm {
   const void* bias;      // [cols] or null
   Dtype weight_dtype, bias_dtype;
   bool centred;
-  double dropout_p;  // 0 without a residual
-  uint64_t seed;
+  double dropout_p;             // 0 without a residual
+  uint64_t seed;                // on the CPU
+  const uint64_t* device_seed;  // on a GPU, whose memory the host does not read
 };
 
 struct NormForward {
@@ -47,5 +49,10 @@ struct NormBackward {
 
 FASTATTN_KERNEL(norm_forward, NormForward)
 FASTATTN_KERNEL(norm_backward, NormBackward)
+
+namespace cuda {
+void norm_forward(const NormForward& args, Device& device);
+void norm_backward(const NormBackward& args, Device& device);
+}  // namespace cuda
 
 }  // namespace fastattn

@@ -6,7 +6,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,17 @@ def _bytes(data: bytes) -> torch.Tensor:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or hasattr(value, "__array_interface__")
+    return isinstance(value, (torch.Tensor, Memory)) or hasattr(value, "__array_interface__")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the process as an argument of a kernel, by address."""
+
+    address: int
+    bytes: int
+    writable: bool = True
+    initialised: bool = True
 
 
 class _Storages:
@@ -118,6 +128,8 @@ def _span(shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int,
 
 def _extent(array: Any) -> tuple[int, int, int, bool]:
     """Address, bytes spanned, offset into the storage, and whether it may be written."""
+    if isinstance(array, Memory):
+        return array.address, array.bytes, 0, array.writable
     if isinstance(array, torch.Tensor):
         if array.device.type != "cpu":
             raise ValueError(f"tensors must be on the CPU, got one on {array.device}")
@@ -211,7 +223,10 @@ class Kernel:
                 if parameter.bytes != 8:
                     raise TypeError(f"{label} is an array, and {parameter.name} is not")
                 at, size, into, writable = _extent(value)
-                value = storages.add(label, at, size, offset=into, writable=writable)
+                fresh = isinstance(value, Memory) and not value.initialised
+                value = storages.add(
+                    label, at, size, offset=into, writable=writable, initialised=not fresh
+                )
             data = _scalar(0 if value is None else value, parameter)
             ctypes.memmove(host + offsets[index], data, len(data))
         return packed

@@ -19,7 +19,7 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-TENSORS = 10
+SEQUENCES, TENSORS = 8, 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -32,7 +32,27 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
+def _cuda_refusals(*args: Any) -> list[str]:
+    query, value = args[QUERY], args[VALUE]
+    reasons = dispatch.cuda_refusals(*args[:3], args[BIAS])
+    if args[SLOPES] is not None and args[SLOPES].requires_grad:
+        reasons.append("alibi_slopes requires a gradient")
+    if 0 in query.shape or 0 in value.shape:
+        reasons.append("a tensor is empty")
+    widest = 128 if query.dtype == torch.float32 else 256
+    if max(query.shape[3], value.shape[3]) > widest:
+        reasons.append(f"heads are wider than {widest}")
+    if args[SEQUENCES] is not None:
+        reasons.append("sequences are packed")
+    return reasons
+
+
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
+    if dispatch.forced() == "emulator":  # as on a GPU, where backward is the reference's so far
+        wanted = tuple(i for i, need in enumerate(needs) if need)
+        found = registry.vjp(ATTENTION, args, grads, wanted, create_graph=False)
+        by_position = dict(zip(wanted, found, strict=True))
+        return tuple(by_position.get(i) for i in range(len(args)))
     grad_out, grad_lse = grads
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
@@ -82,7 +102,7 @@ ATTENTION = registry.op(
     backward_arguments=_backward_arguments,
     backward_fake=_backward_fake,
     derivative=_derivative,
-    kernels={"cpu": _refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
     differentiable=2,
     keep=(0, 1),
 )

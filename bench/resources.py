@@ -1,0 +1,101 @@
+"""What every CUDA kernel takes of a GPU: `python -m bench.resources` compiles them and says so.
+
+With --write the table goes to csrc/cuda/resources.csv, against which tests/test_resources.py holds
+the kernels. The input is the PTX in the library, so this is the code that a driver would make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastattn import _library
+
+TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
+ROOMS = ("attention", "norm")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
+
+
+class Resources(NamedTuple):
+    """One kernel on one architecture; `warps` of a multiprocessor are what registers allow."""
+
+    kernel: str
+    architecture: str
+    threads: int
+    registers: int
+    spilled: int
+    static_shared: int
+    warps: int
+
+
+def measured(room: str, architecture: str) -> Iterator[Resources]:
+    """What ptxas says of a room's kernels. Raises RuntimeError where it fails or is not there."""
+    if shutil.which("ptxas") is None:
+        raise RuntimeError("ptxas is not on PATH: it comes with nvcc")
+    text = _library.ptx(room)
+    threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", text))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"{room}.ptx")
+        source.write_text(text)
+        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", Path(folder, "out")]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    for name, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        block, each = int(threads[name]), -(-int(registers) // GRANULE) * GRANULE
+        blocks = REGISTERS // (each * block)
+        yield Resources(
+            name,
+            architecture,
+            block,
+            int(registers),
+            int(stores) + int(loads),
+            int(shared[1]) if shared else 0,
+            min(64, blocks * block // 32),
+        )
+
+
+def read() -> list[Resources]:
+    """The committed table."""
+    with TABLE.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [Resources(*row[:2], *map(int, row[2:])) for row in rows]
+
+
+def write(rows: Sequence[Resources]) -> None:
+    """Commit a table."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Resources._fields)
+        writer.writerows(sorted(rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"to {TABLE.name}")
+    options = parser.parse_args(arguments)
+    rows = [row for room in ROOMS for arch in ARCHITECTURES for row in measured(room, arch)]
+    if options.write:
+        write(rows)
+    for row in rows:
+        print(*row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+// What the CUDA kernels of the attention room take by value, and the tiles that they work in.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn::cuda {
+
+// The tiles for elements of `Bytes` and rows of at most `Dim`: of queries, 16 for each warp, and of
+// keys, which are there twice, one being copied while the other is worked on.
+template <int Bytes, int Dim>
+struct AttentionTiles {
+  static constexpr int kWidth = Bytes * Dim;  // of a row
+  static_assert(kWidth <= 512);               // more does not fit into registers
+  static constexpr int kWarps = 4, kQueries = 16 * kWarps;
+  static constexpr int kKeys = Bytes == 4 || kWidth == 512 ? 32 : 64;
+  static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
+};
+
+// Strides count elements; those of a dimension that broadcasts are 0.
+struct AttentionScalars {
+  int32_t heads, group;  // query heads that share a head of keys
+  int32_t q_len, kv_len, head_dim, value_dim, query_blocks;
+  int64_t query[4], key[4], value[4], out[4], mask[4], bias[4];
+  int32_t wide_bias;                                               // fp32, whatever query is
+  int32_t aligned_query, aligned_key, aligned_value, aligned_out;  // see Matrix
+  int32_t offset, left, right;  // query i sees the keys i + offset - left ... i + offset + right
+  int32_t hides;                // whether some keys may be invisible
+  float scale;                  // of products, to logits in base 2, or to softcap's argument
+  float softcap;                // in base 2, 0 for none
+  uint32_t threshold;           // of dropout, 0 without
+  float kept;
+};
+
+constexpr int32_t kFar = 1 << 29;  // no bound of a window
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,172 @@
+// Tiles of matrices in shared memory, and products of 16 rows per warp with them.
+//
+// A warp holds 16 rows of a matrix of floats as an `Accumulator`: a lane has, of each 8 columns,
+// the columns 2 q and 2 q + 1 of the rows r and r + 8, where r = lane / 4 and q = lane % 4. Tensor
+// cores leave their products so, and fp32, which they would round, is multiplied into the same
+// places.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace fastattn::cuda {
+
+template <int Cols>
+using Accumulator = float[Cols / 8][4];
+
+// Rows of Cols elements in chunks of 16 bytes. Where eight rows are read at one column, the chunks
+// of a row are permuted by its number, so that they lie in different banks.
+template <class T, int Cols, bool Permuted = true>
+struct Tile {
+  static constexpr int kEach = 16 / sizeof(T), kChunks = Cols / kEach;
+  static_assert(kChunks % 8 == 0);
+
+  T* memory;
+
+  __device__ T* chunk(int row, int chunk) const {
+    return memory + (row * kChunks + (Permuted ? chunk ^ (row % 8) : chunk)) * kEach;
+  }
+  __device__ T* at(int row, int col) const { return chunk(row, col / kEach) + col % kEach; }
+};
+
+// A matrix in global memory. `aligned` says that 16 bytes of a row can be moved at once.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row_stride, col_stride;
+  int rows, cols;
+  bool aligned;
+};
+
+// Begins to copy the rows first ... first + Rows to a tile, with zeros where the matrix ends; all
+// threads of the block take part.
+template <int Rows, class T, int Cols, bool Permuted>
+__device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& from, int first) {
+  constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < Rows * chunks;
+       i += static_cast<int>(blockDim.x)) {
+    const int row = i / chunks, chunk = i % chunks, col = chunk * each;
+    const int count = first + row < from.rows ? min(max(from.cols - col, 0), each) : 0;
+    const T* at = from.data + (first + row) * from.row_stride + col * from.col_stride;
+    if (from.aligned) {
+      ptx::copy_async(to.chunk(row, chunk), count > 0 ? at : from.data,
+                      count * static_cast<int>(sizeof(T)));
+    } else {
+      for (int k = 0; k < each; k++)
+        to.chunk(row, chunk)[k] = k < count ? at[k * from.col_stride] : T(0.0f);
+    }
+  }
+}
+
+// sum += a b^T: 16 rows of a, which begin at `row`, with all rows of b. All columns past `cols` are
+// zeros.
+template <int N, class T, int Cols>
+__device__ void multiply_transposed(Accumulator<N>& sum, const Tile<T, Cols>& a, int row,
+                                    const Tile<T, Cols>& b, int cols) {
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<T, float>) {
+    const int r = row + lane / 4, q = lane % 4;
+#pragma unroll 1
+    for (int c = 0; c < cols; c += 4) {
+      float left[2][4];
+      load(left[0], a.at(r, c));
+      load(left[1], a.at(r + 8, c));
+#pragma unroll
+      for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float right[4];
+          load(right, b.at(n * 8 + 2 * q + e, c));
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            sum[n][e] += left[0][k] * right[k];
+            sum[n][2 + e] += left[1][k] * right[k];
+          }
+        }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Cols / 16; k++) {
+      uint32_t left[4];
+      ptx::load_matrices(left, a.chunk(row + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int n = 0; n < N / 16; n++) {
+        uint32_t right[4];
+        ptx::load_matrices(right, b.chunk(n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        ptx::multiply<T>(sum[2 * n], left, right[0], right[1]);
+        ptx::multiply<T>(sum[2 * n + 1], left, right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sum += a b, where a is rounded to T as b is.
+template <int K, class T, int Cols, bool Permuted>
+__device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
+                         const Tile<T, Cols, Permuted>& b) {
+  const int lane = lane_index();
+  if constexpr (std::is_same_v<T, float>) {
+    const int q = lane % 4;
+#pragma unroll
+    for (int k = 0; k < K; k++) {  // the column of a is with the lane k % 8 / 2 of every four
+      const float upper = __shfl_sync(kAllLanes, a[k / 8][k % 2], k % 8 / 2, 4);
+      const float lower = __shfl_sync(kAllLanes, a[k / 8][2 + k % 2], k % 8 / 2, 4);
+#pragma unroll
+      for (int n = 0; n < Cols / 8; n++) {
+        const float2 right = *reinterpret_cast<const float2*>(b.at(k, n * 8 + 2 * q));
+        sum[n][0] += upper * right.x, sum[n][1] += upper * right.y;
+        sum[n][2] += lower * right.x, sum[n][3] += lower * right.y;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) {
+      const uint32_t left[4] = {packed<T>(a[2 * k]), packed<T>(a[2 * k] + 2),
+                                packed<T>(a[2 * k + 1]), packed<T>(a[2 * k + 1] + 2)};
+#pragma unroll
+      for (int n = 0; n < Cols / 16; n++) {
+        uint32_t right[4];
+        ptx::load_transposed(right,
+                             b.chunk(k * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * n + lane / 16));
+        ptx::multiply<T>(sum[2 * n], left, right[0], right[1]);
+        ptx::multiply<T>(sum[2 * n + 1], left, right[2], right[3]);
+      }
+    }
+  }
+}
+
+// Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`. The tile's
+// rows are this warp's own to write to, since a barrier: through them, rows leave in whole chunks.
+template <class T, int Cols>
+__device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
+                      const Tile<T, Cols>& tile, int row) {
+  constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
+  const int lane = lane_index(), r = row + lane / 4, q = lane % 4;
+#pragma unroll
+  for (int n = 0; n < Cols / 8; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      T* at = tile.at(r + 8 * half, n * 8 + 2 * q);
+      const float* pair = from[n] + 2 * half;
+      if constexpr (std::is_same_v<T, float>) {
+        *reinterpret_cast<float2*>(at) = {pair[0], pair[1]};
+      } else {
+        *reinterpret_cast<uint32_t*>(at) = packed<T>(pair);
+      }
+    }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < 16 * chunks; i += static_cast<int>(kWarp)) {
+    const int own = row + i / chunks, chunk = i % chunks, col = chunk * each;
+    if (first + own >= to.rows || col >= to.cols) continue;
+    const T* source = tile.chunk(own, chunk);
+    T* at = to.data + (first + own) * to.row_stride + col * to.col_stride;
+    if (to.aligned) {
+      ptx::store_global(at, *reinterpret_cast<const uint4*>(source));
+    } else {
+      for (int k = 0; k < min(each, to.cols - col); k++) at[k * to.col_stride] = source[k];
+    }
+  }
+}
+
+}  // namespace fastattn::cuda

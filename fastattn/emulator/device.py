@@ -1,0 +1,117 @@
+"""The emulator as the device of the library's own CUDA kernels: use_kernel("emulator")."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Iterator
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint32, c_void_p, cast
+from functools import cache
+
+from fastattn import _library
+from fastattn.emulator import abi
+from fastattn.emulator.launch import Kernel, Memory, load
+from fastattn.emulator.report import EmulatorError, Report
+
+
+class Argument(Structure):
+    """`Argument` of csrc/cuda/launch.h."""
+
+    _fields_ = [
+        ("value", c_void_p),
+        ("bytes", c_int64),
+        ("extent", c_int64),
+        ("written", c_int32),
+        ("fresh", c_int32),
+    ]
+
+
+class Launch(Structure):
+    """`Launch` of csrc/cuda/launch.h."""
+
+    _fields_ = [
+        ("room", c_char_p),
+        ("kernel", c_char_p),
+        ("grid", c_uint32 * 3),
+        ("block", c_uint32 * 3),
+        ("shared", c_uint32),
+        ("count", c_int32),
+        ("arguments", POINTER(Argument)),
+    ]
+
+
+def alone(ptx: str, name: str) -> str:
+    """PTX with empty lines for the other kernels, since to read them all takes seconds."""
+
+    def keep(entry: re.Match[str]) -> str:
+        return entry[0] if entry[1] == name else "\n" * entry[0].count("\n")
+
+    return re.sub(r"\.visible \.entry (\w+)\([\s\S]*?\n}\n", keep, ptx)
+
+
+@cache
+def kernel(room: str, name: str) -> Kernel:
+    """A CUDA kernel of a room. Raises RuntimeError where the library was built without."""
+    if not (text := _library.ptx(room)):
+        raise RuntimeError(_library.WHY_NO_CUDA)
+    return load(alone(text, name))[name]
+
+
+_thorough = False
+_reports: list[Report] | None = None
+
+
+@contextlib.contextmanager
+def watching(thorough: bool = False) -> Iterator[list[Report]]:
+    """Collect the reports of launches, with their counters, inside the `with` block.
+
+    `thorough` runs every launch under all schedules and compares the results, instead of once.
+    """
+    global _thorough, _reports
+    before = _thorough, _reports
+    _thorough, _reports = thorough, []
+    try:
+        yield _reports
+    finally:
+        _thorough, _reports = before
+
+
+def _argument(given: Argument) -> Memory | bytes | None:
+    value = ctypes.string_at(given.value, given.bytes)
+    if given.extent < 0:
+        return value
+    if not (address := int.from_bytes(value, "little")):
+        return None
+    return Memory(address, given.extent, bool(given.written), not given.fresh)
+
+
+def _run(launch: Launch) -> None:
+    launched = kernel(launch.room.decode(), launch.kernel.decode())
+    arguments = [_argument(launch.arguments[i]) for i in range(launch.count)]
+    run = launched.check if _thorough else launched.launch
+    count = _reports is not None
+    report = run(
+        launch.grid[:], launch.block[:], *arguments, shared=launch.shared, count=count
+    ).require()
+    if _reports is not None:
+        _reports.append(report)
+
+
+_message = ctypes.create_string_buffer(b"")  # of the last failure, which the library copies
+
+
+@ctypes.CFUNCTYPE(c_void_p, POINTER(Launch))
+def _hook(launch: Launch) -> int | None:
+    global _message
+    try:
+        _run(launch[0])
+    except (EmulatorError, MemoryError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        _message = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+        return ctypes.addressof(_message)
+    return None
+
+
+def attach(on: bool) -> None:
+    """Send the launches of the library's CUDA kernels to the emulator, or no longer."""
+    abi.library().fastattn_emulate(cast(_hook, c_void_p) if on else None)

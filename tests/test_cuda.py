@@ -1,0 +1,330 @@
+"""The CUDA kernels: what the emulator finds and counts, how they are launched, and on a GPU."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import _library, dispatch, emulator, registry
+from fastattn.emulator import device
+from fastattn.testing import Case, all_cases, assert_close_to_oracle, run, widened
+
+CASES = {
+    case.id: case
+    for case in all_cases()
+    if "cuda" in registry.FUNCTIONS[case.function][1].kernels
+    and not (case.refused or case.refused_on_cuda)
+}
+
+emulated = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
+
+
+# in the emulator
+
+WATCHED = [
+    ("add_layer_norm-everything", torch.bfloat16),
+    ("add_layer_norm-dropout", torch.float32),
+    ("add_layer_norm-dropout", torch.float16),
+    ("add_rms_norm-odd_sizes", torch.bfloat16),
+    ("layer_norm-few_columns", torch.float32),
+    ("attention-causal_tall", torch.float16),
+    ("attention-one_key", torch.float32),
+    ("attention-odd_sizes", torch.bfloat16),
+]
+
+
+@emulated
+@pytest.mark.parametrize(("case_id", "dtype"), WATCHED)
+def test_every_schedule_gives_the_same_bits(case_id: str, dtype: torch.dtype) -> None:
+    """And nothing is found under any of them: a finding would raise."""
+    case = CASES[case_id]
+    with device.watching(thorough=True) as reports:
+        run(case, case.inputs(dtype), "emulator", gradients=not case.id.startswith("attention"))
+    assert reports and all(report.ok for report in reports)
+
+
+ALIGNED = [
+    ("layer_norm-plain", torch.float32),
+    ("add_layer_norm-plain", torch.bfloat16),
+    ("add_rms_norm-dropout", torch.float16),
+]
+
+
+@emulated
+@pytest.mark.parametrize(("case_id", "dtype"), ALIGNED)
+def test_memory_is_moved_whole(case_id: str, dtype: torch.dtype) -> None:
+    """Rows of whole 16 bytes: every sector is used, and no bank serves twice."""
+    case = CASES[case_id]
+    with device.watching() as reports:
+        run(case, case.inputs(dtype), "emulator")
+    for report in reports:
+        assert report.counters.bank_conflicts == 1, report.counters
+        assert report.counters.sector_efficiency >= 0.95, report.counters
+
+
+@emulated
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_moves_memory_whole(head_dim: int) -> None:
+    """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores."""
+    query, key, value = (torch.randn(1, 1, 64, head_dim).bfloat16() for _ in range(3))
+    with device.watching() as reports, fastattn.use_kernel("emulator"):
+        fastattn.attention(query, key, value, causal=True)
+    counters = reports[0].counters
+    assert counters.bank_conflicts == 1, counters
+    assert counters.sector_efficiency >= 0.95, counters
+    assert counters.mix()["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
+
+
+@emulated
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) -> None:
+    """And nobody else: one bad element among queries, keys or values of a causal attention."""
+    tensors = [torch.randn(1, 1, 80, 16) for _ in range(3)]
+    expected = fastattn.attention(*tensors, causal=True)
+    tensors[position][:, :, 25, 3] = rubbish
+    with fastattn.use_kernel("emulator"):
+        found = fastattn.attention(*tensors, causal=True)
+    rows = found.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
+    assert rows == ([25] if position == 0 else [*range(25, 80)])
+    torch.testing.assert_close(found[:, :, :25], expected[:, :, :25])
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rubbish", [math.nan, -math.inf])
+def test_nothing_leaks_from_under_a_mask(rubbish: float, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 1, 70, 16).to(dtype) for _ in range(3))
+    mask = torch.arange(70) < 40
+    with fastattn.use_kernel("emulator"):
+        expected = fastattn.attention(query, key, value, mask=mask, return_lse=True)
+        key[:, :, 40:] = value[:, :, 40:] = rubbish
+        found = fastattn.attention(query, key, value, mask=mask, return_lse=True)
+    assert all(map(torch.equal, found, expected))
+
+
+@emulated
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "heads_inside", "expanded"])
+def test_any_strides(layout: str) -> None:
+    case = CASES["attention-mask"]
+    inputs = case.inputs(torch.bfloat16, layout)
+    plain = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    for found, expected in zip(
+        run(case, inputs, "emulator", gradients=False).values(),
+        run(case, plain, "emulator", gradients=False).values(),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@emulated
+def test_wide_heads_are_refused() -> None:
+    for dtype, widest in ((torch.float32, 128), (torch.bfloat16, 256)):
+        wide = torch.randn(1, 1, 2, widest + 1).to(dtype)
+        with (
+            fastattn.use_kernel("emulator"),
+            pytest.raises(fastattn.UnavailableKernelError, match=f"wider than {widest}"),
+        ):
+            fastattn.attention(wide, wide, wide)
+
+
+@emulated
+def test_rows_too_long_for_shared_memory() -> None:
+    """Rows that are read again, and sums of gradients that stay in global memory."""
+    x, weight = torch.randn(3, 30_000), torch.randn(30_000)
+    found = {}
+    for kernel in ("emulator", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        with fastattn.use_kernel(kernel):
+            out = fastattn.layer_norm(leaves[0], [30_000], leaves[1])
+            found[kernel] = (out, *torch.autograd.grad(out.square().sum(), leaves))
+    for ours, eager in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+@emulated
+def test_a_view_that_is_not_aligned() -> None:
+    memory = torch.randn(4 * 64 + 1)
+    for x in (memory[1:].view(4, 64), memory[:-1].view(4, 64)):
+        with fastattn.use_kernel("emulator"):
+            out = fastattn.rms_norm(x, [64])
+        torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, [64]))
+
+
+@emulated
+def test_a_fault_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that is declared too small is written out of bounds, and the call says so."""
+    honest = device._argument
+
+    def smaller(given: device.Argument) -> object:
+        if given.written:
+            given.extent //= 2
+        return honest(given)
+
+    monkeypatch.setattr(device, "_argument", smaller)
+    with (
+        fastattn.use_kernel("emulator"),
+        pytest.raises(RuntimeError, match=r"out-of-bounds[\s\S]*norm_forward_f32"),
+    ):
+        fastattn.layer_norm(torch.randn(4, 64), [64])
+
+
+# the checks are worth something: without any one barrier or wait, a kernel is found out
+
+BARRIER = re.compile(r"\t(bar\.sync|bar\.warp\.sync|cp\.async\.wait_all)\b[^;]*;")
+
+
+def attend(q_len: int, kv_len: int) -> None:
+    query, key, value = (torch.randn(1, 1, n, 64).bfloat16() for n in (q_len, kv_len, kv_len))
+    value[:, :, kv_len // 2] = math.nan  # makes the kernel look twice
+    with fastattn.use_kernel("emulator"):
+        fastattn.attention(query, key, value, causal=True)
+
+
+def attend_unaligned() -> None:
+    tensors = [torch.randn(1, 1, n, 7).bfloat16() for n in (37, 53, 53)]
+    with fastattn.use_kernel("emulator"):
+        fastattn.attention(*tensors)
+
+
+def normalise() -> None:
+    x, weight = torch.randn(3, 1024), torch.randn(1024, requires_grad=True)
+    with fastattn.use_kernel("emulator"):
+        fastattn.layer_norm(x, [1024], weight).sum().backward()
+
+
+def mutants(room: str, name: str) -> Iterator[emulator.Kernel]:
+    """The kernel without one of its barriers or waits, for each of them."""
+    text = device.alone(_library.ptx(room), name)
+    for found in BARRIER.finditer(text):
+        yield emulator.load(text[: found.start()] + text[found.end() :])[name]
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("room", "name", "calls"),
+    [
+        # The second sees no key, so that nothing but the queries is ever copied.
+        (
+            "attention",
+            "attention_forward_bf16_64",
+            [lambda: attend(70, 200), lambda: attend(140, 20), attend_unaligned],
+        ),
+        ("norm", "norm_fold_f32", [normalise]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_barrier_is_needed(
+    room: str, name: str, calls: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that runs the mutant fails; a barrier that nobody misses would be one too many."""
+    whole, count = device.kernel, 0
+    for mutant in mutants(room, name):
+        count += 1
+
+        def broken(room: str, wanted: str, mutant: emulator.Kernel = mutant) -> emulator.Kernel:
+            return mutant if wanted == name else whole(room, wanted)
+
+        monkeypatch.setattr(device, "kernel", broken)
+        caught = False
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                caught = caught or "EmulatorError" in str(error)
+        assert caught, f"mutant {count} of {name} goes unnoticed"
+    assert count > 0
+
+
+# the choice of a kernel
+
+
+@emulated
+def test_emulator_is_forced_or_not_used(python) -> None:
+    x = torch.randn(2, 8)
+    assert fastattn.explain("rms_norm", x, [8]).kernel == "cpu"
+    with fastattn.use_kernel("emulator"):
+        assert fastattn.explain("rms_norm", x, [8]).kernel == "emulator"
+        with pytest.raises(fastattn.UnavailableKernelError, match="float64 has no CUDA kernel"):
+            fastattn.rms_norm(x.double(), [8])
+        with pytest.raises(fastattn.UnavailableKernelError, match=r"linear.*has no CUDA kernel"):
+            fastattn.linear(x, torch.ones(4, 8))
+    code = "import torch, fastattn; print(fastattn.explain('rms_norm', torch.ones(2, 8), [8]))"
+    assert "emulator: chosen" in python("-c", code, FASTATTN_KERNEL="emulator").stdout
+
+
+def test_cuda_refuses_what_is_not_on_a_gpu() -> None:
+    reason = "a tensor is on cpu" if not _library.WHY_NO_CUDA else "without nvcc|was not built"
+    with (
+        fastattn.use_kernel("cuda"),
+        pytest.raises(fastattn.UnavailableKernelError, match=reason),
+    ):
+        fastattn.rms_norm(torch.ones(2, 8), [8])
+
+
+def test_without_cuda_kernels_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "WHY_NO_CUDA", "the library was built without nvcc")
+    with (
+        fastattn.use_kernel("emulator"),
+        pytest.raises(fastattn.UnavailableKernelError, match="without nvcc"),
+    ):
+        fastattn.rms_norm(torch.ones(2, 8), [8])
+    assert dispatch.backends()["emulator"] == "the library was built without nvcc"
+
+
+@emulated
+def test_kernels_can_be_listed() -> None:
+    listed = emulator.load(_library.ptx("norm")).kernels
+    assert "norm_forward_bf16_f32_x4" in listed and "norm_fold_f32" in listed
+
+
+# on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", dispatch.CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.id)
+def test_gpu_matches_oracle(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    oracle = run(case, widened(inputs), "reference")
+    on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
+    eager, found = run(case, on_gpu, "reference"), run(case, on_gpu, "cuda")
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name].cpu(), eager[name].cpu(), oracle[name], factor, name)
+
+
+@pytest.mark.cuda
+def test_gpu_streams_and_graphs() -> None:
+    """Launches go to the current stream, and a graph replays them."""
+    x, weight = torch.randn(64, 256, device="cuda"), torch.randn(256, device="cuda")
+    with fastattn.use_kernel("cuda"):
+        expected = fastattn.rms_norm(x, [256], weight)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1_000_000)
+            doubled = fastattn.rms_norm(2 * x, [256], weight, 0.0)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(doubled, fastattn.rms_norm(x, [256], weight, 0.0))
+        graph, kept = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            out = fastattn.rms_norm(kept, [256], weight)
+        kept.copy_(-x)
+        graph.replay()
+    assert torch.equal(out, -expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_of_the_inputs_is_used() -> None:
+    x = torch.randn(4, 64, device="cuda:1")
+    with fastattn.use_kernel("cuda"):
+        out = fastattn.rms_norm(x, [64])
+    assert out.device == x.device and torch.cuda.current_device() == 0
+    torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, [64]))
