@@ -181,7 +181,7 @@ class Results {
   bool streams_;
 };
 
-template <class T, class R, bool Centred>
+template <class T, class R>
 void forward(const NormForward& args) {
   using A = Acc<T>;
   const Norm& in = args.in;
@@ -212,7 +212,7 @@ void forward(const NormForward& args) {
             summed.put(r, first + c, load_count<A>(x + c, n), n);
           });
         A own_mean[1] = {}, own_square[1];
-        if constexpr (Centred) {
+        if (in.centred) {
           sum_row(count, own_mean,
                   [&](int64_t c, auto n, Vec<A>* sums) { sums[0] += load_count<A>(x + c, n); });
           own_mean[0] /= static_cast<A>(count);
@@ -236,7 +236,7 @@ void forward(const NormForward& args) {
         A square;
         moments(i, r + i, row[i], mean[i], square);
         rstd[i] = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
-        if constexpr (Centred) means[r + i] = mean[i];
+        if (in.centred) means[r + i] = mean[i];
         rstds[r + i] = rstd[i];
       }
       each_vector<A>(cols, [&](int64_t c, auto count) {
@@ -319,7 +319,7 @@ class RowSum {
   int64_t cols_, rows_ = 0;
 };
 
-template <class T, class R, bool Centred>
+template <class T, class R>
 void backward(const NormBackward& args) {
   using A = Acc<T>;
   const Norm& in = args.in;
@@ -360,15 +360,16 @@ void backward(const NormBackward& args) {
       };
       for (int i = 0; i < many; i++) {
         x[i] = rows.load(i, r + i, 0, cols);
-        mean[i] = Centred ? means[r + i] : A{0};
+        mean[i] = in.centred ? means[r + i] : A{0};
         rstd[i] = rstds[r + i];
         if (grad_out == nullptr) continue;
         sum_row(cols, means_of_grad[i], [&](int64_t c, auto count, Vec<A>* sums) {
           const Vec<A> scaled = grad(i, c, count) * weight_at(c, count);
-          if constexpr (Centred) sums[0] += scaled;
+          sums[0] += scaled;
           sums[1] += scaled * normal(i, c, count);
         });
         for (A& sum : means_of_grad[i]) sum /= static_cast<A>(cols);
+        if (!in.centred) means_of_grad[i][0] = 0;
       }
       each_vector<A>(cols, [&](int64_t c, auto count) {
         const Vec<A> w = weight_at(c, count);
@@ -418,7 +419,7 @@ void norm_forward(const NormForward& args) {
   with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
     using R = std::remove_pointer_t<decltype(residual)>;
-    args.in.centred ? forward<T, R, true>(args) : forward<T, R, false>(args);
+    forward<T, R>(args);
   });
 }
 
@@ -427,7 +428,7 @@ void norm_backward(const NormBackward& args) {
   with_types(args.in, [&](auto* type, auto* residual) {
     using T = std::remove_pointer_t<decltype(type)>;
     using R = std::remove_pointer_t<decltype(residual)>;
-    args.in.centred ? backward<T, R, true>(args) : backward<T, R, false>(args);
+    backward<T, R>(args);
   });
 }
 

@@ -243,11 +243,8 @@ class TiledProduct {
             for (int64_t i = 0; i < others.count; i += count) {
               if (last) fetch.step();
               A* tile = to + (w * block_rows_ * kGroup + i * width);
-              if (span.first + start == 0) {
-                multiply_tile<A, count, vecs, false>(group.from(i), panel, length, tile, width);
-              } else {
-                multiply_tile<A, count, vecs, true>(group.from(i), panel, length, tile, width);
-              }
+              multiply_tile<A, count, vecs>(group.from(i), panel, length, tile, width,
+                                            span.first + start > 0);
             }
             group.data += length * group.depth;
             panel += length * width;

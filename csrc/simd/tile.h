@@ -31,13 +31,13 @@ struct Rows {
   Rows from(int64_t i) const { return {data + i * row, row, depth, ahead}; }
 };
 
-// C tile (=|+=) Count rows of A * B panel over `depth`. Row k of B is b[k * Vecs * lanes ...], row
-// i of C is c[i * c_row ...]. What is added to C is summed on its own first: an error grows with
-// the length of a chain of additions, so that partial sums of blocks round less than one long
-// chain.
-template <class A, int Count, int Vecs, bool Add>
+// C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Row k of B is
+// b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its own
+// first: an error grows with the length of a chain of additions, so that partial sums of blocks
+// round less than one long chain.
+template <class A, int Count, int Vecs>
 __attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t depth, A* c,
-                                             int64_t c_row) {
+                                             int64_t c_row, bool add) {
   constexpr int width = lanes<A>;
   constexpr int step = 3,
                 bases = (Count + step - 1) / step;  // x86 adds one or two strides for free
@@ -77,7 +77,8 @@ __attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t dept
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; j++) {
       A* to = c + i * c_row + j * width;
-      store(to, Add ? load<A>(to) + sum[i][j] : sum[i][j]);
+      if (add) sum[i][j] += load<A>(to);
+      store(to, sum[i][j]);
     }
 }
 
