@@ -32,21 +32,29 @@ def why_not() -> str | None:
     return None
 
 
-def peak_growth(case: Case, provider: str, threads: int) -> float | None:
-    """Bytes that one call of `provider` adds at its peak; None where the child failed."""
+def peak_growth(case: Case, providers: list[str], threads: int) -> dict[str, float]:
+    """Bytes that one call of each provider adds at its peak; without those whose child failed.
+
+    The children run at the same time: none of them is timed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(case, provider, threads, sender), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(TIMEOUT) else None
-    except EOFError:
-        return None
-    finally:
+    children = {}
+    for provider in providers:
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (case, provider, threads, sender)
+        child = context.Process(target=_measure, args=arguments, daemon=True)
+        child.start()
+        sender.close()
+        children[provider] = child, receiver
+    found = {}
+    for provider, (child, receiver) in children.items():
+        with contextlib.suppress(EOFError):
+            if receiver.poll(TIMEOUT):
+                found[provider] = receiver.recv()
         child.kill()
         child.join()
+    return found
 
 
 def _measure(case: Case, provider: str, threads: int, sender: Connection) -> None:

@@ -93,6 +93,8 @@ def race(
         verdicts[provider] = parity.judge(work, provider, result, dtype)
         del result
     tick(0.8)
+    weighed = [p for p, verdict in verdicts.items() if verdict.matches and p != "compile"]
+    peaks = memory.peak_growth(case, weighed, machine.threads) if settings.memory else {}
     for provider, verdict in verdicts.items():
         judged = {
             "error": verdict.error,
@@ -103,9 +105,7 @@ def race(
         if not verdict.matches:
             found[provider] = row(provider, rows.MISMATCH, str(verdict), **judged)
             continue
-        peak = None
-        if settings.memory and provider != "compile":
-            peak = memory.peak_growth(case, provider, machine.threads)
+        peak = peaks.get(provider)
         found[provider] = row(
             provider,
             rows.OK,

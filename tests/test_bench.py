@@ -416,7 +416,7 @@ def test_list_needs_no_measuring():
 def test_peak_memory_counts_what_a_call_allocates():
     for kind, tensors in (("layer_norm", 1), ("rms_norm", 2)):  # as PyTorch computes them
         case = Norm(kind=kind, rows=1024, cols=4096)
-        peak = memory.peak_growth(case, "eager", threads=1)
+        peak = memory.peak_growth(case, ["eager"], threads=1)["eager"]
         assert peak / (4 * case.rows * case.cols) == pytest.approx(tensors, rel=0.3)
 
 

@@ -1,10 +1,19 @@
 // Measures the peak of fp32 multiply-adds of each ISA, with the accumulators of the register tile.
-#include <chrono>
+#include <ctime>
 
 #include "simd/peak.h"
 #include "simd/tile.h"
 
 namespace fastattn::FASTATTN_ISA {
+namespace {
+
+double seconds_now() {  // std::chrono's templates could be shared with code for other ISAs
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+}  // namespace
 
 void fma_peak(const Peak& args) {
   note_run(kIsa);
@@ -14,8 +23,7 @@ void fma_peak(const Peak& args) {
     constexpr int chains = Tile<float>::rows * Tile<float>::vecs;
     Vec<float> sums[chains];
     for (int i = 0; i < chains; i++) sums[i] = set(static_cast<float>(i));
-    using Clock = std::chrono::steady_clock;
-    const auto start = Clock::now();
+    const double start = seconds_now();
     double elapsed = 0;
     int64_t rounds = 0;
     while (elapsed < args.seconds) {
@@ -24,7 +32,7 @@ void fma_peak(const Peak& args) {
         for (int i = 0; i < chains; i++) sums[i] = sums[i] * 0.999f + 0.001f;
       }
       rounds++;
-      elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+      elapsed = seconds_now() - start;
     }
     Vec<float> total{};
     for (int i = 0; i < chains; i++) total += sums[i];
