@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         help="measure peak memory, in a process for each call",
     )
     what.add_argument(
-        "--seconds", type=positive, help="of timing per case (default: 4, with --quick 1)"
+        "--seconds", type=positive, help="of timing per case (default: 4, with --quick 0.5)"
     )
     where = made.add_argument_group(
         "what to keep", "Without these, only the terminal and bench/results/last.csv are written."
@@ -202,7 +202,7 @@ def run(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], boo
         errors.print(f"{why}.")
     compiled = not args.quick if args.compile is None else args.compile
     settings = Settings(
-        seconds=args.seconds or (1.0 if args.quick else 4.0),
+        seconds=args.seconds or (0.5 if args.quick else 4.0),
         compiled=compiled,
         memory=args.memory and not memory.why_not(),
     )
