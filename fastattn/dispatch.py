@@ -116,35 +116,32 @@ _force(_checked(os.environ.get("FASTATTN_KERNEL"), "FASTATTN_KERNEL"))
 
 def cpu_refusals(*tensors: torch.Tensor | None) -> list[str]:
     """The reasons, common to all ops, for which the C++ CPU kernels do not take these tensors."""
-    reasons = []
-    if _library.LIBRARY is None:
-        reasons.append(_library.WHY_NOT)
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cpu:
-            reasons.append(f"a tensor is on {tensor.device}")
-            break
-        if tensor.dtype not in CPU_DTYPES:
-            reasons.append(f"dtype {tensor.dtype} has no C++ kernel")
-            break
-    return reasons + _transforms()
+    return _refusals(_library.WHY_NOT, "is_cpu", CPU_DTYPES, "C++", tensors)
 
 
 def cuda_refusals(*tensors: torch.Tensor | None) -> list[str]:
     """The same for the CUDA kernels, on a GPU or, where that is forced, in the emulator."""
-    reasons = []
-    if _library.WHY_NO_CUDA:
-        reasons.append(_library.WHY_NO_CUDA)
-    device = "cpu" if _forced == "emulator" else "cuda"
+    there = "is_cpu" if _forced == "emulator" else "is_cuda"
+    return _refusals(_library.WHY_NO_CUDA, there, CUDA_DTYPES, "CUDA", tensors)
+
+
+def _refusals(
+    missing: str,
+    there: str,  # the attribute that a tensor has where it should; device.type is slow to ask
+    dtypes: tuple[torch.dtype, ...],
+    language: str,
+    tensors: tuple[torch.Tensor | None, ...],
+) -> list[str]:
+    """The reasons in the library, `missing` if any, in the tensors, and in where a call stands."""
+    reasons = [missing] if missing else []
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != device:
+        if not getattr(tensor, there):
             reasons.append(f"a tensor is on {tensor.device}")
             break
-        if tensor.dtype not in CUDA_DTYPES:
-            reasons.append(f"dtype {tensor.dtype} has no CUDA kernel")
+        if tensor.dtype not in dtypes:
+            reasons.append(f"dtype {tensor.dtype} has no {language} kernel")
             break
     return reasons + _transforms()
 
