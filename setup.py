@@ -244,7 +244,7 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
         if source.match("csrc/emulator/*"):  # -O1 compiles fastest
             compile_source(source, "common", ["-O1"])
         elif source not in kernels:
-            compile_source(source, "common", torch_flags)
+            compile_source(source, "common", ["-O1", *torch_flags])
     if cuda := nvcc():
         lines += [
             "rule ptx",

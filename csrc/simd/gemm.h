@@ -23,20 +23,21 @@ struct Operand {
 };
 
 // What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
-// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`.
+// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`
+// and may use the blocks, up to whole vectors of whole rows, on its way there.
 template <class A>
 struct Finish {
   struct Place {
     int64_t row, col, rows, cols, width;
   };
-  void (*call)(const void* body, const Place& place, const A* const* blocks);
+  void (*call)(const void* body, const Place& place, A* const* blocks);
   const void* body;
   const char* out;
   int64_t out_row, size;  // bytes of a row and of an element
 
   template <class F, class T>
   Finish(const F& f, const T* to, int64_t to_row)
-      : call([](const void* self, const Place& place, const A* const* blocks) {
+      : call([](const void* self, const Place& place, A* const* blocks) {
           (*static_cast<const F*>(self))(place, blocks);
         }),
         body(&f),
@@ -80,14 +81,12 @@ class Fetch {
   int64_t row_bytes_ = 0, rows_ = 0, bytes_ = 0, lines_ = 0, steps_ = 1, at_ = 0, due_ = 0;
 };
 
-// Visits a finished block in vectors: f(row, col, count, sum of product 0, of product 1).
+// Visits a finished block in vectors: f(row, col, index in the block, count).
 template <class A, class F>
-FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, const A* const* blocks,
-                                   F&& f) {
+FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
   for (int64_t i = 0; i < place.rows; i++)
     each_vector<A>(place.cols, [&](int64_t j, auto n) {
-      const int64_t at = i * place.width + j;
-      f(place.row + i, place.col + j, n, load<A>(blocks[0] + at), load<A>(blocks[1] + at));
+      f(place.row + i, place.col + j, i * place.width + j, n);
     });
 }
 
@@ -103,7 +102,7 @@ struct Product {
   int64_t tasks(int64_t most) const {
     constexpr int64_t worth = 500'000;  // multiply-adds
     const int64_t work = rows * cols * larger(depth, 1) / worth;
-    return larger(1, smaller(smaller(most, work), int64_t{4} * thread_count()));
+    return larger(1, smaller(smaller(most, work), int64_t{8} * thread_count()));
   }
 };
 
@@ -293,8 +292,8 @@ class TiledProduct {
             place.cols * to.size, steps};
   }
 
-  void finish(const Memory& memory, const Place& place, const A* tiles, int64_t width) const {
-    const A* blocks[2];
+  void finish(const Memory& memory, const Place& place, A* tiles, int64_t width) const {
+    A* blocks[2];
     for (int64_t w = 0; w < in_.count; w++) {
       blocks[w] = tiles + w * block_rows_ * kGroup;
       if (!turned_) continue;
@@ -328,7 +327,7 @@ class DotProduct {
       Scratch scratch;
       A* rows = scratch.take<A>(Count * padded_);
       A* block = scratch.take<A>(2 * Count * kGroup);
-      const A* blocks[2] = {block, block + (in_.count - 1) * Count * kGroup};
+      A* const blocks[2] = {block, block + (in_.count - 1) * Count * kGroup};
       widen(rows);
       for (int64_t task; queue.next(task);) {
         const int64_t end = (task + 1) * groups_ / ranges_;

@@ -30,7 +30,7 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t a_row, const A*
   constexpr int width = lanes<A>;
   constexpr int reach = 3,  // x86 adds one or two strides to an address for free
       bases = (Count + reach - 1) / reach;
-  constexpr int round = 4;  // steps; few enough rounds are left that a processor foresees the last
+  constexpr int round = 8;  // steps; few enough rounds are left that a processor foresees the last
   Vec<A> sum[Count][Vecs];
 #pragma GCC unroll 24
   for (int i = 0; i < Count; i++)
@@ -56,7 +56,7 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t a_row, const A*
     b += steps * Vecs * width;
   };
   for (int64_t rounds = depth / round; rounds > 0; rounds--) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int at = 0; at < round; at++) step(at);
     advance(round);
   }
