@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 import sys
@@ -32,13 +33,32 @@ def why_not() -> str | None:
     return None
 
 
+def prepare() -> None:
+    """Start the server, and import here what it imports, each on a core of its own.
+
+    Nothing that is timed should run beside it.
+    """
+    context = _context()
+    waits = context.Process(target=os.getpid, daemon=True)  # for the server to be ready
+    waits.start()
+    for name in PRELOAD:
+        with contextlib.suppress(ImportError):  # what a case needs, it asks for in words
+            importlib.import_module(name)
+    waits.join()
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def peak_growth(case: Case, providers: list[str], threads: int) -> dict[str, float]:
     """Bytes that one call of each provider adds at its peak; without those whose child failed.
 
     The children run at the same time: none of them is timed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _context()
     children = {}
     for provider in providers:
         receiver, sender = context.Pipe(duplex=False)
