@@ -102,7 +102,7 @@ struct Product {
   int64_t tasks(int64_t most) const {
     constexpr int64_t worth = 500'000;  // multiply-adds
     const int64_t work = rows * cols * larger(depth, 1) / worth;
-    return larger(1, smaller(smaller(most, work), int64_t{8} * thread_count()));
+    return larger(1, smaller(smaller(most, work), int64_t{16} * thread_count()));
   }
 };
 
@@ -121,7 +121,7 @@ class TiledProduct {
     placed_ = turned_ ? weights : activations;
     const int64_t row_bytes =
         smaller(larger(in_.depth, 1), kSpan) * packed_.count * static_cast<int64_t>(sizeof(A));
-    const int64_t fitting = larger(2, cache_bytes() / 2 / (row_bytes * kWidth)) * kWidth;
+    const int64_t fitting = larger(2, cache_bytes() / kShare / (row_bytes * kWidth)) * kWidth;
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
     groups_ = ceil_div(placed_.rows, kGroup);
@@ -164,7 +164,8 @@ class TiledProduct {
   static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
   static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 128 : 64;  // no chain of sums is longer
-  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 256 : 512;  // depths of a cached block
+  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
+  static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
   static_assert(kGroup % lanes<A> == 0);
 
