@@ -13,7 +13,7 @@ from bench.cases import Case
 from bench.machine import Machine
 from bench.parity import Verdict
 from bench.rows import Row
-from bench.work import UnavailableError, Work, kernels_used
+from bench.work import COMPILED, UnavailableError, Work, kernels_used
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def race(
             with kernels_used() as kernels:
                 result = parity.run(work, provider)
         except Exception as error:  # whatever a provider raises is its result
-            status = rows.LEFT_OUT if provider == "compile" else rows.FAILED
+            status = rows.LEFT_OUT if provider in COMPILED else rows.FAILED
             found[provider] = row(provider, status, first_line(error))
             continue
         notes[provider] = "; ".join(f"{op}: {kernel}" for op, kernel in kernels.items())
@@ -93,7 +93,7 @@ def race(
         verdicts[provider] = parity.judge(work, provider, result, dtype)
         del result
     tick(0.8)
-    weighed = [p for p, verdict in verdicts.items() if verdict.matches and p != "compile"]
+    weighed = [p for p, verdict in verdicts.items() if verdict.matches and p not in COMPILED]
     peaks = memory.peak_growth(case, weighed, machine.threads) if settings.memory else {}
     for provider, verdict in verdicts.items():
         judged = {
@@ -122,7 +122,7 @@ def race(
 def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> dict[str, object]:
     """The columns of a row that follow from its timing."""
     gflops = (work.flops or case.flops) / timing.median / 1e9 or None
-    gbs = case.traffic / timing.median / 1e9 or None
+    gbs = (work.traffic or case.traffic) / timing.median / 1e9 or None
     of_limit = gflops / machine.peak_gflops if gflops else gbs / machine.copy_gbs if gbs else None
     return {
         "median_ms": 1e3 * timing.median,
