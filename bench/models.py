@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import logging
 import re
 import tempfile
 from collections.abc import Callable
@@ -131,7 +132,9 @@ def exported(model: nn.Module, read: dict[str, Tensor]) -> dict[str, Callable[[]
         options.intra_op_num_threads = threads
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = str(Path(folder) / "model.onnx")
+            logging.disable(logging.WARNING)  # of what other models would need
             torch.onnx.export(model, (), path, kwargs=dict(read), input_names=names, verbose=False)
+            logging.disable(logging.NOTSET)
             session = onnxruntime.InferenceSession(path, options)
         runs["onnxruntime"] = lambda: torch.from_numpy(session.run(None, given)[0])
     if importlib.util.find_spec("openvino"):

@@ -164,6 +164,22 @@ def test_bert_compiles_into_one_graph() -> None:
     torch.testing.assert_close(compiled(**inputs)[tokens], model(**inputs)[tokens])
 
 
+def test_bert_exports_for_any_batch_and_length() -> None:
+    model = sharpened(BertForMaskedLM(CONFIG))
+    inputs = batch()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=24)}
+    exported = torch.export.export(
+        model, (), dict(inputs), dynamic_shapes=dict.fromkeys(inputs, sizes)
+    )
+    found = {node.target for node in exported.graph.nodes if "fastattn" in str(node.target)}
+    assert any("attention" in str(op) for op in found) and any("norm" in str(op) for op in found)
+    other = {name: torch.cat([x, x])[1:, :13] for name, x in inputs.items()}
+    for given in (inputs, other):
+        tokens = given["attention_mask"].bool()
+        out = exported.module()(**given)[tokens]
+        torch.testing.assert_close(out, model(**given)[tokens], rtol=1e-4, atol=1e-4)
+
+
 # against Hugging Face
 
 
