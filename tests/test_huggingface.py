@@ -166,6 +166,11 @@ def test_refusals(transformers: Any) -> None:
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="cache must be None for fastattn, got dict"):
         huggingface.attention(nn.Module(), query, query, query, None, cache={})
+    wrong = mask[:, None, None, 1:].bool().expand(-1, 1, max(LENGTHS), -1)
+    with pytest.raises(ValueError, match=r"mask must broadcast .*got \[3, 1, 17, 16\]"):
+        model(ids, wrong)
+    with pytest.raises(TypeError, match=r"attention_mask must be bool or floating, got .*int64"):
+        huggingface.attention(nn.Module(), query, query, query, torch.ones(3, 3).long())
 
 
 def test_one_call_registers(

@@ -324,6 +324,16 @@ def test_attention_that_cannot_be_replaced(
     assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, "it returns attention weights")]
 
 
+def test_a_patched_model_refuses_what_it_cannot_do(transformers: Any) -> None:
+    model = build(transformers, "BertForMaskedLM")
+    fastattn.patch(model)
+    ids, mask = rows(LENGTHS)
+    with pytest.raises(ValueError, match="output_attentions must be False for fastattn"):
+        model(ids, mask, output_attentions=True)
+    fastattn.unpatch(model)
+    assert len(model(ids, mask, output_attentions=True).attentions) == 2
+
+
 def test_refusals() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     with pytest.raises(ValueError, match=r"patched by fastattn\.patch, got one that is not"):

