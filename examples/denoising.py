@@ -64,7 +64,7 @@ def loss_of(model: T5, read: Tensor, wanted: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> float:
     """Runs the example; returns the held-out loss."""
-    options = common.parser(__doc__, steps=150, width=128).parse_args(arguments)
+    options = common.parser(__doc__, steps=200, width=128).parse_args(arguments)
     torch.manual_seed(0)
     parts = common.split(common.prose())
     tokenizer = common.pieces(parts[0], VOCAB, SPECIAL)

@@ -51,7 +51,7 @@ def guess(model: BertForMaskedLM, read: Tensor, chosen: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> float:
     """Runs the example; returns the share of held-out masked words that were guessed."""
-    options = common.parser(__doc__, steps=100).parse_args(arguments)
+    options = common.parser(__doc__, steps=80).parse_args(arguments)
     torch.manual_seed(0)
     folder, tokenizer = common.minilm()
     mask = tokenizer.token_to_id("[MASK]")
