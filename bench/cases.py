@@ -1,7 +1,7 @@
-"""What is raced: a table of cases, one line each, and what each case costs in work and traffic.
+"""What is raced: a table of cases, one line each, and what each costs; long because of its rows.
 
 A new row is one new line in `CASES`. A case says nothing about how it is run; that is
-`baselines.py` (operations) and `models.py` (whole models).
+`baselines.py` (operations), `models.py` and `language.py` (whole models).
 """
 
 from __future__ import annotations

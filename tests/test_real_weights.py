@@ -106,10 +106,10 @@ def test_gemma(transformers: Any, tmp_path: Path) -> None:
 
     ids = tokenizer(topics["numeric-types"], return_tensors="pt")["input_ids"][:, :700]
     assert ids.shape[1] > model.config.sliding_window
-    long = logits_of(model, ids)
+    long = states(model, ids)
     for patched in each_way(model):
         assert texts(tokenizer, patched) == wanted
-        close(logits_of(patched, ids), long)
+        close(states(patched, ids), long)
 
 
 def texts(tokenizer: Any, model: nn.Module, **options: Any) -> list[str]:
@@ -121,8 +121,8 @@ def texts(tokenizer: Any, model: nn.Module, **options: Any) -> list[str]:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
+def states(model: nn.Module, ids: Tensor) -> Tensor:
+    return model.model(input_ids=ids).last_hidden_state
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
