@@ -17,6 +17,12 @@ def _linear_refusals(
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
+def _linear_cuda_refusals(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+) -> list[str]:
+    return dispatch.cuda_refusals(input)
+
+
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     input, weight, bias, activation, _ = args
     dx, dweight, dbias = LINEAR.backward(
@@ -49,13 +55,17 @@ LINEAR = registry.op(
         for need, tensor in zip(needs, (input, weight, bias), strict=True)
     ),
     derivative=_linear_derivative,
-    kernels={"cpu": _linear_refusals},
+    kernels={"cpu": _linear_refusals, "cuda": _linear_cuda_refusals},
     keep=(1,),
 )
 
 
 def _ffn_refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
+
+
+def _ffn_cuda_refusals(*args: object) -> list[str]:
+    return dispatch.cuda_refusals(args[0])
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -91,7 +101,7 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals},
+    kernels={"cpu": _ffn_refusals, "cuda": _ffn_cuda_refusals},
     keep=(1, 2),
 )
 
