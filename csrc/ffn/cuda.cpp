@@ -44,8 +44,8 @@ struct Result {
 
 void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const Plain& left,
              const Plain& right, const Plain& gate_right, Activation activation, const Result& to) {
-  using Tiles = ProductTiles;
-  static_assert(Tiles::kShared <= kMostShared);
+  using Tiles = ProductTiles<2>;  // which differ from those of fp32 in their warps alone
+  static_assert(Tiles::kShared <= kMostShared && Tiles::kShared == ProductTiles<4>::kShared);
   const bool gated = gate_right.data != nullptr;
   ProductScalars numbers{};
   numbers.rows = static_cast<int32_t>(to.rows);
@@ -63,7 +63,7 @@ void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const
   const Memory addend = in_place ? out : reads(to.add, all);
   launch(device, "ffn", "ffn_" + std::string(kind) + "_" + name_of(dtype),
          {{blocks_of(to.rows, Tiles::kSide) * blocks_of(to.cols, width), 1, 1},
-          {Tiles::kWarps * 32, 1, 1},
+          {dtype == Dtype::f32 ? ProductTiles<4>::kThreads : Tiles::kThreads, 1, 1},
           Tiles::kShared},
          left.memory(dtype), right.memory(dtype), gate_right.memory(dtype), reads(to.bias, line),
          reads(to.gate_bias, line), addend, out, writes(to.pre, all), writes(to.gate, all),

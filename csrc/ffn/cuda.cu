@@ -16,14 +16,15 @@ extern __shared__ uint4 shared_memory[];
 // The square of out that a block computes. Blocks walk down bands of a few rows of squares, so that
 // those which run at one time share what they read.
 struct Square {
+  static constexpr int kSide = ProductTiles<2>::kSide;
   int row, col;
 
   __device__ Square(const ProductScalars& in, int width) {
-    const int down = (in.rows + ProductTiles::kSide - 1) / ProductTiles::kSide;
+    const int down = (in.rows + kSide - 1) / kSide;
     const int each = kBandRows * ((in.cols + width - 1) / width);
     const int block = static_cast<int>(blockIdx.x), band = block / each * kBandRows;
     const int height = min(down - band, kBandRows);
-    row = (band + block % each % height) * ProductTiles::kSide;
+    row = (band + block % each % height) * kSide;
     col = block % each / height * width;
   }
 };
@@ -32,11 +33,11 @@ struct Square {
 // right one) of 64 bytes, or, where the operand lies across, so many rows of the depth of 128.
 template <class T, bool Across>
 struct Operand {
-  static constexpr int kSide = ProductTiles::kSide;
-  static constexpr int kDepth = ProductTiles::kDepthBytes / sizeof(T);
+  using Tiles = ProductTiles<sizeof(T)>;
+  static constexpr int kSide = Tiles::kSide, kDepth = Tiles::kDepth;
   using Lines = Tile<T, Across ? kSide : kDepth>;
   static constexpr int kEach = Lines::kEach, kChunks = Lines::kChunks;
-  static constexpr int kThreads = ProductTiles::kWarps * kWarp, kStep = kThreads / kChunks;
+  static constexpr int kStep = Tiles::kThreads / kChunks;
   static constexpr int kCopies = (Across ? kDepth : kSide) / kStep;
 
   const T* data;
@@ -72,22 +73,24 @@ struct Operand {
   }
 };
 
-using Quarter = Accumulator<ProductTiles::kWarpSide>[ProductTiles::kWarpSide / 16];
+template <class T>
+using Sums = Accumulator<ProductTiles<sizeof(T)>::kCols>[ProductTiles<sizeof(T)>::kRows / 16];
 
-// sum += left right for one step: a quarter of the square, from `row` and `col` on.
+// sum += left right for one step, of a warp's part of the square from `row` and `col` on.
 template <class T, bool LeftAcross, bool RightAcross>
-__device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross>::Lines& left,
+__device__ void multiply_step(Sums<T>& sum, const typename Operand<T, LeftAcross>::Lines& left,
                               const typename Operand<T, RightAcross>::Lines& right, int row,
                               int col) {
-  constexpr int depth = Operand<T, LeftAcross>::kDepth, side = ProductTiles::kWarpSide;
+  using Tiles = ProductTiles<sizeof(T)>;
+  constexpr int depth = Tiles::kDepth, rows = Tiles::kRows, cols = Tiles::kCols;
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     const int r = row + lane / 4, q = lane % 4;
 #pragma unroll 1
     for (int k = 0; k < depth; k += 4) {
-      float a[side / 8][4];
+      float a[rows / 8][4];
 #pragma unroll
-      for (int i = 0; i < side / 8; i++) {
+      for (int i = 0; i < rows / 8; i++) {
         if constexpr (LeftAcross) {
 #pragma unroll
           for (int d = 0; d < 4; d++) a[i][d] = *left.at(k + d, r + 8 * i);
@@ -96,7 +99,7 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
         }
       }
 #pragma unroll
-      for (int n = 0; n < side / 8; n++) {
+      for (int n = 0; n < cols / 8; n++) {
         float b[2][4];
         if constexpr (RightAcross) {
 #pragma unroll
@@ -111,7 +114,7 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
         }
         // Four at a time: the rounding errors of one long chain would grow with the depth.
 #pragma unroll
-        for (int i = 0; i < side / 8; i++)
+        for (int i = 0; i < rows / 8; i++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             float four = a[i][0] * b[e][0];
@@ -124,9 +127,9 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
   } else {
 #pragma unroll
     for (int k = 0; k < depth / 16; k++) {
-      uint32_t a[side / 16][4];
+      uint32_t a[rows / 16][4];
 #pragma unroll
-      for (int i = 0; i < side / 16; i++) {
+      for (int i = 0; i < rows / 16; i++) {
         if constexpr (LeftAcross)
           ptx::load_transposed(a[i], left.chunk(k * 16 + lane / 16 * 8 + lane % 8,
                                                 (row + i * 16) / 8 + lane / 8 % 2));
@@ -134,7 +137,7 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
           ptx::load_matrices(a[i], left.chunk(row + i * 16 + lane % 16, 2 * k + lane / 16));
       }
 #pragma unroll
-      for (int n = 0; n < side / 16; n++) {
+      for (int n = 0; n < cols / 16; n++) {
         uint32_t b[4];
         if constexpr (RightAcross)
           ptx::load_transposed(
@@ -143,7 +146,7 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
           ptx::load_matrices(
               b, right.chunk(col + n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
 #pragma unroll
-        for (int i = 0; i < side / 16; i++) {
+        for (int i = 0; i < rows / 16; i++) {
           ptx::multiply<T>(sum[i][2 * n], a[i], b[0], b[1]);
           ptx::multiply<T>(sum[i][2 * n + 1], a[i], b[2], b[3]);
         }
@@ -154,15 +157,18 @@ __device__ void multiply_step(Quarter& sum, const typename Operand<T, LeftAcross
 
 // Half of a warp's rows of sums, through which they leave in whole rows. Lanes write 8 rows at a
 // column, and read along a row: the chunks of four neighbouring rows are permuted by two.
+template <class T>
 struct Rows {
-  static constexpr int kRows = ProductTiles::kWarpSide / 2, kCols = ProductTiles::kWarpSide;
+  static constexpr int kRows = ProductTiles<sizeof(T)>::kRows / 2;
+  static constexpr int kCols = ProductTiles<sizeof(T)>::kCols;
+  static_assert(kRows * kCols * 4 * ProductTiles<sizeof(T)>::kWarps <=
+                ProductTiles<sizeof(T)>::kShared);
   float* memory;
 
   __device__ float* at(int row, int col) const {
     return memory + row * kCols + ((col / 4) ^ (row % 4 * 2)) * 4 + col % 4;
   }
 };
-static_assert(ProductTiles::kWarps * Rows::kRows * Rows::kCols * 4 <= ProductTiles::kShared);
 
 template <class T, int N>
 __device__ void round_to(float (&x)[N]) {
@@ -253,17 +259,19 @@ __device__ void finish(const Tensors<T>& of, const ProductScalars& in, int64_t r
   store(of.out + at, x);
 }
 
-// out = left right, and what follows it. With a gate, 32 of every 64 columns of the square are the
-// gate's, and the others those of the other matrix which they open: a warp has both.
+// out = left right, and what follows it. With a gate, half of every warp's columns are
+// the gate's, and the others those of the other matrix which they open.
 template <class T, bool LeftAcross, bool RightAcross>
 __device__ void product(const Tensors<T>& of, const ProductScalars& in) {
   using Left = Operand<T, LeftAcross>;
   using Right = Operand<T, RightAcross>;
-  constexpr int side = ProductTiles::kWarpSide, stages = ProductTiles::kStages;
+  using Tiles = ProductTiles<sizeof(T)>;
+  constexpr int cols = Tiles::kCols, stages = Tiles::kStages;
   constexpr bool forward = !LeftAcross && !RightAcross;
-  const Square square(in, in.gated ? ProductTiles::kSide / 2 : ProductTiles::kSide);
+  const Square square(in, in.gated ? Tiles::kSide / 2 : Tiles::kSide);
   const int lane = lane_index(), warp = static_cast<int>(threadIdx.x / kWarp);
-  const int row = warp / 2 * side, col = warp % 2 * side;
+  const int across = Tiles::kSide / cols;
+  const int row = warp / across * Tiles::kRows, col = warp % across * cols;
   const Left left{of.left, LeftAcross ? in.rows : in.depth, in.rows, in.depth,
                   in.aligned_left != 0};
   const Right right{of.right, RightAcross ? in.cols : in.depth, in.cols, in.depth,
@@ -271,26 +279,25 @@ __device__ void product(const Tensors<T>& of, const ProductScalars& in) {
 
   char* memory = reinterpret_cast<char*>(shared_memory);
   const auto left_lines = [&](int stage) {
-    return typename Left::Lines{reinterpret_cast<T*>(memory + stage * 2 * ProductTiles::kOperand)};
+    return typename Left::Lines{reinterpret_cast<T*>(memory + stage * 2 * Tiles::kOperand)};
   };
   const auto right_lines = [&](int stage) {
-    return typename Right::Lines{
-        reinterpret_cast<T*>(memory + (stage * 2 + 1) * ProductTiles::kOperand)};
+    return typename Right::Lines{reinterpret_cast<T*>(memory + (stage * 2 + 1) * Tiles::kOperand)};
   };
   const auto fetch = [&](int step, int stage) {
-    left.fetch(left_lines(stage), step * Left::kDepth,
+    left.fetch(left_lines(stage), step * Tiles::kDepth,
                [&](int line, const T*&) { return square.row + line; });
-    right.fetch(right_lines(stage), step * Right::kDepth, [&](int line, const T*& from) {
+    right.fetch(right_lines(stage), step * Tiles::kDepth, [&](int line, const T*& from) {
       if (RightAcross || !in.gated) return square.col + line;
-      if (line % side < side / 2) from = of.gate_right;
-      return square.col + line / side * (side / 2) + line % (side / 2);
+      if (line % cols < cols / 2) from = of.gate_right;
+      return square.col + line / cols * (cols / 2) + line % (cols / 2);
     });
   };
 
   const int first_row = square.row + row, first_col = square.col + (in.gated ? col / 2 : col);
   const bool inside = first_row < in.rows && first_col < in.cols;
-  Quarter sum = {};
-  const int steps = (in.depth + Left::kDepth - 1) / Left::kDepth;
+  Sums<T> sum = {};
+  const int steps = (in.depth + Tiles::kDepth - 1) / Tiles::kDepth;
 #pragma unroll 1
   for (int step = 0; step < stages - 1; step++) {
     if (step < steps) fetch(step, step);
@@ -310,29 +317,29 @@ __device__ void product(const Tensors<T>& of, const ProductScalars& in) {
   }
   __syncthreads();
 
-  const Rows rows{reinterpret_cast<float*>(memory) + warp * Rows::kRows * Rows::kCols};
-  const int chunks = in.gated ? side / 8 : side / 4;
+  using Half = Rows<T>;
+  const Half rows{reinterpret_cast<float*>(memory) + warp * Half::kRows * Half::kCols};
+  const int chunks = in.gated ? cols / 8 : cols / 4;
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
 #pragma unroll
-    for (int i = 0; i < side / 16; i++) {
+    for (int i = 0; i < Tiles::kRows / 16; i++) {
       if (i / 2 != half) continue;
 #pragma unroll
-      for (int n = 0; n < side / 8; n++)
+      for (int n = 0; n < cols / 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          *reinterpret_cast<float2*>(
-              rows.at(i % 2 * 16 + e * 8 + lane / 4, n * 8 + lane % 4 * 2)) = {
-              sum[i][n][2 * e], sum[i][n][2 * e + 1]};
+          ptx::store_shared(rows.at(i % 2 * 16 + e * 8 + lane / 4, n * 8 + lane % 4 * 2),
+                            sum[i][n][2 * e], sum[i][n][2 * e + 1]);
     }
     __syncwarp();
 #pragma unroll 1
-    for (int i = lane; i < Rows::kRows * chunks; i += static_cast<int>(kWarp)) {
+    for (int i = lane; i < Half::kRows * chunks; i += static_cast<int>(kWarp)) {
       const int own = i / chunks, from = i % chunks * 4;
-      const int r = first_row + half * Rows::kRows + own, c = first_col + from;
+      const int r = first_row + half * Half::kRows + own, c = first_col + from;
       if (r >= in.rows || c >= in.cols) continue;
       const float* gates = rows.at(own, from);
-      const float* values = rows.at(own, in.gated ? from + side / 2 : from);
+      const float* values = rows.at(own, in.gated ? from + cols / 2 : from);
       if (in.aligned_out) {
         float x[4], gate[4];
         load(x, values);
@@ -406,7 +413,8 @@ __device__ void sum_columns(const From* from, To* to, int rows, int cols, int ea
 using namespace fastattn::cuda;
 
 #define FASTATTN_PRODUCT(kind, name, T, LeftAcross, RightAcross)                             \
-  extern "C" __global__ void __launch_bounds__(ProductTiles::kWarps* kWarp, 2)               \
+  extern "C" __global__ void __launch_bounds__(ProductTiles<sizeof(T)>::kThreads,            \
+                                               ProductTiles<sizeof(T)>::kBlocks)             \
       ffn_##kind##_##name(const T* left, const T* right, const T* gate_right, const T* bias, \
                           const T* gate_bias, const T* add, T* out, T* pre, T* gate,         \
                           const __grid_constant__ ProductScalars in) {                       \

@@ -5,13 +5,16 @@
 
 namespace fastattn::cuda {
 
-// A block computes a square of the product, its four warps a quarter each. It sums over steps of
-// 64 bytes of a row, and while it works on one, the next two are being copied: 48 KB of shared
-// memory, of which every GPU has room for two blocks.
+// For elements of `Bytes`: a block computes a square of the product, its warps 64 rows each of so
+// many columns as their registers hold sums. It adds up steps of 64 bytes of a row, and while it
+// works on one, the next two are being copied: 48 KB of shared memory, which every GPU has twice.
+template <int Bytes>
 struct ProductTiles {
-  static constexpr int kSide = 128, kWarpSide = 64, kWarps = 4, kStages = 3;
-  static constexpr int kDepthBytes = 64, kOperand = kSide * kDepthBytes;
-  static constexpr int kShared = kStages * 2 * kOperand;
+  static constexpr int kSide = 128, kRows = 64, kCols = Bytes == 4 ? 32 : 64;
+  static constexpr int kWarps = kSide * kSide / (kRows * kCols), kThreads = kWarps * 32;
+  static constexpr int kBlocks = 8 / kWarps;  // of a multiprocessor, at least
+  static constexpr int kDepth = 64 / Bytes, kOperand = kSide * 64;
+  static constexpr int kStages = 3, kShared = kStages * 2 * kOperand;
 };
 
 constexpr int kBandRows = 8;  // of squares, whose blocks come one after the other: see Square
