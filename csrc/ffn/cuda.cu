@@ -155,8 +155,8 @@ __device__ void multiply_step(Sums<T>& sum, const typename Operand<T, LeftAcross
   }
 }
 
-// Half of a warp's rows of sums, through which they leave in whole rows. Lanes write 8 rows at a
-// column, and read along a row: the chunks of four neighbouring rows are permuted by two.
+// Half of a warp's rows of sums, through which they leave in whole rows. 16 lanes write four rows
+// at two chunks of 16 bytes, and 8 read one row or, of gates in fp32, halves of two neighbours.
 template <class T>
 struct Rows {
   static constexpr int kRows = ProductTiles<sizeof(T)>::kRows / 2;
@@ -166,7 +166,8 @@ struct Rows {
   float* memory;
 
   __device__ float* at(int row, int col) const {
-    return memory + row * kCols + ((col / 4) ^ (row % 4 * 2)) * 4 + col % 4;
+    const int permutation = row % 2 * 4 + row / 2 % 2 * 2;
+    return memory + row * kCols + ((col / 4) ^ permutation) * 4 + col % 4;
   }
 };
 
