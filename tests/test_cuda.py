@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -227,6 +228,19 @@ def test_a_fault_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(RuntimeError, match=r"out-of-bounds[\s\S]*norm_forward_f32"),
     ):
         fastattn.layer_norm(torch.randn(4, 64), [64])
+
+
+@emulated
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_launcher_that_claims_alignment_is_found_out(first: int) -> None:
+    memory = [torch.randn(65)[first:] for _ in range(3)]
+    arguments = [emulator.launch.Memory(each.data_ptr(), 256) for each in memory]
+    claim = struct.pack("<qii", 64, 1, 1)  # PointwiseScalars: size, activation, aligned
+    grad_out, pre, grad_pre = arguments
+    report = device.kernel("ffn", "ffn_activation_backward_f32").launch(
+        1, 256, grad_out, pre, None, grad_pre, None, None, claim
+    )
+    assert ("misaligned" in str(report)) == bool(first), report
 
 
 # the checks are worth something: without any one barrier or wait, a kernel is found out

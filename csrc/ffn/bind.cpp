@@ -34,14 +34,10 @@ void* write(const Tensor& tensor, bool wanted) {
   return wanted ? tensor.mutable_data_ptr() : nullptr;
 }
 
-// The rows of the input, and its dtype, which the kernels of its place must know.
+// The rows of the input, whose dtype the kernels of its place must know.
 int64_t checked_rows(const Tensor& input, Dtype dtype) {
-  const int64_t rows = rows_of("input", input);
-  if (on_gpu(place_of(input))) {
-    FASTATTN_CHECK(dtype != Dtype::f64, "no CUDA kernel takes fp64");
-    FASTATTN_CHECK(rows >> 31 == 0, "the CUDA kernels count up to 2^31 rows");
-  }
-  return rows;
+  FASTATTN_CHECK(dtype != Dtype::f64 || !on_gpu(place_of(input)), "no CUDA kernel takes fp64");
+  return rows_of("input", input);
 }
 
 // A gradient like `tensor` to be written, or an empty tensor where none is wanted.

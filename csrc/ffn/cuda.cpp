@@ -1,6 +1,7 @@
 // Launches of the ffn room's CUDA kernels: which product, on which operands.
 #include <algorithm>
 #include <initializer_list>
+#include <stdexcept>
 
 #include "ffn/ffn.h"
 #include "ffn/scalars.h"
@@ -19,8 +20,16 @@ struct Plain {
   }
 };
 
+// A size as kernels count it.
+int32_t counted(int64_t size) {
+  if (size >> 31 != 0)
+    throw std::runtime_error(
+        "fastattn: the CUDA kernels count up to 2^31 rows, features and blocks");
+  return static_cast<int32_t>(size);
+}
+
 uint32_t blocks_of(int64_t work, int64_t each) {
-  return static_cast<uint32_t>((work + each - 1) / each);
+  return static_cast<uint32_t>(counted((work + each - 1) / each));
 }
 
 // out [rows, cols] and what lies beside it; null where it is not wanted or not there.
@@ -48,9 +57,9 @@ void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const
   static_assert(Tiles::kShared <= kMostShared && Tiles::kShared == ProductTiles<4>::kShared);
   const bool gated = gate_right.data != nullptr;
   ProductScalars numbers{};
-  numbers.rows = static_cast<int32_t>(to.rows);
-  numbers.cols = static_cast<int32_t>(to.cols);
-  numbers.depth = static_cast<int32_t>(depth);
+  numbers.rows = counted(to.rows);
+  numbers.cols = counted(to.cols);
+  numbers.depth = counted(depth);
   numbers.aligned_left = left.aligned(dtype);
   numbers.aligned_right = right.aligned(dtype) && gate_right.aligned(dtype);
   numbers.aligned_out = to.aligned(dtype);
@@ -58,16 +67,17 @@ void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const
   numbers.gated = gated;
   const int64_t width = gated ? Tiles::kSide / 2 : Tiles::kSide;
   const int64_t size = size_of(dtype), line = to.cols * size, all = to.rows * line;
+  const uint32_t threads = dtype == Dtype::f32 ? ProductTiles<4>::kThreads : Tiles::kThreads;
   const bool in_place = to.add == to.out;
   const Memory out = in_place ? updates(to.out, all) : writes(to.out, all);
   const Memory addend = in_place ? out : reads(to.add, all);
-  launch(device, "ffn", "ffn_" + std::string(kind) + "_" + name_of(dtype),
-         {{blocks_of(to.rows, Tiles::kSide) * blocks_of(to.cols, width), 1, 1},
-          {dtype == Dtype::f32 ? ProductTiles<4>::kThreads : Tiles::kThreads, 1, 1},
-          Tiles::kShared},
-         left.memory(dtype), right.memory(dtype), gate_right.memory(dtype), reads(to.bias, line),
-         reads(to.gate_bias, line), addend, out, writes(to.pre, all), writes(to.gate, all),
-         numbers);
+  launch(
+      device, "ffn", "ffn_" + std::string(kind) + "_" + name_of(dtype),
+      {{blocks_of(int64_t{blocks_of(to.rows, Tiles::kSide)} * blocks_of(to.cols, width), 1), 1, 1},
+       {threads, 1, 1},
+       Tiles::kShared},
+      left.memory(dtype), right.memory(dtype), gate_right.memory(dtype), reads(to.bias, line),
+      reads(to.gate_bias, line), addend, out, writes(to.pre, all), writes(to.gate, all), numbers);
 }
 
 // In two steps: blocks of rows first, and then their sums.
@@ -81,8 +91,7 @@ void sum_columns(Device& device, Dtype dtype, const void* from, void* to, int64_
                         int64_t count, int64_t together, int64_t blocks) {
     launch(device, "ffn", "ffn_sum_columns_" + name,
            {{blocks_of(cols, 32), static_cast<uint32_t>(blocks), 1}, {32, kSumWarps, 1}}, source,
-           target, static_cast<int32_t>(count), static_cast<int32_t>(cols),
-           static_cast<int32_t>(together));
+           target, counted(count), counted(cols), counted(together));
   };
   const int64_t bytes = parts * cols * 4;
   step(name_of(dtype) + "_to_f32", reads(from, rows * cols * size_of(dtype)), writes(sums, bytes),

@@ -51,9 +51,7 @@ struct Operand {
   __device__ void fetch(const Lines& to, int k, Line&& line) const {
     const int chunk = static_cast<int>(threadIdx.x) % kChunks;
     const int first = static_cast<int>(threadIdx.x) / kChunks;
-#pragma unroll
-    for (int i = 0; i < kCopies; i++) {
-      const int row = first + i * kStep;
+    const auto copy = [&](int row, auto&& move) {
       const T* from = data;
       const int number = line(Across ? chunk * kEach : row, from);
       const int at_depth = k + (Across ? row : chunk * kEach);
@@ -62,13 +60,21 @@ struct Operand {
       const bool inside = Across ? at_depth < depth : number < lines;
       const int count = inside ? min(max(along, 0), kEach) : 0;
       const T* at = Across ? from + at_depth * stride + number : from + number * stride + at_depth;
-      if (aligned) {
-        ptx::copy_async(to.chunk(row, chunk), count > 0 ? at : from,
-                        count * static_cast<int>(sizeof(T)));
-      } else {
+      move(to.chunk(row, chunk), count > 0 ? at : from, count);
+    };
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < kCopies; i++)
+        copy(first + i * kStep, [](T* into, const T* at, int count) {
+          ptx::copy_async(into, at, count * static_cast<int>(sizeof(T)));
+        });
+    } else {
 #pragma unroll 1
-        for (int e = 0; e < kEach; e++) to.chunk(row, chunk)[e] = e < count ? at[e] : T(0.0f);
-      }
+      for (int i = 0; i < kCopies; i++)
+        copy(first + i * kStep, [](T* into, const T* at, int count) {
+#pragma unroll 1
+          for (int e = 0; e < kEach; e++) into[e] = e < count ? at[e] : T(0.0f);
+        });
     }
   }
 };
