@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -241,73 +240,6 @@ def test_a_launcher_that_claims_alignment_is_found_out(first: int) -> None:
         1, 256, grad_out, pre, None, grad_pre, None, None, claim
     )
     assert ("misaligned" in str(report)) == bool(first), report
-
-
-# the checks are worth something: without any one barrier or wait, a kernel is found out
-
-BARRIER = re.compile(r"\t(bar\.sync|bar\.warp\.sync|cp\.async\.wait_all)\b[^;]*;")
-
-
-def attend(q_len: int, kv_len: int) -> None:
-    query, key, value = (torch.randn(1, 1, n, 64).bfloat16() for n in (q_len, kv_len, kv_len))
-    value[:, :, kv_len // 2] = math.nan  # makes the kernel look twice
-    with fastattn.use_kernel("emulator"):
-        fastattn.attention(query, key, value, causal=True)
-
-
-def attend_unaligned() -> None:
-    tensors = [torch.randn(1, 1, n, 7).bfloat16() for n in (37, 53, 53)]
-    with fastattn.use_kernel("emulator"):
-        fastattn.attention(*tensors)
-
-
-def normalise() -> None:
-    x, weight = torch.randn(3, 1024), torch.randn(1024, requires_grad=True)
-    with fastattn.use_kernel("emulator"):
-        fastattn.layer_norm(x, [1024], weight).sum().backward()
-
-
-def mutants(room: str, name: str) -> Iterator[emulator.Kernel]:
-    """The kernel without one of its barriers or waits, for each of them."""
-    text = device.alone(_library.ptx(room), name)
-    for found in BARRIER.finditer(text):
-        yield emulator.load(text[: found.start()] + text[found.end() :])[name]
-
-
-@emulated
-@pytest.mark.parametrize(
-    ("room", "name", "calls"),
-    [
-        # The second sees no key, so that nothing but the queries is ever copied.
-        (
-            "attention",
-            "attention_forward_bf16_64",
-            [lambda: attend(70, 200), lambda: attend(140, 20), attend_unaligned],
-        ),
-        ("norm", "norm_fold_f32", [normalise]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_barrier_is_needed(
-    room: str, name: str, calls: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call that runs the mutant fails; a barrier that nobody misses would be one too many."""
-    whole, count = device.kernel, 0
-    for mutant in mutants(room, name):
-        count += 1
-
-        def broken(room: str, wanted: str, mutant: emulator.Kernel = mutant) -> emulator.Kernel:
-            return mutant if wanted == name else whole(room, wanted)
-
-        monkeypatch.setattr(device, "kernel", broken)
-        caught = False
-        for call in calls:
-            try:
-                call()
-            except RuntimeError as error:
-                caught = caught or "EmulatorError" in str(error)
-        assert caught, f"mutant {count} of {name} goes unnoticed"
-    assert count > 0
 
 
 # the choice of a kernel

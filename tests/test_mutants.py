@@ -64,42 +64,41 @@ def attend_to_everything(dtype: torch.dtype, dim: int) -> None:
 
 
 def feed_forward(dtype: torch.dtype) -> None:
-    """Three steps of the depth each way, aligned rows and others, with and without a gate."""
-    long = 36 if dtype == F32 else 70
-    for rows, features, hidden in ((long, long + 2 * (dtype != F32), 72), (9, long + 1, 7)):
+    """Three steps of the depth each way, none at all, aligned rows and others, all epilogues."""
+    for rows, features, hidden, activation in ((70, 72, 72, "gelu"), (9, 73, 7, "silu")):
         x, up, gate = (
             torch.randn(n, features).to(dtype).requires_grad_() for n in (rows, hidden, hidden)
         )
         bias = torch.randn(hidden).to(dtype).requires_grad_()
         down = torch.randn(8, hidden).to(dtype).requires_grad_()
-        fastattn.ffn(x, up, down, bias, gate_weight=gate, gate_bias=bias).sum().backward()
-        fastattn.linear(x, up, bias, "silu").sum().backward()
-    fastattn.linear(x[:, :0], up[:, :0])
+        gated = {"gate_weight": gate, "gate_bias": bias, "activation": activation}
+        fastattn.ffn(x, up, down, bias, **gated).sum().backward()
+        fastattn.linear(x, up, bias, activation).sum().backward()
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        fastattn.linear(x[:4], x[:4], None, activation).sum().backward()
+    for empty in ((x[:, :0], up[:, :0]), (x, up[:0]), (x[:0], up)):
+        fastattn.linear(*empty).sum().backward()
 
 
 # the kernels, each with the calls that its mutants are tried on
 
 # Rows of a warp, of which the last block has too few, and rows of a block.
-SINGLE, VECTORS = ((5, 33), (2, 161)), ((5, 256), (2, 1032))
+NORMS_F32 = (
+    functools.partial(norm, F32, (5, 33), (2, 161)),
+    functools.partial(norm, F32, (5, 67), dropout_p=0.3),
+)
+NORMS_BF16 = (
+    functools.partial(norm, BF16, (5, 256), (2, 1032)),
+    functools.partial(norm, BF16, (5, 256), dropout_p=0.3),
+)
+FFN_F32, FFN_BF16 = functools.partial(feed_forward, F32), functools.partial(feed_forward, BF16)
 
 KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
-    "norm_forward_f32_x1": (
-        lambda: norm(F32, *SINGLE),
-        lambda: norm(F32, (5, 67), dropout_p=0.3),
-    ),
-    "norm_backward_f32_x1": (
-        lambda: norm(F32, *SINGLE),
-        lambda: norm(F32, (5, 67), dropout_p=0.3),
-    ),
+    "norm_forward_f32_x1": NORMS_F32,
+    "norm_backward_f32_x1": NORMS_F32,
     "norm_fold_f32": (lambda: norm(F32, (40, 33)), lambda: norm(F32, (3, 64))),
-    "norm_forward_bf16_x8": (
-        lambda: norm(BF16, *VECTORS),
-        lambda: norm(BF16, (5, 256), dropout_p=0.3),
-    ),
-    "norm_backward_bf16_x8": (
-        lambda: norm(BF16, *VECTORS),
-        lambda: norm(BF16, (5, 256), dropout_p=0.3),
-    ),
+    "norm_forward_bf16_x8": NORMS_BF16,
+    "norm_backward_bf16_x8": NORMS_BF16,
     "attention_forward_bf16_64": (
         lambda: attend(BF16, 70, 200, causal=True),
         lambda: attend(BF16, 140, 20, 8, causal=True),
@@ -109,20 +108,22 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
         lambda: attend_to_everything(BF16, 8),
         lambda: attend_to_everything(BF16, 9),
         lambda: attend(BF16, 140, 20, mask=torch.ones(140, 20, dtype=torch.bool), causal=True),
+        lambda: attend(BF16, 37, 53, 9, dropout_p=0.1, seed=1),
     ),
     "attention_forward_f32_extra_32": (
         lambda: attend_to_everything(F32, 8),
         lambda: attend_to_everything(F32, 5),
         lambda: attend(F32, 140, 20, 4, causal=True),
+        lambda: attend(F32, 37, 53, 5),
     ),
-    "ffn_forward_f32": (lambda: feed_forward(F32),),
-    "ffn_grad_input_f32": (lambda: feed_forward(F32),),
-    "ffn_grad_weight_f32": (lambda: feed_forward(F32),),
-    "ffn_activation_backward_f32": (lambda: feed_forward(F32),),
-    "ffn_sum_columns_f32_to_f32": (lambda: feed_forward(F32),),
-    "ffn_forward_bf16": (lambda: feed_forward(BF16),),
-    "ffn_grad_input_bf16": (lambda: feed_forward(BF16),),
-    "ffn_grad_weight_bf16": (lambda: feed_forward(BF16),),
+    "ffn_forward_f32": (FFN_F32,),
+    "ffn_grad_input_f32": (FFN_F32,),
+    "ffn_grad_weight_f32": (FFN_F32,),
+    "ffn_activation_backward_f32": (FFN_F32,),
+    "ffn_sum_columns_f32_to_f32": (FFN_F32,),
+    "ffn_forward_bf16": (FFN_BF16,),
+    "ffn_grad_input_bf16": (FFN_BF16,),
+    "ffn_grad_weight_bf16": (FFN_BF16,),
 }
 
 # Mutants which do no harm, by words of what they are; the bounds in attention/cuda.cu, which say
@@ -139,6 +140,7 @@ HARMLESS: dict[tuple[str, ...], str] = {
         "attention_forward_f32",
         "copies of all",
     ): "what is copied for zeros is not visible, or unread",
+    ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
     ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
     ("parts may be written again", "team.sum(square)"): "a row's other sum has barriers between",
 }
@@ -187,28 +189,34 @@ class Recorded:
         return not report.ok or left != self.after
 
 
-def recorded(name: str, kernel: emulator.Kernel) -> list[Recorded]:
-    """A kernel's launches in its calls, and the same by a single block where rows take turns."""
-    found: list[Recorded] = []
+@functools.cache
+def launches(call: Callable[[], None]) -> list[tuple[str, Recorded]]:
+    """The launches of a call, and, where rows take turns, the same by a single block."""
+    found: list[tuple[str, Recorded]] = []
     run = device._run
 
     def watch(launch: device.Launch) -> None:
-        if launch.kernel.decode() == name:
-            arguments = [device._argument(launch.arguments[i]) for i in range(launch.count)]
-            spans = {a.address: a.bytes for a in arguments if isinstance(a, Memory)}
-            before = {at: ctypes.string_at(at, size) for at, size in spans.items()}
-            grids = [launch.grid[:]]
-            if name.startswith(("norm_forward", "norm_backward")) and launch.grid[0] > 1:
-                grids.append([1, 1, 1])
-            for grid in grids:
-                found.append(Recorded(grid, launch.block[:], launch.shared, arguments, before))
+        name = launch.kernel.decode()
+        arguments = [device._argument(launch.arguments[i]) for i in range(launch.count)]
+        spans = {each.address: each.bytes for each in arguments if isinstance(each, Memory)}
+        before = {at: ctypes.string_at(at, size) for at, size in spans.items()}
+        grids = [launch.grid[:]]
+        if name.startswith(("norm_forward", "norm_backward")) and launch.grid[0] > 1:
+            grids.append([1, 1, 1])
+        for grid in grids:
+            found.append((name, Recorded(grid, launch.block[:], launch.shared, arguments, before)))
         run(launch)
 
     with pytest.MonkeyPatch.context() as patch, fastattn.use_kernel("emulator"):
         patch.setattr(device, "_run", watch)
-        for call in KERNELS[name]:
-            torch.manual_seed(0)
-            call()
+        torch.manual_seed(0)
+        call()
+    return found
+
+
+def recorded(name: str, kernel: emulator.Kernel) -> list[Recorded]:
+    """A kernel's launches in its calls, with what they leave."""
+    found = [each for call in KERNELS[name] for own, each in launches(call) if own == name]
     for each in found:
         report, each.after = each.run(kernel)
         assert report.ok, report
