@@ -17,16 +17,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import roofline
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "norm")
+ROOMS = ("attention", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
 
 
 class Resources(NamedTuple):
-    """One kernel on one architecture; `warps` of a multiprocessor are what registers allow."""
+    """One kernel on one architecture; `warps` of a multiprocessor are what registers allow.
+
+    `tensor_bound` is the part of the time, in percent, that tensor cores can be busy at most: see
+    bench/roofline.py. None without tensor instructions, and where their rate is not published.
+    """
 
     kernel: str
     architecture: str
@@ -35,21 +40,23 @@ class Resources(NamedTuple):
     spilled: int
     static_shared: int
     warps: int
+    tensor_bound: int | None
 
 
 def measured(room: str, architecture: str) -> Iterator[Resources]:
-    """What ptxas says of a room's kernels. Raises RuntimeError where it fails or is not there."""
+    """What ptxas and nvdisasm say of a room's kernels. Raises RuntimeError where one is missing."""
     if shutil.which("ptxas") is None:
         raise RuntimeError("ptxas is not on PATH: it comes with nvcc")
     text = _library.ptx(room)
     threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", text))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, f"{room}.ptx")
+        source, cubin = Path(folder, f"{room}.ptx"), Path(folder, f"{room}.cubin")
         source.write_text(text)
-        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", Path(folder, "out")]
+        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", cubin]
         run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        bounds = roofline.bounds(cubin, architecture)
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)"
@@ -66,6 +73,7 @@ def measured(room: str, architecture: str) -> Iterator[Resources]:
             int(stores) + int(loads),
             int(shared[1]) if shared else 0,
             min(64, blocks * block // 32),
+            bounds[name].percent if name in bounds else None,
         )
 
 
@@ -73,7 +81,7 @@ def read() -> list[Resources]:
     """The committed table."""
     with TABLE.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    return [Resources(*row[:2], *map(int, row[2:])) for row in rows]
+    return [Resources(*row[:2], *(int(each) if each else None for each in row[2:])) for row in rows]
 
 
 def write(rows: Sequence[Resources]) -> None:
@@ -81,7 +89,7 @@ def write(rows: Sequence[Resources]) -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Resources._fields)
-        writer.writerows(sorted(rows))
+        writer.writerows(sorted(rows, key=lambda row: row[:2]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
