@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -179,11 +180,14 @@ def test_a_fault_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
 BARRIER = re.compile(r"\t(bar\.sync|bar\.warp\.sync|cp\.async\.wait_all)\b[^;]*;")
 
 
-def attend(q_len: int, kv_len: int) -> None:
+def attend(q_len: int, kv_len: int, gradients: bool = False, **options: Any) -> None:
     query, key, value = (torch.randn(1, 1, n, 64).bfloat16() for n in (q_len, kv_len, kv_len))
-    value[:, :, kv_len // 2] = math.nan  # makes the kernel look twice
+    value[:, :, kv_len // 2] = math.nan  # makes the kernels look twice
+    leaves = [tensor.requires_grad_(gradients) for tensor in (query, key, value)]
     with fastattn.use_kernel("emulator"):
-        fastattn.attention(query, key, value, causal=True)
+        out = fastattn.attention(*leaves, causal=True, **options)
+        if gradients:
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 def attend_unaligned() -> None:
@@ -215,6 +219,16 @@ def mutants(room: str, name: str) -> Iterator[emulator.Kernel]:
             "attention_forward_bf16_64",
             [lambda: attend(70, 200), lambda: attend(140, 20), attend_unaligned],
         ),
+        # Here the last has keys that no query sees.
+        (
+            "attention_backward",
+            "attention_backward_keys_bf16_64",
+            [
+                lambda: attend(70, 100, gradients=True),
+                lambda: attend(70, 100, gradients=True, dropout_p=0.1, seed=1),
+                lambda: attend(20, 100, gradients=True, align="top_left"),
+            ],
+        ),
         ("norm", "norm_fold_f32", [normalise]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -236,7 +250,9 @@ def test_every_barrier_is_needed(
             try:
                 call()
             except RuntimeError as error:
-                caught = caught or "EmulatorError" in str(error)
+                caught = "EmulatorError" in str(error)
+            if caught:
+                break
         assert caught, f"mutant {count} of {name} goes unnoticed"
     assert count > 0
 

@@ -30,6 +30,12 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
                "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
 }
+// The same of 8 bytes.
+__device__ inline void copy_pair_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
 // Waits for all copies of this thread.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
