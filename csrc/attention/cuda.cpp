@@ -155,11 +155,11 @@ struct Backward {
   Memory grad_out() const { return of.queries(args.grad_out, in.value_dim); }
   // Launches one kernel, which writes to `grads`.
   template <class... Memories>
-  void run(Device& device, const std::string& kernel, const Shape& shape,
+  void run(Device& device, const char* file, const std::string& kernel, const Shape& shape,
            const AttentionBackwardScalars& numbers, const Memories&... grads) const {
-    launch(device, "attention_backward", kernel, shape, of.query(), of.key(), of.value(),
-           grad_out(), of.mask(), of.bias(), of.alibi_slopes(), of.seed(),
-           reads(statistics, statistics_bytes), grads..., numbers);
+    launch(device, file, kernel, shape, of.query(), of.key(), of.value(), grad_out(), of.mask(),
+           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), grads...,
+           numbers);
   }
 };
 
@@ -185,10 +185,10 @@ void launch_backward(const AttentionBackward& args, Device& device) {
   const auto shape = [](int64_t count, uint32_t apart = 1) {
     return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
   };
-  of.run(device, name("backward_queries", in, Dim),
+  of.run(device, "attention_backward", name("backward_queries", in, Dim),
          shape(numbers.in.query_blocks * in.heads * in.batch), numbers,
          of.of.queries(args.grad_query, in.head_dim));
-  of.run(device, name("backward_keys", in, Dim),
+  of.run(device, "attention_backward", name("backward_keys", in, Dim),
          shape(numbers.key_blocks * in.kv_heads * in.batch, Tiles::kApart ? 2 : 1), numbers,
          of.of.keys(args.grad_key, in.head_dim), of.of.keys(args.grad_value, in.value_dim));
   if (args.grad_bias == nullptr) return;
@@ -196,7 +196,7 @@ void launch_backward(const AttentionBackward& args, Device& device) {
   const int64_t count =
       sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
   const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(in.bias_dtype);
-  of.run(device, name("backward_bias", in, Dim), shape(count), numbers,
+  of.run(device, "attention_bias", name("backward_bias", in, Dim), shape(count), numbers,
          writes(args.grad_bias, bytes));
 }
 

@@ -1,136 +1,9 @@
-// Attention backward on a GPU: every gradient has a kernel of its own that computes the scores it
-// needs again, so that nothing is summed in an order that time decides.
-//
-// Rows stand against rows: `Side` is the queries with the gradients of their outputs, or the keys
-// with their values, and either side's gradients come from the same products with the other.
-#include "attention/scores.cuh"
+// Attention backward on a GPU: queries and keys have a kernel each, which computes the scores
+// again, so that nothing is summed in an order that time decides.
+#include "attention/backward.cuh"
 
 namespace fastattn::cuda {
 namespace {
-
-// What backward reads, for all heads. `statistics` are two numbers for each row of the queries: its
-// lse in base 2, and what the normalisation takes off the gradients of its weights.
-template <class T>
-struct Inputs {
-  const T *query, *key, *value, *grad_out;
-  Terms terms;
-  const uint64_t* seed;
-  const float2* statistics;
-  const AttentionBackwardScalars& all;
-
-  __device__ uint32_t head_number(int batch, int head) const {
-    return static_cast<uint32_t>(batch * all.in.heads + head);
-  }
-  __device__ const float2* statistics_of(int batch, int head) const {
-    return statistics + int64_t{head_number(batch, head)} * all.in.q_len;
-  }
-  __device__ bool plain() const {
-    return terms.mask == nullptr && terms.bias == nullptr && terms.alibi_slopes == nullptr &&
-           all.in.softcap == 0;
-  }
-};
-
-// One head's rows on one side of the products: scored * scored^T are the scores, and
-// weighed * weighed^T the gradients of their weights.
-template <class T>
-struct Side {
-  Matrix<const T> scored, weighed;
-
-  __device__ static Side queries(const Inputs<T>& from, int batch, int head) {
-    const AttentionScalars& in = from.all.in;
-    const bool none = from.grad_out == nullptr;  // zeros
-    return {matrix(from.query, in.query, batch, head, in.q_len, in.head_dim),
-            matrix(none ? from.query : from.grad_out, from.all.grad_out, batch, head,
-                   none ? 0 : in.q_len, in.value_dim)};
-  }
-  __device__ static Side keys(const Inputs<T>& from, int batch, int head) {
-    const AttentionScalars& in = from.all.in;
-    return {matrix(from.key, in.key, batch, head, in.kv_len, in.head_dim),
-            matrix(from.value, in.value, batch, head, in.kv_len, in.value_dim)};
-  }
-};
-
-// Some rows of a side in shared memory.
-template <class T, int Dim, int Rows>
-struct SideTiles {
-  Tile<T, Dim> scored, weighed;
-
-  __device__ explicit SideTiles(T* memory) : scored{memory}, weighed{memory + Rows * Dim} {}
-  __device__ void fetch(const Side<T>& from, int first) const {
-    copy<Rows>(scored, from.scored, first);
-    copy<Rows>(weighed, from.weighed, first);
-  }
-  // Takes what is not finite for 0.
-  __device__ void clean() const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * Rows * Dim;
-         i += static_cast<int>(blockDim.x)) {
-      T& element = scored.memory[i];
-      if (!isfinite(static_cast<float>(element))) element = T(0.0f);
-    }
-  }
-};
-
-// Which rows meet: row r of this side and those of the other from r + shift - before to
-// r + shift + after.
-struct Band {
-  int shift, before, after, rows, others;
-
-  __device__ static Band queries(const AttentionScalars& in) {
-    return {in.offset, in.left, in.right, in.q_len, in.kv_len};
-  }
-  __device__ static Band keys(const AttentionScalars& in) {
-    return {-in.offset, in.right, in.left, in.kv_len, in.q_len};
-  }
-  // The others [begin, end) are all that meet any of the rows [first, first + count).
-  __device__ int begin(int first) const { return max(first + shift - before, 0); }
-  __device__ int end(int first, int count) const {
-    return first < rows ? min(min(first + count, rows) + shift + after, others) : 0;
-  }
-  // Whether all of [first, first + count) meet all of [other, other + other_count).
-  __device__ bool whole(int first, int count, int other, int other_count) const {
-    return first + count <= rows && other + other_count <= others &&
-           other >= first + count - 1 + shift - before &&
-           other + other_count - 1 <= first + shift + after;
-  }
-};
-
-// The products of 16 rows of this side, in `weights` and `grads`, become the weights that met the
-// values, and the gradients of the logits or, if OfProducts, of what softcap made them from. The
-// rows begin at `first` and the columns at `other`; `statistic(column)` and `statistic(row)` are
-// those of a query.
-template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
-__device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
-                              int batch, int head, int first, int other, uint32_t bits, bool whole,
-                              const Statistic& statistic) {
-  const AttentionScalars& in = from.all.in;
-  const int lane = lane_index(), r = lane / 4, q = lane % 4;
-  if (in.threshold != 0) drop<N>(grads, bits, in.kept);
-  const auto each = [&](const auto& logit_of) {
-#pragma unroll
-    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int row = r + e / 2 * 8, col = n * 8 + 2 * q + e % 2;
-        const float2 of_query = statistic(OfKeys ? col : row);
-        float steepness = 1;
-        const float logit = logit_of(weights[n][e], first + row, other + col, steepness);
-        const float weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
-        weights[n][e] = weight;
-        grads[n][e] = weight == 0 ? 0 : weight * (grads[n][e] - of_query.y) * steepness;
-      }
-  };
-  if (whole && from.plain()) {
-    each([&](float product, int, int, float&) { return product * in.scale; });
-  } else {
-    const Scores<T> scores(in, from.terms, batch, head);
-    each([&](float product, int row, int col, float& steepness) {
-      return scores.template operator()<true>(product, OfKeys ? col : row, OfKeys ? row : col,
-                                              OfProducts ? &steepness : nullptr);
-    });
-  }
-  if (in.threshold != 0) drop<N>(weights, bits, in.kept);
-}
 
 // The gradients of 64 queries or, if OfKeys, of 64 keys and values: `grad_scored` and
 // `grad_weighed`, of which one is null where a block has one of them only.
@@ -311,93 +184,6 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
   }
 }
 
-// The bias' gradient at a block of queries and keys, summed over all batches, heads, queries and
-// keys that share it.
-template <class T, int Dim>
-__device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
-  using Tiles = BackwardTiles<sizeof(T), Dim>;
-  constexpr int rows = Tiles::kRows, others = Tiles::kOthers;
-  const AttentionBackwardScalars& all = from.all;
-  const AttentionScalars& in = all.in;
-  const int (&sizes)[4] = all.bias_sizes;
-  // A dimension of size 1 is one block, which goes through all that share it.
-  int block = static_cast<int>(blockIdx.x);
-  const auto range = [&](int size, int length, int each) {
-    if (size == 1) return int2{0, length};
-    const int blocks = (length + each - 1) / each, own = block % blocks * each;
-    block /= blocks;
-    return int2{own, min(own + each, length)};
-  };
-  const int2 keys = range(sizes[3], in.kv_len, others), queries = range(sizes[2], in.q_len, rows);
-  const int2 heads = range(sizes[1], in.heads, 1), batches = range(sizes[0], all.batch, 1);
-  const int lane = lane_index(), q = lane % 4, row = static_cast<int>(threadIdx.x / kWarp) * 16;
-
-  T* memory = reinterpret_cast<T*>(shared_memory);
-  const SideTiles<T, Dim, rows> own(memory);
-  const SideTiles<T, Dim, others> tiles(memory + 2 * Dim * rows);
-  const Band band = Band::queries(in);
-  const uint64_t seed = in.threshold == 0 ? 0 : *from.seed;
-  Accumulator<others> sum = {};
-  for (int batch = batches.x; batch < batches.y; batch++)
-    for (int head = heads.x; head < heads.y; head++)
-      for (int first = queries.x; first < queries.y; first += rows)
-        for (int other = keys.x; other < keys.y; other += others) {
-          if (other >= band.end(first, rows) || other + others <= band.begin(first)) continue;
-          own.fetch(Side<T>::queries(from, batch, head), first);
-          tiles.fetch(Side<T>::keys(from, batch, head / in.group), other);
-          ptx::wait_for_copies();
-          __syncthreads();
-          Accumulator<others> weights = {}, grads = {};
-          multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
-          multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
-          const int i = first + row + lane / 4;
-          const float2* statistics = from.statistics_of(batch, head);
-          const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
-                                     i + 8 < in.q_len ? statistics[i + 8] : float2{}};
-          const uint32_t bits =
-              in.threshold == 0
-                  ? 0
-                  : kept<others>(in.threshold, seed, from.head_number(batch, head), i, other);
-          differentiate<T, false, false, others>(
-              weights, grads, from, batch, head, first + row, other, bits,
-              band.whole(first + row, 16, other, others), [&](int r) { return of_rows[r / 8]; });
-#pragma unroll
-          for (int n = 0; n < others / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[n][e] += grads[n][e];
-          __syncthreads();
-        }
-
-  float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others]
-  static_assert(rows * others * sizeof(float) <= Tiles::kShared);
-#pragma unroll
-  for (int n = 0; n < others / 8; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      table[(row + lane / 4 + e / 2 * 8) * others + n * 8 + 2 * q + e % 2] = sum[n][e];
-  __syncthreads();
-  const int share_rows = sizes[2] == 1 ? rows : 1, share_cols = sizes[3] == 1 ? others : 1;
-  const int own_rows = sizes[2] == 1 ? 1 : queries.y - queries.x;
-  const int own_cols = sizes[3] == 1 ? 1 : keys.y - keys.x;
-  for (int at = static_cast<int>(threadIdx.x); at < own_rows * own_cols;
-       at += static_cast<int>(blockDim.x)) {
-    const int r = at / own_cols, c = at % own_cols;
-    float total = 0;
-    for (int i = r; i < r + share_rows; i++)
-      for (int j = c; j < c + share_cols; j++) total += table[i * others + j];
-    const int64_t to =
-        ((int64_t{sizes[0] == 1 ? 0 : batches.x} * sizes[1] + (sizes[1] == 1 ? 0 : heads.x)) *
-             sizes[2] +
-         (sizes[2] == 1 ? 0 : queries.x) + r) *
-            sizes[3] +
-        (sizes[3] == 1 ? 0 : keys.x) + c;
-    if (in.wide_bias)
-      static_cast<float*>(grad_bias)[to] = total;
-    else
-      static_cast<T*>(grad_bias)[to] = static_cast<T>(total);
-  }
-}
-
 // A few threads for each row: its lse in base 2, and grad_out . out - grad_lse. A row that met
 // something that is not finite where keys may hide gets no number at all.
 template <class T>
@@ -442,16 +228,16 @@ __device__ void row_statistics(const T* grad_out, const T* out, const float* lse
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_ROWS(name, T)                                                                  \
+#define FASTATTN_STATISTICS(name, T)                                                            \
   extern "C" __global__ void __launch_bounds__(kStatisticsThreads) attention_statistics_##name( \
       const T* grad_out, const T* out, const float* lse, const float* grad_lse,                 \
       float2* statistics, const __grid_constant__ AttentionBackwardScalars all) {               \
     row_statistics(grad_out, out, lse, grad_lse, statistics, all);                              \
   }
 
-FASTATTN_ROWS(f32, float)
-FASTATTN_ROWS(bf16, __nv_bfloat16)
-FASTATTN_ROWS(f16, __half)
+FASTATTN_STATISTICS(f32, float)
+FASTATTN_STATISTICS(bf16, __nv_bfloat16)
+FASTATTN_STATISTICS(f16, __half)
 
 // A head's sink draws weight from every row of the head.
 extern "C" __global__ void __launch_bounds__(kStatisticsThreads)
@@ -474,16 +260,6 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads)
   if (own == 0) grad_sinks[head] = parts[0];
 }
 
-#define FASTATTN_INPUTS(T)                                                              \
-  const T *query, const T *key, const T *value, const T *grad_out, const uint8_t *mask, \
-      const void *bias, const float *alibi_slopes, const uint64_t *seed, const float2 *statistics
-
-#define FASTATTN_KERNEL(Tiles) \
-  extern "C" __global__ void __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks)
-
-#define FASTATTN_FROM \
-  {query, key, value, grad_out, {mask, bias, alibi_slopes}, seed, statistics, all}
-
 #define FASTATTN_BACKWARD(name, T, Dim)                                                          \
   using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
   FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
@@ -495,18 +271,6 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads)
   attention_backward_keys_##name##_##Dim(FASTATTN_INPUTS(T), T* grad_key, T* grad_value,         \
                                          const __grid_constant__ AttentionBackwardScalars all) { \
     rows_gradient<T, Dim, true>(FASTATTN_FROM, grad_key, grad_value);                            \
-  }                                                                                              \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
-  attention_backward_bias_##name##_##Dim(FASTATTN_INPUTS(T), void* grad_bias,                    \
-                                         const __grid_constant__ AttentionBackwardScalars all) { \
-    bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                                             \
   }
 
-FASTATTN_BACKWARD(f32, float, 64)
-FASTATTN_BACKWARD(f32, float, 128)
-FASTATTN_BACKWARD(bf16, __nv_bfloat16, 64)
-FASTATTN_BACKWARD(bf16, __nv_bfloat16, 128)
-FASTATTN_BACKWARD(bf16, __nv_bfloat16, 256)
-FASTATTN_BACKWARD(f16, __half, 64)
-FASTATTN_BACKWARD(f16, __half, 128)
-FASTATTN_BACKWARD(f16, __half, 256)
+FASTATTN_FOREACH_TILES(FASTATTN_BACKWARD)
