@@ -141,8 +141,7 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, co
   const T *query, const T *key, const T *value, const T *grad_out, const uint8_t *mask, \
       const void *bias, const float *alibi_slopes, const uint64_t *seed, const float2 *statistics
 
-#define FASTATTN_KERNEL(Tiles) \
-  extern "C" __global__ void __launch_bounds__(Tiles::kWarps* kWarp, Tiles::kBlocks)
+#define FASTATTN_KERNEL(Tiles) extern "C" __global__ void __launch_bounds__(Tiles::kWarps* kWarp, 1)
 
 #define FASTATTN_FROM \
   {query, key, value, grad_out, {mask, bias, alibi_slopes}, seed, statistics, all}

@@ -228,11 +228,11 @@ __device__ void row_statistics(const T* grad_out, const T* out, const float* lse
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_STATISTICS(name, T)                                                            \
-  extern "C" __global__ void __launch_bounds__(kStatisticsThreads) attention_statistics_##name( \
-      const T* grad_out, const T* out, const float* lse, const float* grad_lse,                 \
-      float2* statistics, const __grid_constant__ AttentionBackwardScalars all) {               \
-    row_statistics(grad_out, out, lse, grad_lse, statistics, all);                              \
+#define FASTATTN_STATISTICS(name, T)                                                               \
+  extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1) attention_statistics_##name( \
+      const T* grad_out, const T* out, const float* lse, const float* grad_lse,                    \
+      float2* statistics, const __grid_constant__ AttentionBackwardScalars all) {                  \
+    row_statistics(grad_out, out, lse, grad_lse, statistics, all);                                 \
   }
 
 FASTATTN_STATISTICS(f32, float)
@@ -240,7 +240,7 @@ FASTATTN_STATISTICS(bf16, __nv_bfloat16)
 FASTATTN_STATISTICS(f16, __half)
 
 // A head's sink draws weight from every row of the head.
-extern "C" __global__ void __launch_bounds__(kStatisticsThreads)
+extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
     attention_backward_sinks(const double* sinks, const float2* statistics, double* grad_sinks,
                              const __grid_constant__ AttentionBackwardScalars all) {
   __shared__ double parts[kStatisticsThreads];

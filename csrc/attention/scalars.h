@@ -24,8 +24,6 @@ struct BackwardTiles {
   static constexpr int kWarps = 4, kRows = 16 * kWarps;
   static constexpr int kOthers = kWidth <= 256 ? 32 : 16;
   static constexpr int kShared = 2 * kWidth * (kRows + 2 * kOthers);
-  static constexpr int kBlocks =
-      kWidth <= 128 ? 3 : 1;  // that a multiprocessor should have room for
   // Where the sums of both do not fit into registers, keys and values have blocks of their own.
   static constexpr bool kApart = kWidth > 256;
 };
