@@ -21,7 +21,7 @@ from bench import roofline
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "ffn", "norm")
+ROOMS = ("attention", "attention_backward", "attention_bias", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
 
