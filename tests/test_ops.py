@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import _library, registry
+from fastattn import dispatch, registry
 from fastattn.dispatch import CUDA_DTYPES
 from fastattn.testing import (
     DTYPES,
@@ -98,6 +98,28 @@ def emulated(case: Case) -> tuple[torch.dtype, ...]:
     return CUDA_DTYPES if some else (torch.float32, torch.bfloat16)
 
 
+# What a case has of its own in Triton, where every other case takes seconds to compile.
+IN_TRITON = {
+    "layer_norm": ("odd_sizes", "two_dimensions", "no_rows"),
+    "rms_norm": ("fp32_parameters", "many_columns"),
+    "add_layer_norm": ("no_parameters", "weight_only", "few_columns", "many_columns", "everything"),
+    "add_rms_norm": ("dropout", "fp32_residual", "sum_unwritten", "no_rows"),
+}
+
+
+def compiled_by_triton(case: Case) -> list[tuple]:
+    """Each case in every dtype that Triton has, all but one of few of them slow."""
+    quick = case.name in IN_TRITON.get(case.function, ())
+    usual = CUDA_DTYPES[list(CASES).index(case.id) % len(CUDA_DTYPES)]
+    return [
+        pytest.param(
+            *(case.id, dtype, "triton-emulator", "contiguous"),
+            marks=() if quick and dtype == usual else pytest.mark.slow,
+        )
+        for dtype in CUDA_DTYPES
+    ]
+
+
 def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
     found: list[tuple[str, torch.dtype, str, str]] = []
     for case in CASES.values():
@@ -112,6 +134,8 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
         found += [(case.id, torch.float32, "reference", layout) for layout in layouts[2:]]
         if "cuda" in registry.FUNCTIONS[case.function][1].kernels:
             found += [(case.id, dtype, "emulator", "contiguous") for dtype in emulated(case)]
+        if "triton" in registry.FUNCTIONS[case.function][1].kernels:
+            found += compiled_by_triton(case)
     return found
 
 
@@ -119,8 +143,8 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
 def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: str) -> None:
     case = CASES[case_id]
     inputs = case.inputs(dtype, layout)
-    if kernel == "emulator" and _library.WHY_NO_CUDA:
-        pytest.skip(_library.WHY_NO_CUDA)
+    if kernel in dispatch.RUNS and (why_not := fastattn.backends()[kernel]):
+        pytest.skip(why_not)
     refused = case.refused or (kernel == "emulator" and case.refused_on_cuda)
     if refused and kernel != "reference":
         with pytest.raises(fastattn.UnavailableKernelError, match=refused):
@@ -275,4 +299,6 @@ def test_every_torch_op_is_checked() -> None:
     for name, record in registry.OPS.items():
         ways = ("_fwd", "_bwd") if isinstance(record, registry.Op) else ("",)
         expected |= {f"fastattn::{name}{way}" for way in ways}
+        if "triton" in record.kernels:
+            expected |= {f"fastattn::{name}{way}.triton" for way in ways}
     assert ours == expected

@@ -23,6 +23,7 @@ from fastattn.emulator.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
 MOST_FINDINGS = 256
+ALIGNMENT = 16  # of addresses, at most, that accesses ask for
 # Shared memory of a block on the largest GPU so far, and threads.
 MOST_SHARED, MOST_THREADS = 227 * 1024, 1024
 
@@ -129,7 +130,7 @@ def _span(shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int,
 def _extent(array: Any) -> tuple[int, int, int, bool]:
     """Address, bytes spanned, offset into the storage, and whether it may be written."""
     if isinstance(array, Memory):
-        return array.address, array.bytes, 0, array.writable
+        return array.address, array.bytes, array.address % ALIGNMENT, array.writable
     if isinstance(array, torch.Tensor):
         if array.device.type != "cpu":
             raise ValueError(f"tensors must be on the CPU, got one on {array.device}")

@@ -1,0 +1,65 @@
+"""Calls whose Triton kernels the table of resources measures, at the sizes that models have."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import fastattn
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def _leaves(*tensors: Tensor) -> Iterator[Tensor]:
+    return (tensor.requires_grad_() for tensor in tensors)
+
+
+def _norm(cols: int, dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        # Everything at once: what takes most registers.
+        x, residual = _leaves(torch.zeros(8, cols, dtype=dtype), torch.zeros(8, cols))
+        weight, bias = _leaves(torch.zeros(cols, dtype=dtype), torch.zeros(cols, dtype=dtype))
+        for out in fastattn.add_layer_norm(x, residual, [cols], weight, bias, dropout_p=0.1):
+            out.sum().backward(retain_graph=True)
+
+    return call
+
+
+CALLS = {
+    f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for cols in (1024, 4096, 8192)
+}
+
+
+def compiled(call: str, architecture: int) -> list[CompiledKernel]:
+    """The kernels of a call, forward and backward, for a GPU of `architecture`, say 90."""
+    from fastattn.ops import launch
+
+    with fastattn.use_kernel("triton-emulator"), launch.compiling(architecture) as kernels:
+        CALLS[call]()
+    return kernels
+
+
+def stack_and_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    """Bytes of stack, which is where registers spill, and registers, of each thread of a kernel."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(rf"Function {kernel.name}:\s*REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {said}")
+    return int(found[2]), int(found[1])
