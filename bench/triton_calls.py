@@ -34,7 +34,29 @@ def _norm(cols: int, dtype: torch.dtype) -> Callable[[], None]:
     return call
 
 
+def _attention(width: int, dtype: torch.dtype, extra: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key, value = _leaves(*torch.zeros(3, 1, 2, 128, width, dtype=dtype))
+        options = {"causal": True}
+        if extra:  # everything at once
+            options |= {
+                "mask": torch.ones(128, 128, dtype=torch.bool),
+                "bias": torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True),
+                "alibi_slopes": torch.zeros(2),
+                "sinks": torch.zeros(2),
+                "softcap": 20.0,
+                "dropout_p": 0.1,
+            }
+        fastattn.attention(query, key, value, **options).sum().backward()
+
+    return call
+
+
 CALLS = {
+    f"attention_{SHORT[dtype]}_{width}{'_extra' * extra}": _attention(width, dtype, extra)
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128))
+    for extra in (False, True)
+} | {
     f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
     for dtype in (torch.float32, torch.bfloat16)
     for cols in (1024, 4096, 8192)

@@ -87,9 +87,16 @@ def launch(
 
 def passed(compiled: CompiledKernel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The arguments that are passed at run time; the others are compiled in."""
+
+    def flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(kind, tuple):
+            for part in zip(kind, value, strict=True):
+                yield from flat(name, *part)
+        elif kind != "constexpr":
+            yield name, value
+
     for name, kind in compiled.src.signature.items():
-        if kind != "constexpr":
-            yield name, arguments[name]
+        yield from flat(name, kind, arguments[name])
 
 
 def _memory(tensor: Tensor, written: bool) -> emulator.Memory | None:

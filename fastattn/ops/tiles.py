@@ -30,3 +30,35 @@ def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
 def threshold_and_factor(dropout_p: float) -> tuple[int, float]:
     """What `kept` compares with, and by how much that which is kept is scaled."""
     return philox.threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+@triton.jit
+def load(tensor, strides, row, rows, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [R, WIDTH] of a matrix [rows, COLS] with strides (..., row, column), 0 outside."""
+    col = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None]
+    if COLS != WIDTH:
+        inside = inside & (col < COLS)[None, :]
+    at = row.to(tl.int64)[:, None] * strides[2] + col[None, :] * strides[3]
+    return tl.load(tensor + at, inside, 0)
+
+
+@triton.jit
+def store(tensor, x, strides, row, rows, COLS: tl.constexpr):
+    """The same places, written to in the tensor's dtype."""
+    col = tl.arange(0, x.shape[1])
+    inside = (row < rows)[:, None] & (col < COLS)[None, :]
+    at = row.to(tl.int64)[:, None] * strides[2] + col[None, :] * strides[3]
+    tl.store(tensor + at, x.to(tensor.dtype.element_ty), inside)
+
+
+@triton.jit
+def finite(x):
+    """x with 0 for what is infinite or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0)
+
+
+@triton.jit
+def tanh(x):
+    """To an absolute error of a few roundings of 1."""
+    return 2 / (1 + tl.exp2(x * -2.885390081777927)) - 1
