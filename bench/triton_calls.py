@@ -52,15 +52,36 @@ def _attention(width: int, dtype: torch.dtype, extra: bool) -> Callable[[], None
     return call
 
 
-CALLS = {
-    f"attention_{SHORT[dtype]}_{width}{'_extra' * extra}": _attention(width, dtype, extra)
-    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128))
-    for extra in (False, True)
-} | {
-    f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
-    for cols in (1024, 4096, 8192)
-}
+def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
+    def call() -> None:
+        x, up, down = _leaves(*torch.zeros(3, 64, 64, dtype=dtype))
+        up_bias, down_bias = _leaves(*torch.zeros(2, 64, dtype=dtype))
+        options = {"activation": "gelu"}
+        if gated:
+            gate, gate_bias = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+            options |= {"gate_weight": gate.requires_grad_(), "gate_bias": gate_bias}
+        fastattn.ffn(x, up, down, up_bias, down_bias, **options).sum().backward()
+
+    return call
+
+
+CALLS = (
+    {
+        f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
+        for dtype in (torch.float32, torch.bfloat16)
+        for gated in (False, True)
+    }
+    | {
+        f"attention_{SHORT[dtype]}_{width}{'_extra' * extra}": _attention(width, dtype, extra)
+        for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128))
+        for extra in (False, True)
+    }
+    | {
+        f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for cols in (1024, 4096, 8192)
+    }
+)
 
 
 def compiled(call: str, architecture: int) -> list[CompiledKernel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def test_opcheck() -> None:
 WATCHED = [
     ("add_layer_norm-everything", torch.bfloat16),
     ("add_layer_norm-many_columns", torch.float16),
+    ("attention-one_row", torch.bfloat16),
 ]
 
 
@@ -148,6 +150,16 @@ def test_hints_are_true(cols: int) -> None:
         eager = torch.nn.functional.rms_norm(leaf, [cols])
         torch.testing.assert_close(out, eager)
         torch.testing.assert_close(grad, torch.autograd.grad(eager.square().sum(), leaf)[0])
+
+
+@emulated
+def test_hints_are_true_of_any_strides() -> None:
+    case = CASES["attention-causal_tall"]
+    found, plain = (
+        run(case, case.inputs(torch.bfloat16, layout), "triton-emulator")
+        for layout in ("sliced", "contiguous")
+    )
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 @emulated
@@ -191,12 +203,51 @@ def test_fused_arithmetic_would_be_a_race(monkeypatch: pytest.MonkeyPatch) -> No
         fastattn.layer_norm(torch.randn(300, 37), [37])
 
 
+@emulated
+@pytest.mark.parametrize("rubbish", [math.nan, -math.inf])
+def test_nothing_leaks_from_under_a_mask(rubbish: float) -> None:
+    """Keys that no query sees may hold anything: all results are those of zeros there."""
+    query, key, value = (torch.randn(1, 1, 70, 16).bfloat16() for _ in range(3))
+    mask, results = torch.arange(70) < 40, []
+    for hidden in (0, rubbish):
+        key[:, :, 40:] = value[:, :, 40:] = hidden
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        with fastattn.use_kernel("triton-emulator"):
+            out, lse = fastattn.attention(*leaves, mask=mask, return_lse=True)
+            results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+    assert all(map(torch.equal, *results))
+
+
+@emulated
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", range(3), ids=["query", "key", "value"])
+def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) -> None:
+    """And nobody else: one bad element among queries, keys or values of a causal attention."""
+    tensors = [torch.randn(1, 1, 70, 16).bfloat16() for _ in range(3)]
+    tensors[position][:, :, 25, 3] = rubbish
+    with fastattn.use_kernel("triton-emulator"):
+        found = fastattn.attention(*tensors, causal=True)
+    rows = found.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
+    assert rows == ([25] if position == 0 else [*range(25, 70)])
+    assert bool(found[:, :, :25].isfinite().all())
+
+
+@emulated
+def test_attention_uses_tensor_cores_and_fetches_ahead() -> None:
+    query, key, value = torch.randn(3, 1, 1, 64, 64).bfloat16()
+    with device.watching() as reports, fastattn.use_kernel("triton-emulator"):
+        fastattn.attention(query, key, value)
+    mix = reports[0].counters.mix()
+    assert mix["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
+    assert any(opcode.startswith("cp.async") for opcode in mix)
+
+
 # on a GPU
 
 
 @pytest.mark.cuda
 def test_gpu_runs_triton() -> None:
-    for case_id in ("add_layer_norm-everything", "rms_norm-odd_sizes"):
+    for case_id in ("add_layer_norm-everything", "rms_norm-odd_sizes", "attention-everything"):
         case = CASES[case_id]
         inputs = {name: tensor.cuda() for name, tensor in case.inputs(torch.float32).items()}
         found, eager = run(case, inputs, "triton"), run(case, inputs, "reference")

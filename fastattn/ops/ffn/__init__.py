@@ -17,6 +17,10 @@ def _linear_refusals(
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
+def _triton_refusals(input: Tensor, *rest: object) -> list[str]:
+    return dispatch.triton_refusals(input)
+
+
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     input, weight, bias, activation, _ = args
     dx, dweight, dbias = LINEAR.backward(
@@ -49,7 +53,7 @@ LINEAR = registry.op(
         for need, tensor in zip(needs, (input, weight, bias), strict=True)
     ),
     derivative=_linear_derivative,
-    kernels={"cpu": _linear_refusals},
+    kernels={"cpu": _linear_refusals, "triton": _triton_refusals},
     keep=(1,),
 )
 
@@ -91,7 +95,7 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals},
+    kernels={"cpu": _ffn_refusals, "triton": _triton_refusals},
     keep=(1, 2),
 )
 
