@@ -221,7 +221,9 @@ def run(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], boo
     )
     try:
         with bar:
-            task = bar.add_task("", total=len(cases) * len(threads))
+            task = bar.add_task("starting", total=len(cases) * len(threads))
+            if settings.memory:
+                memory.prepare()
             for count in threads:
                 torch.set_num_threads(count)
                 bar.update(task, description="measuring this machine's limits")

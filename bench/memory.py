@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 import sys
@@ -32,13 +33,32 @@ def why_not() -> str | None:
     return None
 
 
+def prepare() -> None:
+    """Start the server, and import here what it imports, each on a core of its own.
+
+    Nothing that is timed should run beside it.
+    """
+    context = _context()
+    waits = context.Process(target=os.getpid, daemon=True)  # for the server to be ready
+    waits.start()
+    for name in PRELOAD:
+        with contextlib.suppress(ImportError):  # what a case needs, it asks for in words
+            importlib.import_module(name)
+    waits.join()
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def peak_growth(case: Case, providers: list[str], threads: int) -> dict[str, float]:
     """Bytes that one call of each provider adds at its peak; without those whose child failed.
 
     The children run at the same time: none of them is timed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _context()
     children = {}
     for provider in providers:
         receiver, sender = context.Pipe(duplex=False)
@@ -64,16 +84,15 @@ def _measure(case: Case, provider: str, threads: int, sender: Connection) -> Non
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         torch.set_num_threads(threads)
-        libc = ctypes.CDLL(None)
-        with contextlib.suppress(AttributeError):  # other C libraries than glibc
-            # freed memory goes back at once, so that what is resident is what is in use
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-            libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
         baselines.build(replace(case, **case.tiny)).calls[provider]()
         call = baselines.build(case).calls[provider]
         gc.collect()
-        with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # other C libraries than glibc
             libc.malloc_trim(0)
+            # from now on freed memory goes back at once: what is resident is what is in use
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
         Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
         before = _high_water()
         result = call()

@@ -36,6 +36,7 @@ def missing() -> str | None:
     return f"needs {names}: pip install {' '.join(lacking)}"
 
 
+@functools.cache
 def sentences() -> list[str]:
     """The English sentences of Python's own help topics, each once."""
     from pydoc_data.topics import topics
@@ -50,24 +51,36 @@ def sentences() -> list[str]:
     return [one for one in dict.fromkeys(found) if 8 <= len(one.split()) <= 60]
 
 
+@functools.cache
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside a model's weights."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def running_text(folder: Path) -> list[int]:
+    """All the prose as one row of tokens."""
+    return tokenizer(folder)(" ".join(sentences()), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+
+
 def tokens(case: Model, folder: Path) -> dict[str, Tensor]:
     """The prose that a case reads: input_ids (B, S), attention_mask (B, S) if some is padding.
 
     With `case.seq`, running text cut into full rows; else one sentence a row.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prose = sentences()
+    prose, read = sentences(), tokenizer(folder)
     if case.seq is None:
         step = len(prose) // case.batch  # from all over the text, so that lengths differ
-        batch = tokenizer(prose[::step][: case.batch], padding=True, return_tensors="pt")
+        batch = read(prose[::step][: case.batch], padding=True, return_tensors="pt")
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     inner = case.seq - 2  # between [CLS] and [SEP]
-    ids = tokenizer(" ".join(prose), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = torch.tensor(ids[: case.batch * inner]).view(case.batch, inner)
-    first = torch.full((case.batch, 1), tokenizer.cls_token_id)
-    last = torch.full((case.batch, 1), tokenizer.sep_token_id)
+    rows = torch.tensor(running_text(folder)[: case.batch * inner]).view(case.batch, inner)
+    first = torch.full((case.batch, 1), read.cls_token_id)
+    last = torch.full((case.batch, 1), read.sep_token_id)
     return {"input_ids": torch.cat([first, rows, last], 1)}
 
 

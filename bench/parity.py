@@ -50,18 +50,31 @@ def judge(work: Work, provider: str, found: Sequence[Tensor], dtype: torch.dtype
 
     Tensors of one name are judged as one.
     """
-    oracle, eager = work.exact(provider, torch.float64), work.exact(provider, dtype)
-    groups: dict[str, list[tuple[Tensor, ...]]] = {}
-    for name, *tensors in zip(work.names, found, oracle, eager, strict=True):
-        groups.setdefault(name, []).append(tuple(tensor.detach() for tensor in tensors))
-    outputs = set(work.names[: work.outputs])
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in zip(work.names, found, strict=True):
+        groups.setdefault(name, []).append(tensor.detach())
     verdicts = [
-        compare(name, group, factor=2)
-        if name in outputs
-        else compare(name, group, factor=3, measure=mean if work.deep else greatest)
-        for name, group in groups.items()
+        standard.judge(groups[standard.name]) for standard in standards(work, provider, dtype)
     ]
     return max(verdicts, key=lambda v: (not v.matches, v.error / v.allowed if v.allowed else 0.0))
+
+
+def standards(work: Work, provider: str, dtype: torch.dtype) -> list[Standard]:
+    """What the tensors of each name are judged by, kept for all providers of an exact result."""
+    oracle, eager = work.exact(provider, torch.float64), work.exact(provider, dtype)
+    if id(oracle) not in work.standards:  # the work keeps its exact results
+        groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name, *pair in zip(work.names, oracle, eager, strict=True):
+            groups.setdefault(name, []).append((pair[0].detach(), pair[1].detach()))
+        outputs = set(work.names[: work.outputs])
+        gradient = mean if work.deep else greatest
+        work.standards[id(oracle)] = [
+            Standard.of(name, pairs, factor=2)
+            if name in outputs
+            else Standard.of(name, pairs, factor=3, measure=gradient)
+            for name, pairs in groups.items()
+        ]
+    return work.standards[id(oracle)]
 
 
 def greatest(differences: Sequence[Tensor]) -> float:
@@ -76,23 +89,43 @@ def mean(differences: Sequence[Tensor]) -> float:
     return math.sqrt(sum(d.square().sum().item() for d in differences) / max(count, 1))
 
 
-def compare(
-    name: str,
-    group: Sequence[tuple[Tensor, Tensor, Tensor]],
-    *,
-    factor: int,
-    measure: Callable[[Sequence[Tensor]], float] = greatest,
-) -> Verdict:
-    """The error of some tensors, each with its oracle and eager's, by the rule."""
-    for found, oracle, eager in group:
-        if found.shape != oracle.shape or found.dtype != eager.dtype:
-            wrong = (
-                f"{name} is {found.dtype} of shape {list(found.shape)}, "
-                f"not {eager.dtype} of shape {list(oracle.shape)}"
-            )
-            return Verdict(math.inf, 0.0, 0.0, wrong)
-    rounded = [oracle.to(found.dtype) for found, oracle, _ in group]
-    rounding = measure([((ref + 0.3 - 0.3) - ref).double() for ref in rounded])
-    error = measure([found.double() - oracle for found, oracle, _ in group])
-    eager_error = measure([eager.double() - oracle for _, oracle, eager in group])
-    return Verdict(error, eager_error, factor * eager_error + 2 * rounding, name)
+@dataclass(frozen=True)
+class Standard:
+    """The oracle of some tensors of one name, and the error that the rule allows them."""
+
+    name: str
+    oracle: Sequence[Tensor]
+    dtypes: Sequence[torch.dtype]
+    measure: Callable[[Sequence[Tensor]], float]
+    eager_error: float
+    allowed: float
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        factor: int,
+        measure: Callable[[Sequence[Tensor]], float] = greatest,
+    ) -> Standard:
+        """From the oracle and eager's result of each tensor."""
+        rounded = [oracle.to(eager.dtype) for oracle, eager in pairs]
+        rounding = measure([((ref + 0.3 - 0.3) - ref).double() for ref in rounded])
+        eager_error = measure([eager.double() - oracle for oracle, eager in pairs])
+        oracles, eagers = zip(*pairs, strict=True)
+        dtypes = [eager.dtype for eager in eagers]
+        allowed = factor * eager_error + 2 * rounding
+        return cls(name, oracles, dtypes, measure, eager_error, allowed)
+
+    def judge(self, found: Sequence[Tensor]) -> Verdict:
+        """The error of what was found, beside what is allowed."""
+        for tensor, oracle, dtype in zip(found, self.oracle, self.dtypes, strict=True):
+            if tensor.shape != oracle.shape or tensor.dtype != dtype:
+                wrong = (
+                    f"{self.name} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                    f"not {dtype} of shape {list(oracle.shape)}"
+                )
+                return Verdict(math.inf, 0.0, 0.0, wrong)
+        error = self.measure([t.double() - o for t, o in zip(found, self.oracle, strict=True)])
+        return Verdict(error, self.eager_error, self.allowed, self.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +89,14 @@ def race(
         rounds=(settings.rounds, 1000),
         tick=lambda done: tick(0.2 + 0.6 * done),
     )
-    for provider in timed:  # the timed calls themselves; dropout's draw cannot be repeated
-        result = parity.run(work, provider) if work.random else last.pop(provider)
-        verdicts[provider] = parity.judge(work, provider, result, dtype)
-        del result
     tick(0.8)
-    weighed = [p for p, verdict in verdicts.items() if verdict.matches and p != "compile"]
-    peaks = memory.peak_growth(case, weighed, machine.threads) if settings.memory else {}
+    with ThreadPoolExecutor(1) as aside:  # nothing is timed any more
+        weighed = [p for p in timed if p != "compile"] if settings.memory else []
+        peaks = aside.submit(memory.peak_growth, case, weighed, machine.threads)
+        for provider in timed:  # the timed calls themselves; dropout's draw cannot be repeated
+            result = parity.run(work, provider) if work.random else last.pop(provider)
+            verdicts[provider] = parity.judge(work, provider, result, dtype)
+            del result
     for provider, verdict in verdicts.items():
         judged = {
             "error": verdict.error,
@@ -105,7 +107,7 @@ def race(
         if not verdict.matches:
             found[provider] = row(provider, rows.MISMATCH, str(verdict), **judged)
             continue
-        peak = peaks.get(provider)
+        peak = peaks.result().get(provider)
         found[provider] = row(
             provider,
             rows.OK,

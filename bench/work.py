@@ -28,7 +28,8 @@ class Work:
     `calls` maps a provider to a call that returns its outputs and then its gradients, named by
     `names`, of which the first `outputs` are outputs. `exact(provider, dtype)` is the result that
     this provider should have: in float64 the oracle, in the case's own dtype the eager result
-    whose error sets the rule. `left_out` says why a provider takes no part.
+    whose error sets the rule; it keeps its results, and `standards` what `parity` makes of them.
+    `left_out` says why a provider takes no part.
     """
 
     calls: dict[str, Callable[[], Sequence[Tensor]]]
@@ -39,6 +40,7 @@ class Work:
     deep: bool = False  # gradients have come through many layers
     flops: float | None = None  # where the case cannot know them
     left_out: dict[str, str] = field(default_factory=dict)
+    standards: dict[int, Any] = field(default_factory=dict)
 
 
 def differentiate(

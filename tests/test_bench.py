@@ -232,11 +232,12 @@ def test_the_rule_allows_what_it_says():
     eager = (oracle + 1e-5).float()
     rounding = 2 * ((oracle.float() + 0.3 - 0.3) - oracle.float()).abs().max().item()
     for factor in (2, 3):
-        allowed = parity.compare("x", [(eager, oracle, eager)], factor=factor).allowed
+        allowed = parity.Standard.of("x", [(oracle, eager)], factor=factor).allowed
         eager_error = (eager.double() - oracle).abs().max().item()
         assert allowed == pytest.approx(factor * eager_error + rounding)
-    assert parity.compare("x", [((oracle + 1.9e-5).float(), oracle, eager)], factor=2).matches
-    assert not parity.compare("x", [((oracle + 2.4e-5).float(), oracle, eager)], factor=2).matches
+    twice = parity.Standard.of("x", [(oracle, eager)], factor=2)
+    assert twice.judge([(oracle + 1.9e-5).float()]).matches
+    assert not twice.judge([(oracle + 2.4e-5).float()]).matches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,7 +248,7 @@ def test_the_rule_is_that_of_the_tests_of_kernels(dtype):
     outcomes = set()
     for scale in (0.5, 0.9, 1.1, 2.0):
         found = (oracle + 2 * scale * (eager.double() - oracle)).to(dtype)
-        verdict = parity.compare("x", [(found, oracle, eager)], factor=2)
+        verdict = parity.Standard.of("x", [(oracle, eager)], factor=2).judge([found])
         try:
             assert_close_to_oracle(found, eager, oracle, factor=2)
         except AssertionError:

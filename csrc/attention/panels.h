@@ -34,7 +34,7 @@ void multiply_panels(const A* a, const Panels<A>& b, int64_t first, int64_t dept
     const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - col);
     const A* panel = b.data + col * b.rows + first * width;
     with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
-      multiply_tile<A, Tile<A>::rows, vecs>({a, ARow, ADepth}, panel, depth, c + col, c_row, true);
+      multiply_tile<A, Tile<A>::rows, vecs, ADepth>(a, ARow, panel, depth, c + col, c_row, true);
     });
   }
 }
@@ -108,9 +108,8 @@ void multiply_block(const Attention& in, const A* rows, const A* keys, int64_t d
     const Range range = visible_keys(in, i + r, smaller(Tile<A>::rows, count - r));
     for (int64_t c = 0; c < key_count; c += Tile<A>::cols) {
       if (j + c >= range.end || j + c + Tile<A>::cols <= range.first) continue;
-      multiply_tile<A, Tile<A>::rows, Tile<A>::vecs>({rows + r * depth, 1, Tile<A>::rows},
-                                                     keys + c * depth, depth, block + r * kKeys + c,
-                                                     kKeys, false);
+      multiply_tile<A, Tile<A>::rows, Tile<A>::vecs, Tile<A>::rows>(
+          rows + r * depth, 1, keys + c * depth, depth, block + r * kKeys + c, kKeys, false);
     }
   }
 }

@@ -14,57 +14,73 @@ FASTATTN_INLINE Vec<double> tanh_inner(Vec<double> x) {
   return x * (1.5957691216057307117597842397375 * (1 + 0.044715 * (x * x)));
 }
 
-template <Activation kind, class V>
-FASTATTN_INLINE V activate(V x) {
-  if constexpr (kind == Activation::relu) return x > 0 ? x : (x == x ? V{} : x);
-  if constexpr (kind == Activation::gelu) return x * normal_cdf(x);
-  if constexpr (kind == Activation::gelu_tanh) return x * sigmoid(tanh_inner(x));
-  if constexpr (kind == Activation::silu) return x * sigmoid(x);
-  return x;
-}
+template <class V>
+struct Point {
+  V value, slope;
+};
 
+// An activation and, where the caller reads it, its derivative.
 template <Activation kind, class V>
-FASTATTN_INLINE V derivative(V x) {
-  if constexpr (kind == Activation::relu) return x > 0 ? V{} + 1 : V{};
+FASTATTN_INLINE Point<V> activate(V x) {
+  using A = std::remove_cvref_t<decltype(x[0])>;
+  if constexpr (kind == Activation::relu)
+    return {x > 0 ? x : (x == x ? V{} : x), x > 0 ? V{} + 1 : V{}};
   if constexpr (kind == Activation::gelu) {
-    using A = decltype(x[0] + x[0]);
+    const V below = normal_cdf(x);
     const V density = exp2_nonpositive(static_cast<A>(-0.72134752044448170368) * (x * x)) *
                       static_cast<A>(0.39894228040143267794);
-    return normal_cdf(x) + x * density;
+    return {x * below, below + x * density};
   }
   if constexpr (kind == Activation::gelu_tanh) {
     const V s = sigmoid(tanh_inner(x));
-    using A = decltype(x[0] + x[0]);
     const V slope = static_cast<A>(1.5957691216057307) + static_cast<A>(0.2140644488178) * (x * x);
-    return s + x * s * (1 - s) * slope;
+    return {x * s, s + x * s * (1 - s) * slope};
   }
   if constexpr (kind == Activation::silu) {
     const V s = sigmoid(x);
-    return s * (1 + x * (1 - s));
+    return {x * s, s * (1 + x * (1 - s))};
   }
-  return V{} + 1;
+  return {x, V{} + 1};
 }
 
+// Calls f with the activation as a constant.
 template <class F>
-void with_activation(Activation activation, F&& f) {
+FASTATTN_INLINE void with_activation(Activation activation, F&& f) {
+#define FASTATTN_CASE(name) \
+  case Activation::name:    \
+    return f(std::integral_constant<Activation, Activation::name>{});
   switch (activation) {
-    case Activation::identity:
-      return f(std::integral_constant<Activation, Activation::identity>{});
-    case Activation::relu:
-      return f(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::gelu:
-      return f(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return f(std::integral_constant<Activation, Activation::gelu_tanh>{});
-    case Activation::silu:
-      return f(std::integral_constant<Activation, Activation::silu>{});
+    FASTATTN_CASE(identity)
+    FASTATTN_CASE(relu)
+    FASTATTN_CASE(gelu)
+    FASTATTN_CASE(gelu_tanh)
+    FASTATTN_CASE(silu)
   }
+#undef FASTATTN_CASE
 }
 
-// Calls f(type, activation) with the element type and the activation as constants.
-template <class F>
-void with_both(Dtype dtype, Activation activation, F&& f) {
-  with_type(dtype, [&](auto* type) { with_activation(activation, [&](auto a) { f(type, a); }); });
+// x = activation(x) for `count` elements, rounded up to whole vectors. That the loops stand here,
+// once for an accumulator's type, spares their compilation for each type of tensor.
+template <class A>
+__attribute__((noinline)) void activate_all(Activation activation, A* x, int64_t count) {
+  if (activation == Activation::identity) return;
+  with_activation(activation, [&](auto kind) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += lanes<A>)
+      store(x + i, activate<kind()>(load<A>(x + i)).value);
+  });
+}
+
+// The same, with the derivatives besides.
+template <class A>
+__attribute__((noinline)) void differentiate_all(Activation activation, A* x, A* slope,
+                                                 int64_t count) {
+  with_activation(activation, [&](auto kind) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += lanes<A>) {
+      const Point<Vec<A>> point = activate<kind()>(load<A>(x + i));
+      store(x + i, point.value);
+      store(slope + i, point.slope);
+    }
+  });
 }
 
 template <class T, class A = Acc<T>, class Count>
@@ -81,6 +97,18 @@ FASTATTN_INLINE Vec<A> rounded(Vec<A> x) {
   return load<A>(narrow);
 }
 
+// block = what the product left in it, plus the bias and rounded, which also goes to `kept` if that
+// is not null.
+template <class T, class A = Acc<T>>
+void add_bias(const typename Finish<A>::Place& place, A* block, const T* bias, T* kept,
+              int64_t kept_row) {
+  each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+    const Vec<A> x = rounded<T>(biased<T>(load<A>(block + at), bias, col, n));
+    if (kept != nullptr) store_count<A>(kept + row * kept_row + col, x, n);
+    store(block + at, x);
+  });
+}
+
 template <class T>
 Operand<T> rows_of(const void* matrix, int64_t cols) {
   return {static_cast<const T*>(matrix), cols, 1};
@@ -90,18 +118,17 @@ Operand<T> columns_of(const void* matrix, int64_t cols) {
   return {static_cast<const T*>(matrix), 1, cols};
 }
 
-template <class T, Activation kind>
+template <class T>
 void linear(const LinearForward& args) {
   using A = Acc<T>;
-  const auto* bias = static_cast<const T*>(args.bias);
+  const int64_t out_row = args.out_features;
   auto* out = static_cast<T*>(args.out);
-  auto* pre = static_cast<T*>(args.pre);
-  const auto body = [&](const auto& place, const A* const* blocks) {
-    each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
-      const int64_t at = row * args.out_features + col;
-      const Vec<A> x = rounded<T>(biased<T>(sum, bias, col, n));
-      if (pre != nullptr) store_count<A>(pre + at, x, n);
-      store_count<A>(out + at, activate<kind>(x), n);
+  const auto body = [&](const auto& place, A* const* blocks) {
+    add_bias(place, blocks[0], static_cast<const T*>(args.bias), static_cast<T*>(args.pre),
+             out_row);
+    activate_all(args.activation, blocks[0], place.rows * place.width);
+    each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+      store_count<A>(out + row * out_row + col, load<A>(blocks[0] + at), n);
     });
   };
   multiply<A, T>(
@@ -109,22 +136,20 @@ void linear(const LinearForward& args) {
       {rows_of<T>(args.weight, args.in_features)}, Finish<A>(body, out, args.out_features));
 }
 
-template <class T, Activation kind>
+template <class T>
 void gated(const GatedForward& args) {
   using A = Acc<T>;
-  const auto* gate_bias = static_cast<const T*>(args.gate_bias);
-  const auto* up_bias = static_cast<const T*>(args.up_bias);
+  const int64_t out_row = args.hidden_features;
   auto* hidden = static_cast<T*>(args.hidden);
-  auto* gate = static_cast<T*>(args.gate);
-  auto* up = static_cast<T*>(args.up);
-  const auto body = [&](const auto& place, const A* const* blocks) {
-    each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> g, Vec<A> u) {
-      const int64_t at = row * args.hidden_features + col;
-      g = rounded<T>(biased<T>(g, gate_bias, col, n));
-      u = rounded<T>(biased<T>(u, up_bias, col, n));
-      if (gate != nullptr) store_count<A>(gate + at, g, n);
-      if (up != nullptr) store_count<A>(up + at, u, n);
-      store_count<A>(hidden + at, activate<kind>(g) * u, n);
+  const auto body = [&](const auto& place, A* const* blocks) {
+    add_bias(place, blocks[0], static_cast<const T*>(args.gate_bias), static_cast<T*>(args.gate),
+             out_row);
+    add_bias(place, blocks[1], static_cast<const T*>(args.up_bias), static_cast<T*>(args.up),
+             out_row);
+    activate_all(args.activation, blocks[0], place.rows * place.width);
+    each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+      store_count<A>(hidden + row * out_row + col,
+                     load<A>(blocks[0] + at) * load<A>(blocks[1] + at), n);
     });
   };
   multiply<A, T>(args.rows, args.hidden_features, args.in_features,
@@ -134,7 +159,7 @@ void gated(const GatedForward& args) {
                  Finish<A>(body, hidden, args.hidden_features));
 }
 
-template <class T, Activation kind>
+template <class T>
 void pointwise_backward(const ActivationBackward& args) {
   using A = Acc<T>;
   const auto* grad_out = static_cast<const T*>(args.grad_out);
@@ -143,23 +168,29 @@ void pointwise_backward(const ActivationBackward& args) {
   auto* grad_pre = static_cast<T*>(args.grad_pre);
   auto* grad_gate = static_cast<T*>(args.grad_gate);
   auto* hidden = static_cast<T*>(args.hidden);
-  constexpr int64_t step = 8192;
+  constexpr int64_t step = 8192, part = 512;
   parallel(ceil_div(args.size, step), [&](int64_t task) {
-    const int64_t start = task * step;
-    each_vector<A>(smaller(step, args.size - start), [&](int64_t offset, auto n) {
-      const int64_t i = start + offset;
-      const Vec<A> grad = load_count<A>(grad_out + i, n), x = load_count<A>(pre + i, n);
-      if (gate == nullptr) {
-        store_count<A>(grad_pre + i, grad * derivative<kind>(x), n);
-        if (hidden != nullptr) store_count<A>(hidden + i, activate<kind>(x), n);
-      } else {
-        const Vec<A> g = load_count<A>(gate + i, n);
-        const Vec<A> open = activate<kind>(g);
-        store_count<A>(grad_pre + i, grad * open, n);
-        store_count<A>(grad_gate + i, grad * x * derivative<kind>(g), n);
-        if (hidden != nullptr) store_count<A>(hidden + i, open * x, n);
-      }
-    });
+    A open[part], slope[part];  // of the activation
+    const int64_t end = smaller((task + 1) * step, args.size);
+    for (int64_t first = task * step; first < end; first += part) {
+      const int64_t count = smaller(part, end - first);
+      const T* x = (gate == nullptr ? pre : gate) + first;
+      each_vector<A>(count, [&](int64_t i, auto n) { store(open + i, load_count<A>(x + i, n)); });
+      differentiate_all(args.activation, open, slope, count);
+      each_vector<A>(count, [&](int64_t at, auto n) {
+        const int64_t i = first + at;
+        const Vec<A> grad = load_count<A>(grad_out + i, n);
+        Vec<A> value = load<A>(open + at), inner = grad * load<A>(slope + at);
+        if (gate != nullptr) {
+          const Vec<A> up = load_count<A>(pre + i, n);
+          store_count<A>(grad_gate + i, inner * up, n);
+          inner = grad * value;
+          value *= up;
+        }
+        store_count<A>(grad_pre + i, inner, n);
+        if (hidden != nullptr) store_count<A>(hidden + i, value, n);
+      });
+    }
   });
 }
 
@@ -171,11 +202,11 @@ void linear_gradients(const LinearBackward& args) {
   if (args.grad_input != nullptr) {
     const auto* add = static_cast<const T*>(args.add);
     auto* to = static_cast<T*>(args.grad_input);
-    const auto body = [&](const auto& place, const A* const* blocks) {
-      each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
-        const int64_t at = row * in + col;
-        if (add != nullptr) sum += load_count<A>(add + at, n);
-        store_count<A>(to + at, sum, n);
+    const auto body = [&](const auto& place, A* const* blocks) {
+      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+        Vec<A> sum = load<A>(blocks[0] + at);
+        if (add != nullptr) sum += load_count<A>(add + row * in + col, n);
+        store_count<A>(to + row * in + col, sum, n);
       });
     };
     multiply<A, T>(rows, in, out, rows_of<T>(grad, out), {columns_of<T>(args.weight, in)},
@@ -183,9 +214,9 @@ void linear_gradients(const LinearBackward& args) {
   }
   if (args.grad_weight != nullptr) {
     auto* to = static_cast<T*>(args.grad_weight);
-    const auto body = [&](const auto& place, const A* const* blocks) {
-      each_in_block<A>(place, blocks, [&](int64_t row, int64_t col, auto n, Vec<A> sum, Vec<A>) {
-        store_count<A>(to + row * in + col, sum, n);
+    const auto body = [&](const auto& place, A* const* blocks) {
+      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+        store_count<A>(to + row * in + col, load<A>(blocks[0] + at), n);
       });
     };
     multiply<A, T>(out, in, rows, columns_of<T>(grad, out), {columns_of<T>(args.input, in)},
@@ -214,31 +245,15 @@ void linear_gradients(const LinearBackward& args) {
 
 }  // namespace
 
-void linear_forward(const LinearForward& args) {
-  note_run(kIsa);
-  with_both(args.dtype, args.activation, [&](auto* type, auto activation) {
-    linear<std::remove_pointer_t<decltype(type)>, activation()>(args);
-  });
-}
-
-void gated_forward(const GatedForward& args) {
-  note_run(kIsa);
-  with_both(args.dtype, args.activation, [&](auto* type, auto activation) {
-    gated<std::remove_pointer_t<decltype(type)>, activation()>(args);
-  });
-}
-
-void activation_backward(const ActivationBackward& args) {
-  note_run(kIsa);
-  with_both(args.dtype, args.activation, [&](auto* type, auto activation) {
-    pointwise_backward<std::remove_pointer_t<decltype(type)>, activation()>(args);
-  });
-}
-
-void linear_backward(const LinearBackward& args) {
-  note_run(kIsa);
-  with_type(args.dtype,
-            [&](auto* type) { linear_gradients<std::remove_pointer_t<decltype(type)>>(args); });
-}
+#define FASTATTN_DISPATCH(name, Args, body)                                                        \
+  void name(const Args& args) {                                                                    \
+    note_run(kIsa);                                                                                \
+    with_type(args.dtype, [&](auto* type) { body<std::remove_pointer_t<decltype(type)>>(args); }); \
+  }
+FASTATTN_DISPATCH(linear_forward, LinearForward, linear)
+FASTATTN_DISPATCH(gated_forward, GatedForward, gated)
+FASTATTN_DISPATCH(activation_backward, ActivationBackward, pointwise_backward)
+FASTATTN_DISPATCH(linear_backward, LinearBackward, linear_gradients)
+#undef FASTATTN_DISPATCH
 
 }  // namespace fastattn::FASTATTN_ISA

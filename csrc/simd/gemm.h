@@ -1,8 +1,8 @@
 // Blocked matrix products C = A B^T with an epilogue, where B is a weight and A holds activations.
 //
-// A tile reads panels of one operand, which is packed, and single elements of the other, which is
-// read in place wherever it can: packing a large weight would cost a fifth of a product with a
-// hundred rows. So the smaller operand is packed; where that is A, a tile is a piece of C^T.
+// A tile reads panels of one operand, which is turned as it is packed, and single elements of the
+// other, whose rows are copied as they are, a group at a time. Packing costs more than copying, so
+// the smaller operand is packed; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
 #pragma once
 
@@ -23,20 +23,21 @@ struct Operand {
 };
 
 // What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
-// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`.
+// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`
+// and may use the blocks, up to whole vectors of whole rows, on its way there.
 template <class A>
 struct Finish {
   struct Place {
     int64_t row, col, rows, cols, width;
   };
-  void (*call)(const void* body, const Place& place, const A* const* blocks);
+  void (*call)(const void* body, const Place& place, A* const* blocks);
   const void* body;
   const char* out;
   int64_t out_row, size;  // bytes of a row and of an element
 
   template <class F, class T>
   Finish(const F& f, const T* to, int64_t to_row)
-      : call([](const void* self, const Place& place, const A* const* blocks) {
+      : call([](const void* self, const Place& place, A* const* blocks) {
           (*static_cast<const F*>(self))(place, blocks);
         }),
         body(&f),
@@ -45,36 +46,47 @@ struct Finish {
         size(sizeof(T)) {}
 };
 
-// Fetches the memory that a finished block will be written to, a little at each of `steps` steps:
+// Fetches rows of memory into the cache before they are needed, a little at each of `steps` steps:
 // a burst would keep the loads of a tile waiting.
-template <class A>
+template <bool write>
 class Fetch {
  public:
-  Fetch(const Finish<A>& finish, const typename Finish<A>::Place& place, int64_t steps)
-      : finish_(finish), place_(place), steps_(steps) {}
+  Fetch() = default;  // of nothing
+  Fetch(const void* first, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(first)),
+        row_bytes_(row_bytes),
+        rows_(rows),
+        bytes_(bytes),
+        lines_(rows * ceil_div(bytes, kLine)),
+        steps_(steps) {}
 
   void step() {
-    for (due_ += place_.rows; row_ * steps_ < due_; row_++) {
-      const char* to =
-          finish_.out + (place_.row + row_) * finish_.out_row + place_.col * finish_.size;
-      for (int64_t i = 0; i < place_.cols * finish_.size; i += 64) __builtin_prefetch(to + i, 1, 3);
+    for (due_ += lines_; due_ > 0 && rows_ > 0; due_ -= steps_) {
+      if constexpr (write) {
+        __builtin_prefetch(row_ + at_, 1, 3);
+      } else {
+        __builtin_prefetch(row_ + at_, 0, 2);
+      }
+      at_ += kLine;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += row_bytes_;
+      rows_--;
     }
   }
 
  private:
-  const Finish<A>& finish_;
-  const typename Finish<A>::Place& place_;
-  int64_t steps_, due_ = 0, row_ = 0;
+  static constexpr int64_t kLine = 64;
+  const char* row_ = nullptr;
+  int64_t row_bytes_ = 0, rows_ = 0, bytes_ = 0, lines_ = 0, steps_ = 1, at_ = 0, due_ = 0;
 };
 
-// Visits a finished block in vectors: f(row, col, count, sum of product 0, of product 1).
+// Visits a finished block in vectors: f(row, col, index in the block, count).
 template <class A, class F>
-FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, const A* const* blocks,
-                                   F&& f) {
+FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
   for (int64_t i = 0; i < place.rows; i++)
     each_vector<A>(place.cols, [&](int64_t j, auto n) {
-      const int64_t at = i * place.width + j;
-      f(place.row + i, place.col + j, n, load<A>(blocks[0] + at), load<A>(blocks[1] + at));
+      f(place.row + i, place.col + j, i * place.width + j, n);
     });
 }
 
@@ -90,7 +102,7 @@ struct Product {
   int64_t tasks(int64_t most) const {
     constexpr int64_t worth = 500'000;  // multiply-adds
     const int64_t work = rows * cols * larger(depth, 1) / worth;
-    return larger(1, smaller(smaller(most, work), int64_t{4} * thread_count()));
+    return larger(1, smaller(smaller(most, work), int64_t{16} * thread_count()));
   }
 };
 
@@ -109,7 +121,7 @@ class TiledProduct {
     placed_ = turned_ ? weights : activations;
     const int64_t row_bytes =
         smaller(larger(in_.depth, 1), kSpan) * packed_.count * static_cast<int64_t>(sizeof(A));
-    const int64_t fitting = larger(2, cache_bytes() / 4 / (row_bytes * kWidth)) * kWidth;
+    const int64_t fitting = larger(2, cache_bytes() / kShare / (row_bytes * kWidth)) * kWidth;
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
     groups_ = ceil_div(placed_.rows, kGroup);
@@ -123,7 +135,7 @@ class TiledProduct {
       const int64_t kept = in_.depth > kSpan ? ceil_div(groups_, ranges_) : 1;
       const Memory memory{
           scratch.take<A>(packed_.count * block_rows_ * in_.depth + kSlack),
-          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
+          scratch.take<A>(placed_.count * kGroup * apart(smaller(in_.depth, kSpan))),
           scratch.take<A>(kept * in_.count * kGroup * block_rows_),
           scratch.take<A>(2 * kGroup * kWidth)};
       int64_t packed = -1;
@@ -133,13 +145,13 @@ class TiledProduct {
                          smaller(block_rows_, packed_.rows - block * block_rows_)};
         const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
         for (int64_t start = 0; start == 0 || start < in_.depth; start += kSpan) {
-          const Block span{start, smaller(kSpan, in_.depth - start)};
+          const Block span = span_at(start);
           if (packed != block) pack(memory, rows, span);
           A* tiles = memory.tiles;
           for (int64_t group = first; group < end; group++) {
-            const Block others{group * kGroup, smaller(kGroup, placed_.rows - group * kGroup)};
-            const bool more = group + 1 < end && others.first + 2 * kGroup <= placed_.rows;
-            add(memory, rows, others, span, more, tiles);
+            const bool more = group + 1 < end;
+            add(memory, rows, group_at(group), span, group_at(more ? group + 1 : first),
+                more ? span : span_at(start + kSpan), tiles);
             if (kept > 1) tiles += in_.count * kGroup * block_rows_;
           }
         }
@@ -151,9 +163,10 @@ class TiledProduct {
  private:
   static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
-  static constexpr int64_t kDepth = 64;                 // no chain of additions is longer
-  static constexpr int64_t kSpan = 8 * kDepth;          // depths of a block that stay in the cache
-  static constexpr int64_t kMostGroups = 64;            // whose sums are kept from span to span
+  static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 128 : 64;  // no chain of sums is longer
+  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
+  static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
+  static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
   static_assert(kGroup % lanes<A> == 0);
 
   struct Side {
@@ -166,10 +179,19 @@ class TiledProduct {
   using Place = typename Finish<A>::Place;
   struct Memory {
     A* panels;  // [matrices, spans, panels, depths of a span, kWidth]
-    A* copied;  // [matrices, depths of a span, kGroup] of a group that cannot be read in place
+    A* copied;  // [matrices, kGroup, apart(depths of a span)]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
+
+  // The depths from `start` on that a block's panels are packed for at once; none past the end.
+  Block span_at(int64_t start) const {
+    return {start, larger(0, smaller(kSpan, in_.depth - start))};
+  }
+
+  // From one copied row to the next: by a line more than a round number, or few rows would fit into
+  // the sets of the cache that they share.
+  static int64_t apart(int64_t depth) { return round_up(depth, lanes<A>) + 64 / sizeof(A); }
 
   static int64_t width_at(int64_t row, Block rows) {
     return smaller(kWidth, round_up(rows.count - row, lanes<A>));
@@ -190,21 +212,18 @@ class TiledProduct {
       }
   }
 
-  // A group of rows as the A operand of tiles: in place, or copied.
-  static Rows<A> group_rows(Operand<T> matrix, int64_t count, int64_t depth, A* to) {
-    if constexpr (std::is_same_v<A, T>)
-      if (matrix.inner == 1 && count == kGroup) return {matrix.data, matrix.outer, 1};
-    if (matrix.inner != 1) {
-      pack_panel(to, kGroup, matrix.data, matrix.outer, matrix.inner, count, depth);
-      return {to, 1, kGroup};
+  // Copies a group of rows; those past the end are 0.
+  static void copy_group(Operand<T> matrix, int64_t count, int64_t depth, A* to) {
+    const int64_t row = apart(depth);
+    if (matrix.inner != 1) {  // depths are packed as if they were rows
+      pack_panel(to, row, matrix.data, matrix.inner, matrix.outer, depth, count);
+    } else {
+      for (int64_t i = 0; i < count; i++)
+        each_vector<A>(depth, [&](int64_t k, auto n) {
+          store_count<A>(to + i * row + k, load_count<A>(matrix.data + i * matrix.outer + k, n), n);
+        });
     }
-    for (int64_t i = 0; i < kGroup; i++)
-      each_vector<A>(depth, [&](int64_t k, auto n) {
-        Vec<A> x{};
-        if (i < count) x = load_count<A>(matrix.data + i * matrix.outer + k, n);
-        store_count<A>(to + i * depth + k, x, n);
-      });
-    return {to, depth, 1};
+    for (int64_t i = count * row; i < kGroup * row; i += lanes<A>) store(to + i, Vec<A>{});
   }
 
   Place place_at(Block rows, Block others, int64_t row) const {
@@ -213,41 +232,54 @@ class TiledProduct {
     return {others.first, rows.first + row, others.count, count, width};
   }
 
+  // The memory of a group's rows, to be fetched in `steps`.
+  static Fetch<false> fetch_group(Operand<T> matrix, int64_t count, int64_t depth, int64_t steps) {
+    constexpr int64_t size = sizeof(T);
+    if (matrix.inner == 1) return {matrix.data, matrix.outer * size, count, depth * size, steps};
+    return {matrix.data, matrix.inner * size, depth, count * size, steps};
+  }
+
+  Block group_at(int64_t group) const {
+    return {group * kGroup, smaller(kGroup, placed_.rows - group * kGroup)};
+  }
+
   // Adds what a span of depths gives to the tiles of a group, panel by panel; after the last span
-  // a panel's sums are finished while they are in the cache.
-  void add(const Memory& memory, Block rows, Block others, Block span, bool more, A* tiles) const {
+  // a panel's sums are finished while they are in the cache. Meanwhile group `next` of span `then`
+  // is fetched.
+  void add(const Memory& memory, Block rows, Block others, Block span, Block next, Block then,
+           A* tiles) const {
     const bool last = span.first + span.count == in_.depth;
-    Rows<A> groups[2];
+    const int64_t group_row = apart(span.count);
     for (int64_t m = 0; m < placed_.count; m++)
-      groups[m] = group_rows(placed_.matrices[m].from(others.first, span.first), others.count,
-                             span.count, memory.copied + m * kGroup * span.count);
+      copy_group(placed_.matrices[m].from(others.first, span.first), others.count, span.count,
+                 memory.copied + m * kGroup * group_row);
+    const int64_t steps =
+        in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
+    Fetch<false> reads[2];
+    for (int64_t m = 0; m < placed_.count; m++)
+      reads[m] = fetch_group(placed_.matrices[m].from(next.first, then.first), next.count,
+                             then.count, steps * ceil_div(rows.count, kWidth));
     for (int64_t row = 0; row < rows.count; row += kWidth) {
       const int64_t width = width_at(row, rows);
       const Place place = place_at(rows, others, row);
       A* to = tiles + row * kGroup;
+      Fetch<true> writes;
+      if (last) writes = fetch_place(place, steps);
       with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
         constexpr int count = Tile<A>::sums / vecs;
-        const int64_t steps = ceil_div(larger(span.count, 1), kDepth);
-        Fetch<A> fetch(in_.finish, place, in_.count * steps * ceil_div(others.count, count));
         for (int64_t w = 0; w < in_.count; w++) {
           const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
-          Rows<A> group = groups[turned_ ? w : 0];
+          const A* group = memory.copied + (turned_ ? w : 0) * kGroup * group_row;
+          A* tile = to + w * block_rows_ * kGroup;
           for (int64_t start = 0; start == 0 || start < span.count; start += kDepth) {
             const int64_t length = smaller(kDepth, span.count - start);
-            // Fetched now: the next depths, for the next panel the first ones, or the next group's.
-            group.ahead = group.depth != 1              ? 0
-                          : start + length < span.count ? length
-                          : row + kWidth < rows.count   ? -start
-                          : more                        ? kGroup * group.row - start
-                                                        : 0;
             for (int64_t i = 0; i < others.count; i += count) {
-              if (last) fetch.step();
-              A* tile = to + (w * block_rows_ * kGroup + i * width);
-              multiply_tile<A, count, vecs>(group.from(i), panel, length, tile, width,
-                                            span.first + start > 0);
+              for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
+              writes.step();
+              multiply_tile<A, count, vecs, 1>(group + i * group_row + start, group_row,
+                                               panel + start * width, length, tile + i * width,
+                                               width, span.first + start > 0);
             }
-            group.data += length * group.depth;
-            panel += length * width;
           }
         }
       });
@@ -255,8 +287,14 @@ class TiledProduct {
     }
   }
 
-  void finish(const Memory& memory, const Place& place, const A* tiles, int64_t width) const {
-    const A* blocks[2];
+  Fetch<true> fetch_place(const Place& place, int64_t steps) const {
+    const Finish<A>& to = in_.finish;
+    return {to.out + place.row * to.out_row + place.col * to.size, to.out_row, place.rows,
+            place.cols * to.size, steps};
+  }
+
+  void finish(const Memory& memory, const Place& place, A* tiles, int64_t width) const {
+    A* blocks[2];
     for (int64_t w = 0; w < in_.count; w++) {
       blocks[w] = tiles + w * block_rows_ * kGroup;
       if (!turned_) continue;
@@ -290,7 +328,7 @@ class DotProduct {
       Scratch scratch;
       A* rows = scratch.take<A>(Count * padded_);
       A* block = scratch.take<A>(2 * Count * kGroup);
-      const A* blocks[2] = {block, block + (in_.count - 1) * Count * kGroup};
+      A* const blocks[2] = {block, block + (in_.count - 1) * Count * kGroup};
       widen(rows);
       for (int64_t task; queue.next(task);) {
         const int64_t end = (task + 1) * groups_ / ranges_;

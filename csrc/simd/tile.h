@@ -20,28 +20,17 @@ struct Tile {
   static constexpr int cols = vecs * lanes<A>;
 };
 
-// The A operand of a tile: element (i, k) is data[i * row + k * depth]. While a tile is computed,
-// what lies `ahead` elements further is fetched into the cache.
-template <class A>
-struct Rows {
-  const A* data;
-  int64_t row, depth;
-  int64_t ahead = 0;
-
-  Rows from(int64_t i) const { return {data + i * row, row, depth, ahead}; }
-};
-
-// C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Row k of B is
-// b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its own
-// first: an error grows with the length of a chain of additions, so that partial sums of blocks
-// round less than one long chain.
-template <class A, int Count, int Vecs>
-__attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t depth, A* c,
-                                             int64_t c_row, bool add) {
+// C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Element (i, k)
+// of A is a[i * a_row + k * Step], row k of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row
+// ...]. What is added to C is summed on its own first: an error grows with the length of a chain of
+// additions, so that partial sums of blocks round less than one long chain.
+template <class A, int Count, int Vecs, int Step>
+__attribute__((noinline)) void multiply_tile(const A* a, int64_t a_row, const A* b, int64_t depth,
+                                             A* c, int64_t c_row, bool add) {
   constexpr int width = lanes<A>;
-  constexpr int step = 3,
-                bases = (Count + step - 1) / step;  // x86 adds one or two strides for free
-  constexpr int64_t line = 64 / sizeof(A);
+  constexpr int reach = 3,  // x86 adds one or two strides to an address for free
+      bases = (Count + reach - 1) / reach;
+  constexpr int round = 8;  // steps; few enough rounds are left that a processor foresees the last
   Vec<A> sum[Count][Vecs];
 #pragma GCC unroll 24
   for (int i = 0; i < Count; i++)
@@ -49,28 +38,31 @@ __attribute__((noinline)) void multiply_tile(Rows<A> a, const A* b, int64_t dept
     for (int j = 0; j < Vecs; j++) sum[i][j] = Vec<A>{};
   const A* base[bases];
 #pragma GCC unroll 8
-  for (int i = 0; i < bases; i++) base[i] = a.data + i * step * a.row;
-  for (int64_t k = 0; k < depth;) {
-    if (a.ahead != 0)
-#pragma GCC unroll 24
-      for (int i = 0; i < Count; i++)
-        __builtin_prefetch(base[i / step] + i % step * a.row + a.ahead, 0, 3);
-    const int64_t end = smaller(k + line, depth);
-#pragma GCC unroll 2
-    for (; k < end; k++) {
-      Vec<A> row[Vecs];
+  for (int i = 0; i < bases; i++) base[i] = a + i * reach * a_row;
+  const auto step = [&](int at) __attribute__((always_inline)) {
+    Vec<A> row[Vecs];
 #pragma GCC unroll 4
-      for (int j = 0; j < Vecs; j++) row[j] = load<A>(b + j * width);
+    for (int j = 0; j < Vecs; j++) row[j] = load<A>(b + (at * Vecs + j) * width);
 #pragma GCC unroll 24
-      for (int i = 0; i < Count; i++) {
-        const A factor = base[i / step][i % step * a.row];
+    for (int i = 0; i < Count; i++) {
+      const A factor = base[i / reach][i % reach * a_row + at * Step];
 #pragma GCC unroll 4
-        for (int j = 0; j < Vecs; j++) sum[i][j] += factor * row[j];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < bases; i++) base[i] += a.depth;
-      b += Vecs * width;
+      for (int j = 0; j < Vecs; j++) sum[i][j] += factor * row[j];
     }
+  };
+  const auto advance = [&](int steps) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < bases; i++) base[i] += steps * Step;
+    b += steps * Vecs * width;
+  };
+  for (int64_t rounds = depth / round; rounds > 0; rounds--) {
+#pragma GCC unroll 8
+    for (int at = 0; at < round; at++) step(at);
+    advance(round);
+  }
+  for (int64_t rest = depth % round; rest > 0; rest--) {
+    step(0);
+    advance(1);
   }
 #pragma GCC unroll 24
   for (int i = 0; i < Count; i++)
