@@ -68,17 +68,17 @@ def measured(room: str, architecture: str) -> Iterator[Resources]:
 
 
 def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
-    """What the binaries say that Triton makes for one of the calls; their stack is what spills.
+    """What the binaries say that Triton makes for one of the calls.
 
     Where a call compiles a kernel more than once, the one that takes most counts.
     """
     found: dict[str, Resources] = {}
     for kernel in triton_calls.compiled(call, int(re.sub(r"\D", "", architecture))):
-        stack, registers = triton_calls.stack_and_registers(kernel)
+        spilled, registers = triton_calls.spilled_and_registers(kernel)
         name = f"triton_{kernel.name}_{call.partition('_')[2]}"
         threads = 32 * kernel.metadata.num_warps
         memory = kernel.metadata.shared
-        row = _resources(name, architecture, threads, registers, stack, memory)
+        row = _resources(name, architecture, threads, registers, spilled, memory)
         found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
     yield from found.values()
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,16 +94,29 @@ def compiled(call: str, architecture: int) -> list[CompiledKernel]:
     return kernels
 
 
-def stack_and_registers(kernel: CompiledKernel) -> tuple[int, int]:
-    """Bytes of stack, which is where registers spill, and registers, of each thread of a kernel."""
+def spilled_and_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    """Bytes that a thread of a kernel spills, and its registers, as its binary says."""
     from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(rf"Function {kernel.name}:\s*REG:(\d+) STACK:(\d+)", said)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {said}")
-    return int(found[2]), int(found[1])
+    with tempfile.TemporaryDirectory() as folder:
+        binary, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        binary.write_bytes(kernel.asm["cubin"])
+        said = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary)
+        found = re.search(rf"Function {kernel.name}:\s*REG:(\d+) STACK:(\d+)", said)
+        if found is None:
+            raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {said}")
+        if found[2] == "0":
+            return 0, int(found[1])
+        # What spills is on the stack, but not all that is there has been spilled.
+        source.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+        flags = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+        ptxas = get_ptxas(kernel.metadata.target.arch).path
+        said = _output(ptxas, "-v", f"-arch={target}", *flags, source, "-o", Path(folder, "out"))
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))), int(found[1])
+
+
+def _output(*command: str | Path) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr

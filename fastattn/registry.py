@@ -106,7 +106,7 @@ def op(
     fakes = fake or reference, backward_fake
     schemas = schema, backward_schema
 
-    def define(overload: str, bodies: tuple[Callable[..., tuple[torch.Tensor, ...]], ...]) -> Any:
+    def define(overload: str, bodies: tuple[Callable[..., Any], Callable[..., Any]]) -> TorchOps:
         ops = []
         for definition, body, shapes in zip(schemas, bodies, fakes, strict=True):
             packet, _, signature = definition.partition("(")
@@ -117,14 +117,19 @@ def op(
             ops.append(getattr(getattr(torch.ops.fastattn, packet), overload or "default"))
         return TorchOps(*ops, _function(record, ops[0]))
 
-    module = f"{reference.__module__.rpartition('.')[0]}.triton"
-    both = (f"{name}_fwd", f"{name}_bwd")
-    object.__setattr__(record, "compiled", define("", (reference, reference_backward)))
-    in_triton = "triton" in kernels
-    bodies = tuple(_imported(module, way) for way in both)
-    object.__setattr__(record, "triton", define("triton", bodies) if in_triton else None)
-    has_backward = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{both[1]}", "CUDA")
-    object.__setattr__(record, "cuda_backward", has_backward)
+    triton = None
+    if "triton" in kernels:
+        module = f"{reference.__module__.rpartition('.')[0]}.triton"
+        triton = define(
+            "triton", (_imported(module, f"{name}_fwd"), _imported(module, f"{name}_bwd"))
+        )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for attribute, value in (
+        ("compiled", define("", (reference, reference_backward))),
+        ("triton", triton),
+        ("cuda_backward", has_kernel(f"fastattn::{name}_bwd", "CUDA")),
+    ):
+        object.__setattr__(record, attribute, value)
     OPS[name] = record
     return record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -92,18 +92,15 @@ class Knobs:
     backward_fp32: dict[int, Tiles]
 
 
-_SM80 = Knobs(
-    forward={128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 2)},
-    forward_extra={128: Tiles(64, 64, 8, 1), 256: Tiles(64, 64, 8, 1)},
-    forward_fp32={256: Tiles(16, 64, 8, 1)},
-    backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
-    backward_extra={128: Tiles(32, 64, 8, 2), 256: Tiles(32, 64, 8, 1)},
-    backward_fp32={256: Tiles(16, 64, 8, 1)},
-)
 KNOBS = {
-    80: _SM80,
-    # A second stage spills a register there.
-    90: replace(_SM80, backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 1)}),
+    80: Knobs(
+        forward={128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 2)},
+        forward_extra={128: Tiles(64, 64, 8, 1), 256: Tiles(64, 64, 8, 1)},
+        forward_fp32={256: Tiles(16, 64, 8, 1)},
+        backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
+        backward_extra={128: Tiles(32, 64, 8, 2), 256: Tiles(32, 64, 8, 1)},
+        backward_fp32={256: Tiles(16, 64, 8, 1)},
+    )
 }
 
 
