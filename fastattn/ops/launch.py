@@ -48,6 +48,7 @@ def launch(
     num_warps: int,
     num_stages: int = 1,
     fuse: bool = False,
+    registers: int | None = None,
 ) -> None:
     """Run `kernel` on the device of its tensors.
 
@@ -58,6 +59,7 @@ def launch(
         fuse: let the compiler make one instruction of a product and a sum. Not where products are
             summed across threads: there two threads would add the same numbers, but each round
             the other's alone, and all of them write their result to one place.
+        registers: of a thread, at most; without it ptxas may rather spill than take a few more.
 
     Raises:
         RuntimeError: the emulator has found a fault.
@@ -65,6 +67,8 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
+    if registers is not None:
+        options["maxnreg"] = registers
     if _compiling is not None:
         _compiling[1].append(compile_for(_compiling[0], kernel, arguments, options))
         return

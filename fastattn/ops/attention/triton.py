@@ -87,8 +87,10 @@ def attention_forward(
     row = first + tl.arange(0, QUERIES)
     key = head_of(key, key_strides, batch, head // group)
     value = head_of(value, value_strides, batch, head // group)
-    mask = head_of(mask, mask_strides, batch, head)
-    bias = head_of(bias, bias_strides, batch, head)
+    if mask is not None:
+        mask = head_of(mask, mask_strides, batch, head)
+    if bias is not None:
+        bias = head_of(bias, bias_strides, batch, head)
     slope = None
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + batch * heads + head)

@@ -110,8 +110,10 @@ def attention_grad_query(
         slope = tl.load(alibi_slopes + random_head)
     key = head_of(key, key_strides, batch, head // group)
     value = head_of(value, value_strides, batch, head // group)
-    mask = head_of(mask, mask_strides, batch, head)
-    bias = head_of(bias, bias_strides, batch, head)
+    if mask is not None:
+        mask = head_of(mask, mask_strides, batch, head)
+    if bias is not None:
+        bias = head_of(bias, bias_strides, batch, head)
     queries = tiles.load(
         head_of(query, query_strides, batch, head), query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH
     )
@@ -182,8 +184,12 @@ def attention_grad_key(
             slope = tl.load(alibi_slopes + random_head)
         queries_of = head_of(query, query_strides, batch, head)
         grads_of = head_of(grad_out, grad_out_strides, batch, head)
-        mask_of = head_of(mask, mask_strides, batch, head)
-        bias_of = head_of(bias, bias_strides, batch, head)
+        mask_of = None
+        if mask is not None:
+            mask_of = head_of(mask, mask_strides, batch, head)
+        bias_of = None
+        if bias is not None:
+            bias_of = head_of(bias, bias_strides, batch, head)
         for first_row in range(begin, end, QUERIES):
             row = first_row + tl.arange(0, QUERIES)
             queries = tiles.load(queries_of, query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH)
@@ -240,6 +246,9 @@ def attention_grad_bias(
     for batch in range(lead // bias_heads, batches, bias_batches):
         for head in range(lead % bias_heads, heads, bias_heads):
             random_head = batch * heads + head
+            mask_of = None
+            if mask is not None:
+                mask_of = head_of(mask, mask_strides, batch, head)
             slope = None
             if alibi_slopes is not None:
                 slope = tl.load(alibi_slopes + random_head)
@@ -265,7 +274,7 @@ def attention_grad_bias(
                         kv_len, VALUE_DIM, VALUE_WIDTH,
                     )  # fmt: skip
                     _, grad, _ = _gradients(
-                        queries, grads, keys, values, head_of(mask, mask_strides, batch, head),
+                        queries, grads, keys, values, mask_of,
                         head_of(bias, bias_strides, batch, head), seed, mask_strides, bias_strides,
                         row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left,
                         right, scale, softcap, threshold, factor, first, KEYS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,9 +19,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def head_of(tensor, strides, batch, head):
     """Where the matrix of a head begins."""
-    if tensor is not None:
-        tensor += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    return tensor
+    return tensor + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -71,12 +70,14 @@ def keys_for(first, last, kv_len, offset, left, right, KEYS: tl.constexpr):
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys of a tile, its warps, and how many tiles of a loop are in flight."""
+    """Queries and keys of a tile, its warps, how many tiles of a loop are in flight, and what
+    `launch` takes as `registers`."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ KNOBS = {
         forward_fp32={256: Tiles(16, 64, 8, 1)},
         backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
         backward_extra={128: Tiles(32, 64, 8, 2), 256: Tiles(32, 64, 8, 1)},
-        backward_fp32={256: Tiles(16, 64, 8, 1)},
+        backward_fp32={256: Tiles(16, 64, 8, 1, 255)},
     )
 }
 
 
-def tiles_for(arguments: dict, direction: str) -> tuple[dict[str, int], dict[str, int | bool]]:
+def tiles_for(arguments: dict, direction: str) -> tuple[dict[str, int], dict[str, Any]]:
     """The tile for these arguments, and how to launch it."""
     query = arguments["query"]
     extras = "mask", "bias", "alibi_slopes", "seed", "softcap"
@@ -114,7 +115,12 @@ def tiles_for(arguments: dict, direction: str) -> tuple[dict[str, int], dict[str
     table = getattr(launch.of_architecture(KNOBS, query), direction + kind)
     width = max(arguments["HEAD_WIDTH"], arguments["VALUE_WIDTH"]) * query.dtype.itemsize
     tile = table[min(n for n in table if n >= width)]
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "fuse": True}
+    options = {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "fuse": True,
+        "registers": tile.registers,
+    }
     return {"QUERIES": tile.queries, "KEYS": tile.keys}, options
 
 
