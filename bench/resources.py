@@ -1,7 +1,8 @@
-"""What every CUDA kernel takes of a GPU: `python -m bench.resources` compiles them and says so.
+"""What every GPU kernel takes of a GPU: `python -m bench.resources` compiles them and says so.
 
 With --write the table goes to csrc/cuda/resources.csv, against which tests/test_resources.py holds
-the kernels. The input is the PTX in the library, so this is the code that a driver would make.
+the kernels. The input is the PTX in the library, so this is the code that a driver would make; and,
+under names that begin with triton_, what Triton makes of the calls of bench/triton_calls.py.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import roofline
+from bench import roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
 ROOMS = ("attention", "attention_backward", "attention_bias", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
 
 
 class Resources(NamedTuple):
-    """One kernel on one architecture; `warps` of a multiprocessor are what registers allow.
+    """One kernel on one architecture.
 
-    `tensor_bound` is the part of the time, in percent, that tensor cores can be busy at most: see
-    bench/roofline.py. None without tensor instructions, and where their rate is not published.
+    `shared` is the memory that it names itself, without what a launch adds; all of it in Triton.
+    `warps` of a multiprocessor are what registers allow. `tensor_bound` is the part of the time, in
+    percent, that tensor cores can be busy at most: see bench/roofline.py. None without tensor
+    instructions, in Triton, and where their rate is not published.
     """
 
     kernel: str
@@ -38,7 +42,7 @@ class Resources(NamedTuple):
     threads: int
     registers: int
     spilled: int
-    static_shared: int
+    shared: int
     warps: int
     tensor_bound: int | None
 
@@ -63,18 +67,41 @@ def measured(room: str, architecture: str) -> Iterator[Resources]:
     )
     for name, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
-        block, each = int(threads[name]), -(-int(registers) // GRANULE) * GRANULE
-        blocks = REGISTERS // (each * block)
-        yield Resources(
-            name,
-            architecture,
-            block,
-            int(registers),
-            int(stores) + int(loads),
-            int(shared[1]) if shared else 0,
-            min(64, blocks * block // 32),
-            bounds[name].percent if name in bounds else None,
+        memory, spilled = int(shared[1]) if shared else 0, int(stores) + int(loads)
+        bound = bounds[name].percent if name in bounds else None
+        yield _resources(
+            name, architecture, int(threads[name]), int(registers), spilled, memory, bound
         )
+
+
+def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
+    """What the binaries say that Triton makes for one of the calls.
+
+    Where a call compiles a kernel more than once, the one that takes most counts.
+    """
+    found: dict[str, Resources] = {}
+    for kernel in triton_calls.compiled(call, int(re.sub(r"\D", "", architecture))):
+        spilled, registers = triton_calls.spilled_and_registers(kernel)
+        name = f"triton_{kernel.name}_{call.partition('_')[2]}"
+        threads = 32 * kernel.metadata.num_warps
+        memory = kernel.metadata.shared
+        row = _resources(name, architecture, threads, registers, spilled, memory, None)
+        found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
+    yield from found.values()
+
+
+def _resources(
+    kernel: str,
+    architecture: str,
+    threads: int,
+    registers: int,
+    spilled: int,
+    shared: int,
+    tensor_bound: int | None,
+) -> Resources:
+    blocks = REGISTERS // (-(-registers // GRANULE) * GRANULE * threads)
+    warps = min(64, blocks * threads // 32)
+    return Resources(kernel, architecture, threads, registers, spilled, shared, warps, tensor_bound)
 
 
 def read() -> list[Resources]:
@@ -98,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"to {TABLE.name}")
     options = parser.parse_args(arguments)
     rows = [row for room in ROOMS for arch in ARCHITECTURES for row in measured(room, arch)]
+    for call in triton_calls.CALLS:
+        for arch in TRITON_ARCHITECTURES:
+            rows += measured_in_triton(call, arch)
     if options.write:
         write(rows)
     for row in rows:

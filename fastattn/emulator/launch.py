@@ -23,6 +23,7 @@ from fastattn.emulator.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
 MOST_FINDINGS = 256
+ALIGNMENT = 16  # of addresses, at most, that accesses ask for
 # Shared memory of a block on the largest GPU so far, and threads.
 MOST_SHARED, MOST_THREADS = 227 * 1024, 1024
 ALIGNMENT = 16  # that an instruction can ask for

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,10 +20,15 @@ def _linear_refusals(
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
-def _linear_cuda_refusals(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+def _linear_fused_refusals(
+    refusals: Callable[..., list[str]],  # of the kernels' language
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save: bool,
 ) -> list[str]:
-    if reasons := dispatch.cuda_refusals(input):
+    if reasons := refusals(input):
         return reasons
     saved = 0 if activation == "identity" else 1 if save else 2
     return choice.refusals(input, weight.shape[1:], weight.shape[:1], 3 if save else 1, saved)
@@ -58,7 +66,11 @@ LINEAR = registry.op(
         for need, tensor in zip(needs, (input, weight, bias), strict=True)
     ),
     derivative=_linear_derivative,
-    kernels={"cpu": _linear_refusals, "cuda": _linear_cuda_refusals},
+    kernels={
+        "cpu": _linear_refusals,
+        "cuda": functools.partial(_linear_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_linear_fused_refusals, dispatch.triton_refusals),
+    },
     keep=(1,),
 )
 
@@ -67,7 +79,8 @@ def _ffn_refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
 
 
-def _ffn_cuda_refusals(
+def _ffn_fused_refusals(
+    refusals: Callable[..., list[str]],
     input: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
@@ -78,7 +91,7 @@ def _ffn_cuda_refusals(
     activation: str,
     save: bool,
 ) -> list[str]:
-    if reasons := dispatch.cuda_refusals(input):
+    if reasons := refusals(input):
         return reasons
     hidden, features = up_weight.shape
     projections = 1 if gate_weight is None else 2
@@ -121,7 +134,11 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals, "cuda": _ffn_cuda_refusals},
+    kernels={
+        "cpu": _ffn_refusals,
+        "cuda": functools.partial(_ffn_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_ffn_fused_refusals, dispatch.triton_refusals),
+    },
     keep=(1, 2),
 )
 
