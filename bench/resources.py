@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import triton_calls
+from bench import roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "norm")
+ROOMS = ("attention", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
@@ -32,7 +32,9 @@ class Resources(NamedTuple):
     """One kernel on one architecture.
 
     `shared` is the memory that it names itself, without what a launch adds; all of it in Triton.
-    `warps` of a multiprocessor are what registers allow.
+    `warps` of a multiprocessor are what registers allow. `tensor_bound` is the part of the time, in
+    percent, that tensor cores can be busy at most: see bench/roofline.py. None without tensor
+    instructions, where their rate is not published, and in Triton.
     """
 
     kernel: str
@@ -42,21 +44,23 @@ class Resources(NamedTuple):
     spilled: int
     shared: int
     warps: int
+    tensor_bound: int | None
 
 
 def measured(room: str, architecture: str) -> Iterator[Resources]:
-    """What ptxas says of a room's kernels. Raises RuntimeError where it fails or is not there."""
+    """What ptxas and nvdisasm say of a room's kernels. Raises RuntimeError where one is missing."""
     if shutil.which("ptxas") is None:
         raise RuntimeError("ptxas is not on PATH: it comes with nvcc")
     text = _library.ptx(room)
     threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", text))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, f"{room}.ptx")
+        source, cubin = Path(folder, f"{room}.ptx"), Path(folder, f"{room}.cubin")
         source.write_text(text)
-        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", Path(folder, "out")]
+        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", cubin]
         run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        bounds = roofline.bounds(cubin, architecture)
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)"
@@ -64,7 +68,10 @@ def measured(room: str, architecture: str) -> Iterator[Resources]:
     for name, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
         memory, spilled = int(shared[1]) if shared else 0, int(stores) + int(loads)
-        yield _resources(name, architecture, int(threads[name]), int(registers), spilled, memory)
+        bound = bounds[name].percent if name in bounds else None
+        yield _resources(
+            name, architecture, int(threads[name]), int(registers), spilled, memory, bound
+        )
 
 
 def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
@@ -84,18 +91,24 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
 
 
 def _resources(
-    kernel: str, architecture: str, threads: int, registers: int, spilled: int, shared: int
+    kernel: str,
+    architecture: str,
+    threads: int,
+    registers: int,
+    spilled: int,
+    shared: int,
+    tensor_bound: int | None = None,
 ) -> Resources:
     blocks = REGISTERS // (-(-registers // GRANULE) * GRANULE * threads)
     warps = min(64, blocks * threads // 32)
-    return Resources(kernel, architecture, threads, registers, spilled, shared, warps)
+    return Resources(kernel, architecture, threads, registers, spilled, shared, warps, tensor_bound)
 
 
 def read() -> list[Resources]:
     """The committed table."""
     with TABLE.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    return [Resources(*row[:2], *map(int, row[2:])) for row in rows]
+    return [Resources(*row[:2], *(int(each) if each else None for each in row[2:])) for row in rows]
 
 
 def write(rows: Sequence[Resources]) -> None:
@@ -103,7 +116,7 @@ def write(rows: Sequence[Resources]) -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Resources._fields)
-        writer.writerows(sorted(rows))
+        writer.writerows(sorted(rows, key=lambda row: row[:2]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ MOST_FINDINGS = 256
 ALIGNMENT = 16  # of addresses, at most, that accesses ask for
 # Shared memory of a block on the largest GPU so far, and threads.
 MOST_SHARED, MOST_THREADS = 227 * 1024, 1024
+ALIGNMENT = 16  # that an instruction can ask for
 
 Size = int | Sequence[int]
 
@@ -73,7 +74,7 @@ def _is_array(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the process as an argument of a kernel, by address."""
+    """Memory of the process as an argument of a kernel, by address, whose alignment kernels see."""
 
     address: int
     bytes: int

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
-from fastattn.ops.ffn import reference
+from fastattn.ops.ffn import choice, reference
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -17,8 +19,19 @@ def _linear_refusals(
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
-def _triton_refusals(input: Tensor, *rest: object) -> list[str]:
-    return dispatch.triton_refusals(input)
+def _linear_cuda_refusals(input: Tensor, *rest: Any) -> list[str]:
+    return dispatch.cuda_refusals(input) or _linear_losses(input, *rest)
+
+
+def _linear_triton_refusals(input: Tensor, *rest: Any) -> list[str]:
+    return dispatch.triton_refusals(input) or _linear_losses(input, *rest)
+
+
+def _linear_losses(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+) -> list[str]:
+    saved = 0 if activation == "identity" else 1 if save else 2
+    return choice.refusals(input, weight.shape[1:], weight.shape[:1], 3 if save else 1, saved)
 
 
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -53,13 +66,44 @@ LINEAR = registry.op(
         for need, tensor in zip(needs, (input, weight, bias), strict=True)
     ),
     derivative=_linear_derivative,
-    kernels={"cpu": _linear_refusals, "triton": _triton_refusals},
+    kernels={
+        "cpu": _linear_refusals,
+        "cuda": _linear_cuda_refusals,
+        "triton": _linear_triton_refusals,
+    },
     keep=(1,),
 )
 
 
 def _ffn_refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
+
+
+def _ffn_cuda_refusals(input: Tensor, *rest: Any) -> list[str]:
+    return dispatch.cuda_refusals(input) or _ffn_losses(input, *rest)
+
+
+def _ffn_triton_refusals(input: Tensor, *rest: Any) -> list[str]:
+    return dispatch.triton_refusals(input) or _ffn_losses(input, *rest)
+
+
+def _ffn_losses(
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    save: bool,
+) -> list[str]:
+    hidden, features = up_weight.shape
+    projections = 1 if gate_weight is None else 2
+    depths = (features,) * projections + down_weight.shape[:1]
+    # Backward writes anew what the activation gives, which eager keeps.
+    saved = projections - 1 if save else 2 * projections
+    return choice.refusals(input, depths, (hidden, down_weight.shape[0]), 3 if save else 1, saved)
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -95,7 +139,7 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals, "triton": _triton_refusals},
+    kernels={"cpu": _ffn_refusals, "cuda": _ffn_cuda_refusals, "triton": _ffn_triton_refusals},
     keep=(1, 2),
 )
 
