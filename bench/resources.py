@@ -22,7 +22,7 @@ from bench import roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "ffn", "norm")
+ROOMS = ("attention", "attention_backward", "attention_bias", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
@@ -34,7 +34,7 @@ class Resources(NamedTuple):
     `shared` is the memory that it names itself, without what a launch adds; all of it in Triton.
     `warps` of a multiprocessor are what registers allow. `tensor_bound` is the part of the time, in
     percent, that tensor cores can be busy at most: see bench/roofline.py. None without tensor
-    instructions, where their rate is not published, and in Triton.
+    instructions, in Triton, and where their rate is not published.
     """
 
     kernel: str
@@ -85,7 +85,7 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
         name = f"triton_{kernel.name}_{call.partition('_')[2]}"
         threads = 32 * kernel.metadata.num_warps
         memory = kernel.metadata.shared
-        row = _resources(name, architecture, threads, registers, spilled, memory)
+        row = _resources(name, architecture, threads, registers, spilled, memory, None)
         found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
     yield from found.values()
 
@@ -97,7 +97,7 @@ def _resources(
     registers: int,
     spilled: int,
     shared: int,
-    tensor_bound: int | None = None,
+    tensor_bound: int | None,
 ) -> Resources:
     blocks = REGISTERS // (-(-registers // GRANULE) * GRANULE * threads)
     warps = min(64, blocks * threads // 32)

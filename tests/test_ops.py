@@ -90,12 +90,14 @@ def emulated(case: Case) -> tuple[torch.dtype, ...]:
     Not all: fp16 runs the code of bf16, and a large attention in fp32, without tensor cores, takes
     seconds.
     """
-    some = case.name in ("one_row", "one_key", "odd_sizes", "causal", "dropout")
+    some = ["one_row", "one_key", "odd_sizes"]
+    if "attention" not in case.function:
+        some.append("dropout")
     if case.function == "scaled_dot_product_attention":
         return (torch.bfloat16,)
     if "attention" in case.function:
-        return CUDA_DTYPES if some else (torch.bfloat16,)
-    return CUDA_DTYPES if some else (torch.float32, torch.bfloat16)
+        return CUDA_DTYPES if case.name in some else (torch.bfloat16,)
+    return CUDA_DTYPES if case.name in some else (torch.float32, torch.bfloat16)
 
 
 # Between them these have every feature; the others are slow, for Triton compiles each for seconds.

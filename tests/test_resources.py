@@ -75,7 +75,13 @@ def test_triton_takes_what_the_table_says(call: str) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("room", ["ffn", "norm", pytest.param("attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "room",
+    [
+        pytest.param(room, marks=[pytest.mark.slow] if "attention" in room else [])
+        for room in resources.ROOMS
+    ],
+)
 def test_table_is_the_measured_one(room: str) -> None:
     """No kernel takes more than the table grants it on sm_80."""
     granted = {row.kernel: row for row in ROWS if row.architecture == "sm_80"}

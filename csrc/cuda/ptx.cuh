@@ -36,6 +36,12 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
                "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
 }
+// The same of 8 bytes.
+__device__ inline void copy_pair_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
 // Makes a group of the copies that this thread has begun since the last one.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups of this thread but the latest Pending.

@@ -63,11 +63,6 @@ def _triton_refusals(*args: Any) -> list[str]:
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
-    if dispatch.forced() == "emulator":  # as on a GPU, where backward is the reference's so far
-        wanted = tuple(i for i, need in enumerate(needs) if need)
-        found = registry.vjp(ATTENTION, args, grads, wanted, create_graph=False)
-        by_position = dict(zip(wanted, found, strict=True))
-        return tuple(by_position.get(i) for i in range(len(args)))
     grad_out, grad_lse = grads
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()

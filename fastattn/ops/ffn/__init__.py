@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,17 +20,16 @@ def _linear_refusals(
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
-def _linear_cuda_refusals(input: Tensor, *rest: Any) -> list[str]:
-    return dispatch.cuda_refusals(input) or _linear_losses(input, *rest)
-
-
-def _linear_triton_refusals(input: Tensor, *rest: Any) -> list[str]:
-    return dispatch.triton_refusals(input) or _linear_losses(input, *rest)
-
-
-def _linear_losses(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+def _linear_fused_refusals(
+    refusals: Callable[..., list[str]],  # of the kernels' language
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save: bool,
 ) -> list[str]:
+    if reasons := refusals(input):
+        return reasons
     saved = 0 if activation == "identity" else 1 if save else 2
     return choice.refusals(input, weight.shape[1:], weight.shape[:1], 3 if save else 1, saved)
 
@@ -68,8 +68,8 @@ LINEAR = registry.op(
     derivative=_linear_derivative,
     kernels={
         "cpu": _linear_refusals,
-        "cuda": _linear_cuda_refusals,
-        "triton": _linear_triton_refusals,
+        "cuda": functools.partial(_linear_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_linear_fused_refusals, dispatch.triton_refusals),
     },
     keep=(1,),
 )
@@ -79,15 +79,8 @@ def _ffn_refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
 
 
-def _ffn_cuda_refusals(input: Tensor, *rest: Any) -> list[str]:
-    return dispatch.cuda_refusals(input) or _ffn_losses(input, *rest)
-
-
-def _ffn_triton_refusals(input: Tensor, *rest: Any) -> list[str]:
-    return dispatch.triton_refusals(input) or _ffn_losses(input, *rest)
-
-
-def _ffn_losses(
+def _ffn_fused_refusals(
+    refusals: Callable[..., list[str]],
     input: Tensor,
     up_weight: Tensor,
     up_bias: Tensor | None,
@@ -98,6 +91,8 @@ def _ffn_losses(
     activation: str,
     save: bool,
 ) -> list[str]:
+    if reasons := refusals(input):
+        return reasons
     hidden, features = up_weight.shape
     projections = 1 if gate_weight is None else 2
     depths = (features,) * projections + down_weight.shape[:1]
@@ -139,7 +134,11 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals, "cuda": _ffn_cuda_refusals, "triton": _ffn_triton_refusals},
+    kernels={
+        "cpu": _ffn_refusals,
+        "cuda": functools.partial(_ffn_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_ffn_fused_refusals, dispatch.triton_refusals),
+    },
     keep=(1, 2),
 )
 

@@ -1,4 +1,4 @@
-"""When the fused CUDA products are chosen over cuBLAS with an activation of its own behind it.
+"""When fused products on a GPU are chosen over cuBLAS with an activation of its own behind it.
 
 No time on a GPU is known, so the rule weighs what is known without one, per element of the result:
 
@@ -14,7 +14,8 @@ No time on a GPU is known, so the rule weighs what is known without one, per ele
 - The kernel computes squares of 128 and does not split the depth. With fewer squares than
   multiprocessors, or rows that are not whole 16 bytes, cuBLAS has better kernels.
 
-The rule binds a free choice only: `use_kernel("cuda")` runs the kernel on all that it can compute.
+The rule is that of the CUDA C++ kernels, and stands for Triton's too, which are tiled alike. It binds
+a free choice only: `use_kernel("cuda")` runs the kernel on all that it can compute.
 """
 
 from __future__ import annotations
