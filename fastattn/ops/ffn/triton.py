@@ -194,13 +194,15 @@ def ffn_columns(grad, out, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth of a product's tile, its warps, and loads in flight."""
+    """Rows, columns and depth of a product's tile, its warps, loads in flight, and what `launch`
+    takes as `registers`."""
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Knobs:
 
     product: Tile = Tile(128, 128, 32, 8, 3)
     gated: Tile = Tile(128, 64, 32, 8, 3)
-    fp32: Tile = Tile(64, 64, 16, 8, 1)
+    fp32: Tile = Tile(64, 64, 16, 8, 1, 255)
     group: int = 8
     elements: int = 1024
     columns: tuple[int, int] = (32, 32)
@@ -242,6 +244,7 @@ def _launch_product(
         num_warps=tile.warps,
         num_stages=tile.stages,
         fuse=True,
+        registers=tile.registers,
     )
 
 
