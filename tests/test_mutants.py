@@ -317,7 +317,8 @@ def skeleton(text: str) -> list[str]:
 def test_mutants_stand_for_every_kernel(room: str) -> None:
     """A kernel without mutants of its own synchronises as one of its kind with mutants does."""
     ptx = _library.ptx(room)
-    shapes = {name: skeleton(device.alone(ptx, name)) for name in emulator.load(ptx).kernels}
+    names = re.findall(r"\.entry (\w+)\(", ptx)
+    shapes = {name: skeleton(device.alone(ptx, name)) for name in names}
     for name, shape in shapes.items():
         kind = re.match(r"(norm|ffn)_([a-z]+_)*?(?=f32|bf16|f16)|attention_[a-z]+_", name)
         alike = [other for other in KERNELS if kind and other.startswith(kind[0])]
