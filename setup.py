@@ -254,14 +254,17 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
-            # The text becomes the symbols _binary_<room>_ptx_start and _end, after its file's name.
+            # The text becomes the symbols _binary_<name>_ptx_start and _end, after its file's.
             "rule embed",
             "  command = cd $$(dirname $in) && ld -r -b binary -z noexecstack $$(basename $in)"
             " -o $$(basename $out)",
             "  description = embed $in",
         ]
-        for source in sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/cuda.cu")):
-            text = folder / "cuda" / f"{source.parent.name}.ptx"
+        for source in sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/cuda*.cu")):
+            # csrc/norm/cuda.cu becomes norm.ptx, csrc/attention/cuda_backward.cu
+            # attention_backward.ptx.
+            name = source.parent.name + source.stem.removeprefix("cuda")
+            text = folder / "cuda" / f"{name}.ptx"
             objects.append(str(text.with_suffix(".o")))
             lines += [f"build {text}: ptx {source}", f"build {objects[-1]}: embed {text}"]
     lines += [f"build {folder / LIBRARY.name}: link {' '.join(objects)} | {stub} {exports}", ""]

@@ -217,9 +217,9 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA
-    kernel alone, `written` the arguments that the call writes to. An `inference` case has no
-    gradients.
+    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA and
+    Triton kernels alone, `written` the arguments that the call writes to. An `inference` case has
+    no gradients.
     """
 
     function: str

@@ -50,7 +50,7 @@ struct AttentionForward {
 
 struct AttentionBackward {
   Attention in;
-  Source grad_out;       // [B, H, Sq, Dv]; null: zero
+  Source grad_out;       // [B, H, Sq, Dv]; on a GPU null is zero
   const void* grad_lse;  // [rows], at least fp32; null: zero
   Source out;
   const void* lse;
@@ -103,6 +103,7 @@ FASTATTN_KERNEL(attention_append, AttentionAppend)
 
 namespace cuda {
 void attention_forward(const AttentionForward& args, Device& device);
-}
+void attention_backward(const AttentionBackward& args, Device& device);
+}  // namespace cuda
 
 }  // namespace fastattn

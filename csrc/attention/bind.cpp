@@ -1,4 +1,4 @@
-// The torch ops of the attention room: on the CPU, and attention_fwd on a GPU too.
+// The torch ops of the attention room: on the CPU, and those of attention on a GPU too.
 #include <algorithm>
 #include <vector>
 
@@ -161,6 +161,15 @@ struct Inputs {
   }
 };
 
+// Refuses what the CUDA kernels do not know.
+void check_place(Place place, const Attention& in) {
+  FASTATTN_CHECK(!on_gpu(place) ||
+                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
+                      std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
+                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
+                 "than 128");
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(
     Tensor query, Tensor key, Tensor value, OptionalTensor mask, OptionalTensor bias,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor seed,
@@ -173,11 +182,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Attention& in = inputs.in;
   const int64_t batch = query.size(0);
   const Place place = place_of(query);
-  FASTATTN_CHECK(!on_gpu(place) ||
-                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
-                      std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
-                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
-                 "than 128");
+  check_place(place, in);
   Tensor out = rows_first(batch, in.heads, in.q_len, in.value_dim, in.dtype, place);
   Tensor lse =
       empty({batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype), place);
@@ -199,10 +204,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Attention& in = inputs.in;
   const int64_t batch = query.size(0);
   const Dtype dtype = in.dtype;
-  static const double zero = 0;  // reads as zero in any dtype
+  const Place place = place_of(query);
+  check_place(place, in);
+  static const double zero = 0;  // reads as zero in any dtype, on the CPU
   AttentionBackward args{};
   args.in = in;
-  args.grad_out = {&zero, {0, 0, 0, 0}};
+  args.grad_out = {on_gpu(place) ? nullptr : &zero, {0, 0, 0, 0}};
   if (grad_out.has_value()) {
     check_dtype("grad_out", *grad_out, dtype);
     args.grad_out = exact("grad_out", *grad_out, {batch, in.heads, in.q_len, in.value_dim});
@@ -218,26 +225,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   check_dtype("lse", lse, wide(dtype));
   args.lse = lse.const_data_ptr();
 
-  Tensor grad_query = rows_first(batch, in.heads, in.q_len, in.head_dim, dtype);
-  Tensor grad_key = rows_first(batch, in.kv_heads, in.kv_len, in.head_dim, dtype);
-  Tensor grad_value = rows_first(batch, in.kv_heads, in.kv_len, in.value_dim, dtype);
+  Tensor grad_query = rows_first(batch, in.heads, in.q_len, in.head_dim, dtype, place);
+  Tensor grad_key = rows_first(batch, in.kv_heads, in.kv_len, in.head_dim, dtype, place);
+  Tensor grad_value = rows_first(batch, in.kv_heads, in.kv_len, in.value_dim, dtype, place);
   args.grad_query = target(grad_query);
   args.grad_key = target(grad_key);
   args.grad_value = target(grad_value);
-  Tensor grad_bias = empty(0, dtype), grad_sinks = empty(0, dtype);
+  Tensor grad_bias = empty(0, dtype, place), grad_sinks = empty(0, dtype, place);
   if (need_bias && bias.has_value()) {
     int64_t* sizes = args.bias_sizes;
     for (int dim = 0; dim < 4; dim++) sizes[dim] = bias->size(dim);
-    grad_bias =
-        empty({sizes[0], sizes[1], sizes[2], sizes[3]},
-              {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1}, in.bias_dtype);
+    grad_bias = empty({sizes[0], sizes[1], sizes[2], sizes[3]},
+                      {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1},
+                      in.bias_dtype, place);
     args.grad_bias = grad_bias.mutable_data_ptr();
   }
   if (need_sinks && sinks.has_value()) {
-    grad_sinks = empty(in.heads, Dtype::f64);
+    grad_sinks = empty(in.heads, Dtype::f64, place);
     args.grad_sinks = static_cast<double*>(grad_sinks.mutable_data_ptr());
   }
-  attention_backward(args);
+  run(place, args, attention_backward, cuda::attention_backward);
   return {grad_query, grad_key, grad_value, grad_bias, grad_sinks};
 }
 
@@ -389,6 +396,7 @@ void append_to_cache(Tensor key_cache, Tensor value_cache, Tensor key, Tensor va
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) {
   library.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  library.impl("attention_bwd", TORCH_BOX(&attention_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {

@@ -27,11 +27,22 @@ bool aligned(const View<Pointer>& view, int64_t bytes) {
 }
 
 template <class Pointer>
-void copy_strides(int64_t (&to)[4], const View<Pointer>& view) {
-  std::copy(view.stride, view.stride + 4, to);
+Layout layout(const View<Pointer>& view, int64_t bytes) {
+  Layout to{};
+  std::copy(view.stride, view.stride + 4, to.stride);
+  to.aligned = aligned(view, bytes);
+  return to;
 }
 
-AttentionScalars scalars(const Attention& in) {
+// Rows that are written have no room behind them for the rest of 16 bytes.
+Layout written(const Target& view, int64_t bytes, int64_t cols) {
+  Layout to = layout(view, bytes);
+  to.aligned = to.aligned && cols * bytes % 16 == 0;
+  return to;
+}
+
+// With blocks of so many queries.
+AttentionScalars scalars(const Attention& in, int64_t queries) {
   constexpr double log2e = 1.44269504088896340736;
   AttentionScalars to{};
   const int64_t bytes = size_of(in.dtype);
@@ -39,17 +50,15 @@ AttentionScalars scalars(const Attention& in) {
   to.group = static_cast<int32_t>(in.heads / in.kv_heads);
   to.q_len = static_cast<int32_t>(in.q_len);
   to.kv_len = static_cast<int32_t>(in.kv_len);
+  to.query_blocks = static_cast<int32_t>((in.q_len + queries - 1) / queries);
   to.head_dim = static_cast<int32_t>(in.head_dim);
   to.value_dim = static_cast<int32_t>(in.value_dim);
-  copy_strides(to.query, in.query);
-  copy_strides(to.key, in.key);
-  copy_strides(to.value, in.value);
-  copy_strides(to.mask, in.mask);
-  copy_strides(to.bias, in.bias);
+  to.query = layout(in.query, bytes);
+  to.key = layout(in.key, bytes);
+  to.value = layout(in.value, bytes);
+  std::copy(in.mask.stride, in.mask.stride + 4, to.mask);
+  std::copy(in.bias.stride, in.bias.stride + 4, to.bias);
   to.wide_bias = in.bias_dtype == Dtype::f32;
-  to.aligned_query = aligned(in.query, bytes);
-  to.aligned_key = aligned(in.key, bytes);
-  to.aligned_value = aligned(in.value, bytes);
   to.offset = static_cast<int32_t>(in.offset);
   to.left = static_cast<int32_t>(std::min<int64_t>(in.left, kFar));
   to.right = static_cast<int32_t>(std::min<int64_t>(in.right, kFar));
@@ -62,38 +71,133 @@ AttentionScalars scalars(const Attention& in) {
   return to;
 }
 
+// The tensors of an attention as arguments.
+struct Tensors {
+  const Attention& in;
+  int64_t bytes = size_of(in.dtype);
+
+  Memory queries(const Source& view, int64_t cols) const {
+    return memory(view, {in.batch, in.heads, in.q_len, cols}, bytes);
+  }
+  Memory queries(const Target& view, int64_t cols) const {
+    return memory(view, {in.batch, in.heads, in.q_len, cols}, bytes, true);
+  }
+  Memory keys(const Source& view, int64_t cols) const {
+    return memory(view, {in.batch, in.kv_heads, in.kv_len, cols}, bytes);
+  }
+  Memory keys(const Target& view, int64_t cols) const {
+    return memory(view, {in.batch, in.kv_heads, in.kv_len, cols}, bytes, true);
+  }
+  Memory query() const { return queries(in.query, in.head_dim); }
+  Memory key() const { return keys(in.key, in.head_dim); }
+  Memory value() const { return keys(in.value, in.value_dim); }
+  Memory mask() const { return memory(in.mask, {in.batch, in.heads, in.q_len, in.kv_len}, 1); }
+  Memory bias() const {
+    return memory(in.bias, {in.batch, in.heads, in.q_len, in.kv_len}, size_of(in.bias_dtype));
+  }
+  Memory alibi_slopes() const { return reads(in.alibi_slopes, in.batch * in.heads * 4); }
+  Memory sinks() const { return reads(in.sinks, in.heads * 8); }
+  Memory seed() const { return reads(in.device_seed, 8); }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+uint32_t blocks(int64_t count) { return static_cast<uint32_t>(count); }
+
+// The name of the kernel for heads of up to `dim` elements.
+std::string name(const char* kernel, const Attention& in, int dim, const char* variant = "") {
+  return std::string("attention_") + kernel + "_" + name_of(in.dtype) + variant + "_" +
+         std::to_string(dim);
+}
+
 template <int Bytes, int Dim>
 void launch_forward(const AttentionForward& args, Device& device) {
   using Tiles = AttentionTiles<Bytes, Dim>;
   static_assert(Tiles::kShared <= kMostShared);
   const Attention& in = args.in;
-  AttentionScalars numbers = scalars(in);
-  const int64_t blocks = (in.q_len + Tiles::kQueries - 1) / Tiles::kQueries;
-  numbers.query_blocks = static_cast<int32_t>(blocks);
-  copy_strides(numbers.out, args.out);
-  numbers.aligned_out = aligned(args.out, Bytes) && in.value_dim * Bytes % 16 == 0;
+  const Tensors of{in};
+  AttentionScalars numbers = scalars(in, Tiles::kQueries);
+  numbers.out = written(args.out, Bytes, in.value_dim);
   // Kernels of their own for what needs no more than products, bounds and sinks, where it pays.
   const bool extra = Bytes == 4 || Dim == 256 || in.mask.data != nullptr ||
                      in.bias.data != nullptr || in.alibi_slopes != nullptr || in.softcap != 0 ||
                      in.dropout_p > 0;
-  const std::string name =
-      "attention_forward_" + name_of(in.dtype) + (extra ? "_extra_" : "_") + std::to_string(Dim);
-  const auto tensor = [&](const Source& view, int64_t heads, int64_t rows, int64_t cols) {
-    return memory(view, {in.batch, heads, rows, cols}, Bytes);
-  };
-  launch(device, "attention", name,
-         {{static_cast<uint32_t>(blocks * in.heads * in.batch), 1, 1},
+  launch(device, "attention", name("forward", in, Dim, extra ? "_extra" : ""),
+         {{blocks(numbers.query_blocks * in.heads * in.batch), 1, 1},
           {Tiles::kWarps * 32, 1, 1},
           Tiles::kShared},
-         tensor(in.query, in.heads, in.q_len, in.head_dim),
-         tensor(in.key, in.kv_heads, in.kv_len, in.head_dim),
-         tensor(in.value, in.kv_heads, in.kv_len, in.value_dim),
-         memory(in.mask, {in.batch, in.heads, in.q_len, in.kv_len}, 1),
-         memory(in.bias, {in.batch, in.heads, in.q_len, in.kv_len}, size_of(in.bias_dtype)),
-         reads(in.alibi_slopes, in.batch * in.heads * 4), reads(in.sinks, in.heads * 8),
-         reads(in.device_seed, 8),
-         memory(args.out, {in.batch, in.heads, in.q_len, in.value_dim}, Bytes, true),
-         writes(args.lse, in.rows * 4), numbers);
+         of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
+         of.seed(), of.queries(args.out, in.value_dim), writes(args.lse, in.rows * 4), numbers);
+}
+
+// What all kernels of a backward take: `statistics` are of every row, see the kernels.
+struct Backward {
+  const AttentionBackward& args;
+  float* statistics;
+  const Attention& in = args.in;
+  const Tensors of{in};
+  int64_t statistics_bytes = in.rows * 8;
+
+  AttentionBackwardScalars scalars(int64_t rows) const {
+    const int64_t bytes = size_of(in.dtype);
+    AttentionBackwardScalars to{};
+    to.in = cuda::scalars(in, rows);
+    to.in.out = layout(args.out, bytes);
+    to.grad_out = layout(args.grad_out, bytes);
+    to.grad_query = written(args.grad_query, bytes, in.head_dim);
+    to.grad_key = written(args.grad_key, bytes, in.head_dim);
+    to.grad_value = written(args.grad_value, bytes, in.value_dim);
+    to.batch = static_cast<int32_t>(in.batch);
+    to.key_blocks = static_cast<int32_t>(ceil_div(in.kv_len, rows));
+    std::copy(args.bias_sizes, args.bias_sizes + 4, to.bias_sizes);
+    to.scale = static_cast<float>(in.scale);
+    return to;
+  }
+  Memory grad_out() const { return of.queries(args.grad_out, in.value_dim); }
+  // Launches one kernel, which writes to `grads`.
+  template <class... Memories>
+  void run(Device& device, const char* file, const std::string& kernel, const Shape& shape,
+           const AttentionBackwardScalars& numbers, const Memories&... grads) const {
+    launch(device, file, kernel, shape, of.query(), of.key(), of.value(), grad_out(), of.mask(),
+           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), grads...,
+           numbers);
+  }
+};
+
+template <int Bytes, int Dim>
+void launch_backward(const AttentionBackward& args, Device& device) {
+  using Tiles = BackwardTiles<Bytes, Dim>;
+  static_assert(Tiles::kShared <= kMostShared);
+  const Attention& in = args.in;
+  const Backward of{args, static_cast<float*>(device.scratch(in.rows * 8))};
+  const AttentionBackwardScalars numbers = of.scalars(Tiles::kRows);
+  const int64_t head_bytes = in.heads * 8;
+  const Memory statistics = writes(of.statistics, of.statistics_bytes);
+  launch(device, "attention_backward", "attention_statistics_" + name_of(in.dtype),
+         {{blocks(ceil_div(in.rows * kStatisticsTeam, kStatisticsThreads)), 1, 1},
+          {kStatisticsThreads, 1, 1}},
+         of.grad_out(), of.of.queries(args.out, in.value_dim), reads(args.lse, in.rows * 4),
+         reads(args.grad_lse, in.rows * 4), statistics, numbers);
+  if (args.grad_sinks != nullptr)
+    launch(device, "attention_backward", "attention_backward_sinks",
+           {{blocks(in.heads), 1, 1}, {kStatisticsThreads, 1, 1}}, of.of.sinks(),
+           reads(of.statistics, of.statistics_bytes), writes(args.grad_sinks, head_bytes), numbers);
+
+  const auto shape = [](int64_t count, uint32_t apart = 1) {
+    return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
+  };
+  of.run(device, "attention_backward", name("backward_queries", in, Dim),
+         shape(numbers.in.query_blocks * in.heads * in.batch), numbers,
+         of.of.queries(args.grad_query, in.head_dim));
+  of.run(device, "attention_backward", name("backward_keys", in, Dim),
+         shape(numbers.key_blocks * in.kv_heads * in.batch, Tiles::kApart ? 2 : 1), numbers,
+         of.of.keys(args.grad_key, in.head_dim), of.of.keys(args.grad_value, in.value_dim));
+  if (args.grad_bias == nullptr) return;
+  const int64_t (&sizes)[4] = args.bias_sizes;
+  const int64_t count =
+      sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
+  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(in.bias_dtype);
+  of.run(device, "attention_bias", name("backward_bias", in, Dim), shape(count), numbers,
+         writes(args.grad_bias, bytes));
 }
 
 }  // namespace
@@ -108,6 +212,17 @@ void attention_forward(const AttentionForward& args, Device& device) {
     dim <= 64    ? launch_forward<2, 64>(args, device)
     : dim <= 128 ? launch_forward<2, 128>(args, device)
                  : launch_forward<2, 256>(args, device);
+  }
+}
+
+void attention_backward(const AttentionBackward& args, Device& device) {
+  const int64_t dim = std::max(args.in.head_dim, args.in.value_dim);
+  if (args.in.dtype == Dtype::f32) {
+    dim <= 64 ? launch_backward<4, 64>(args, device) : launch_backward<4, 128>(args, device);
+  } else {
+    dim <= 64    ? launch_backward<2, 64>(args, device)
+    : dim <= 128 ? launch_backward<2, 128>(args, device)
+                 : launch_backward<2, 256>(args, device);
   }
 }
 

@@ -1,15 +1,8 @@
 // Attention on a GPU (Dao 2023, arXiv:2307.08691): a block of queries against blocks of keys.
-#include "attention/scalars.h"
-#include "cuda/matrix.cuh"
+#include "attention/scores.cuh"
 
 namespace fastattn::cuda {
 namespace {
-
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-extern __shared__ uint4 shared_memory[];
 
 // The head of a batch that a block works on, and the first of its queries.
 struct Work {
@@ -22,62 +15,7 @@ struct Work {
     head = block / in.query_blocks % in.heads;
     batch = block / in.query_blocks / in.heads;
   }
-  __device__ int64_t start(const int64_t (&stride)[4], int head_of) const {
-    return batch * stride[0] + head_of * stride[1];
-  }
 };
-
-// To within an eps or so of 1, which is what matters for a logit of that size.
-__device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
-
-// Products of queries and keys become logits in base 2, -inf where a key is invisible.
-template <class T>
-struct Scores {
-  const AttentionScalars& in;
-  const uint8_t* mask;
-  const void* bias;
-  float slope;  // of ALiBi, in base 2
-
-  // Of query i and key j.
-  template <bool Extras>
-  __device__ float operator()(float product, int i, int j) const {
-    const int apart = i + in.offset - j;
-    if (j >= in.kv_len || i >= in.q_len || apart > in.left || -apart > in.right) return -kInfinity;
-    // What is infinite is visible all the same, and no number.
-    float logit = (product - product + product) * in.scale;
-    if constexpr (Extras) {
-      if (mask != nullptr && !mask[i * in.mask[2] + j * in.mask[3]]) return -kInfinity;
-      if (in.softcap != 0) logit = hyperbolic_tangent(logit) * in.softcap;
-      if (bias != nullptr) {
-        const int64_t at = i * in.bias[2] + j * in.bias[3];
-        const float term = in.wide_bias ? static_cast<const float*>(bias)[at]
-                                        : static_cast<float>(static_cast<const T*>(bias)[at]);
-        if (term == -kInfinity) return term;
-        logit += term * kLog2e;
-      }
-      logit -= slope * static_cast<float>(abs(apart));
-    }
-    return logit;
-  }
-};
-
-// Multiplies the weights of query i and keys j + 8 n + 2 q and the next by 0 or 1 / (1 - p).
-template <int Keys>
-__device__ void drop(const Dropout& dropout, uint64_t seed, uint32_t head, int i, int half, int j,
-                     Accumulator<Keys>& weights) {
-  const int q = lane_index() % 4;
-#pragma unroll
-  for (int own = 0; own < 4; own++) {  // counters 2 q, 2 q + 1 and 8 behind them
-    const uint4 words =
-        philox(seed, j / 64 * 16 + own / 2 * 8 + 2 * q + own % 2, static_cast<uint32_t>(i), head);
-#pragma unroll
-    for (int n = own / 2; n < Keys / 8; n += 2) {
-      const bool kept = word(words, j % 64 / 16 + n / 2) >= dropout.threshold;
-      float& weight = weights[n][2 * half + own % 2];
-      weight = kept && dropout.kept != 0 ? weight * dropout.kept : 0;
-    }
-  }
-}
 
 template <class T, int Dim, bool Extras>
 __device__ void forward(const T* query, const T* key, const T* value, const uint8_t* mask,
@@ -98,38 +36,13 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     return Tile<T, Dim>{memory + (Tiles::kQueries + parity * 2 * keys) * Dim};
   };
   const auto value_tile = [&](int parity) { return Values{key_tile(parity).memory + keys * Dim}; };
-  const Matrix<const T> all_queries{query + work.start(in.query, work.head),
-                                    in.query[2],
-                                    in.query[3],
-                                    in.q_len,
-                                    in.head_dim,
-                                    in.aligned_query != 0};
-  const Matrix<const T> all_keys{key + work.start(in.key, own),
-                                 in.key[2],
-                                 in.key[3],
-                                 in.kv_len,
-                                 in.head_dim,
-                                 in.aligned_key != 0};
-  const Matrix<const T> all_values{value + work.start(in.value, own),
-                                   in.value[2],
-                                   in.value[3],
-                                   in.kv_len,
-                                   in.value_dim,
-                                   in.aligned_value != 0};
+  const auto all_queries = matrix(query, in.query, work.batch, work.head, in.q_len, in.head_dim);
+  const auto all_keys = matrix(key, in.key, work.batch, own, in.kv_len, in.head_dim);
+  const auto all_values = matrix(value, in.value, work.batch, own, in.kv_len, in.value_dim);
 
-  Scores<T> scores{in, nullptr, nullptr, 0};
-  Dropout dropout{0, 0};
-  uint64_t seed = 0;
-  if constexpr (Extras) {
-    if (mask != nullptr) scores.mask = mask + work.start(in.mask, work.head);
-    if (bias != nullptr)
-      scores.bias = static_cast<const char*>(bias) +
-                    work.start(in.bias, work.head) * (in.wide_bias ? 4 : sizeof(T));
-    if (alibi_slopes != nullptr)
-      scores.slope = alibi_slopes[work.batch * in.heads + work.head] * kLog2e;
-    dropout = {in.threshold, in.kept};
-    if (in.threshold != 0) seed = *seed_at;
-  }
+  const Terms terms = {mask, bias, alibi_slopes};
+  const Scores<T> scores = Extras ? Scores<T>(in, terms, work.batch, work.head) : Scores<T>(in);
+  const uint64_t seed = Extras && in.threshold != 0 ? *seed_at : 0;
 
   // Keys [begin, end) are all that these queries can see, from a whole block on.
   const int begin = max(work.first + in.offset - in.left, 0) / keys * keys;
@@ -228,10 +141,13 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
             weights[n][e] = ptx::exp2(weights[n][e] - base);
             total[half] += weights[n][e];
           }
-        if (Extras && dropout.threshold != 0)
-          drop<keys>(dropout, seed, static_cast<uint32_t>(work.batch * in.heads + work.head),
-                     first_row + 8 * half, half, j, weights);
       }
+      if (Extras && in.threshold != 0)
+        drop<keys>(
+            weights,
+            kept<keys>(in.threshold, seed, static_cast<uint32_t>(work.batch * in.heads + work.head),
+                       first_row, j),
+            in.kept);
       multiply<keys>(sum, weights, tile);
     }
     ptx::wait_for_copies();
@@ -263,12 +179,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
       lse[(int64_t{work.batch} * in.heads + work.head) * in.q_len + i] =
           total[half] == 0 ? -kInfinity : (highest[half] + log2f(total[half])) * kLn2;
   }
-  const Matrix<T> to{out + work.start(in.out, work.head),
-                     in.out[2],
-                     in.out[3],
-                     in.q_len,
-                     in.value_dim,
-                     in.aligned_out != 0};
+  const auto to = matrix(out, in.out, work.batch, work.head, in.q_len, in.value_dim);
   store(to, work.first, sum, queries, row);
 }
 

@@ -16,13 +16,30 @@ struct AttentionTiles {
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
-// Strides count elements; those of a dimension that broadcasts are 0.
+// The gradients of 64 rows, of queries or of keys, sum over what they meet: the other side, which
+// is there twice, one block being copied while another is worked on.
+template <int Bytes, int Dim>
+struct BackwardTiles {
+  static constexpr int kWidth = Bytes * Dim;
+  static constexpr int kWarps = 4, kRows = 16 * kWarps;
+  static constexpr int kOthers = kWidth <= 256 ? 32 : 16;
+  static constexpr int kShared = 2 * kWidth * (kRows + 2 * kOthers);
+  // Where the sums of both do not fit into registers, keys and values have blocks of their own.
+  static constexpr bool kApart = kWidth > 256;
+};
+
+// Strides count elements; those of a dimension that broadcasts are 0. `aligned`: see Matrix.
+struct Layout {
+  int64_t stride[4];
+  int32_t aligned;
+};
+
 struct AttentionScalars {
   int32_t heads, group;  // query heads that share a head of keys
   int32_t q_len, kv_len, head_dim, value_dim, query_blocks;
-  int64_t query[4], key[4], value[4], out[4], mask[4], bias[4];
-  int32_t wide_bias;                                               // fp32, whatever query is
-  int32_t aligned_query, aligned_key, aligned_value, aligned_out;  // see Matrix
+  Layout query, key, value, out;
+  int64_t mask[4], bias[4];
+  int32_t wide_bias;            // fp32, whatever query is
   int32_t offset, left, right;  // query i sees the keys i + offset - left ... i + offset + right
   int32_t hides;                // whether some keys may be invisible
   float scale;                  // of products, to logits in base 2, or to softcap's argument
@@ -31,6 +48,16 @@ struct AttentionScalars {
   float kept;
 };
 
-constexpr int32_t kFar = 1 << 29;  // no bound of a window
+struct AttentionBackwardScalars {
+  AttentionScalars in;
+  Layout grad_out, grad_query, grad_key, grad_value;
+  int32_t batch, key_blocks;
+  int32_t bias_sizes[4];  // 1 where the bias broadcasts
+  float scale;            // of products, to logits
+};
+
+constexpr int kStatisticsTeam = 8;       // threads for each row
+constexpr int kStatisticsThreads = 256;  // of a block
+constexpr int32_t kFar = 1 << 29;        // no bound of a window
 
 }  // namespace fastattn::cuda

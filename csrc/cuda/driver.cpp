@@ -1,9 +1,9 @@
 // Launches through the CUDA driver, found at run time, or through the emulator.
 //
-// The library holds the PTX of every room for the oldest architecture that the kernels know, and
-// the driver compiles it for the GPU at hand and keeps the result on disk. So the build takes
-// seconds and one compiler pass, later architectures are served, nothing of CUDA is linked, and
-// what the emulator executes is what a GPU gets.
+// The library holds the PTX of every csrc/*/cuda*.cu for the oldest architecture that the kernels
+// know, and the driver compiles it for the GPU at hand and keeps the result on disk. So the build
+// takes seconds and one compiler pass a file, later architectures are served, nothing of CUDA is
+// linked, and what the emulator executes is what a GPU gets.
 #include <dlfcn.h>
 
 #include <atomic>
@@ -14,7 +14,7 @@
 
 #include "cuda/launch.h"
 
-#define FASTATTN_FOREACH_ROOM(X) X(attention) X(norm)
+#define FASTATTN_FOREACH_ROOM(X) X(attention) X(attention_backward) X(attention_bias) X(ffn) X(norm)
 
 // Files that the linker took in as they are; null where the build had no nvcc.
 #define FASTATTN_DECLARE_PTX(room)                                          \

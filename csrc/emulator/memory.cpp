@@ -17,10 +17,13 @@ size_t distinct(std::array<uint64_t, N>& values, size_t count) {
 }
 
 // Shared memory serves 32 banks of 4 bytes at a time, to 32, 16 or 8 lanes of 4, 8 or 16 bytes.
-// A word that several lanes ask for is served once.
-uint64_t wavefronts(const std::array<uint64_t, kWarp>& address, uint32_t lanes, uint32_t bytes) {
+// A word that several lanes of those ask for is served once.
+struct Wavefronts {
+  uint64_t total = 0, fewest = 0;  // fewest: were there no two words in a bank
+};
+Wavefronts wavefronts(const std::array<uint64_t, kWarp>& address, uint32_t lanes, uint32_t bytes) {
   uint32_t words = std::max(1u, bytes / 4), group = kWarp / words;
-  uint64_t total = 0;
+  Wavefronts found;
   for (uint32_t first = 0; first < kWarp; first += group) {
     std::array<uint64_t, kWarp> seen;
     std::array<uint8_t, 32> load{};
@@ -31,9 +34,10 @@ uint64_t wavefronts(const std::array<uint64_t, kWarp>& address, uint32_t lanes, 
     count = distinct(seen, count);
     uint8_t most = 0;
     for (size_t i = 0; i < count; i++) most = std::max(most, ++load[seen[i] % 32]);
-    total += most;
+    found.total += most;
+    found.fewest += count > 0;
   }
-  return total;
+  return found;
 }
 
 }  // namespace
@@ -102,21 +106,18 @@ uint32_t Machine::locate(Context& c, Access& access) {
 void Machine::count_access(Context& c, const Access& access, uint32_t lanes) {
   Site& site = sites[c.pc];
   std::array<uint64_t, kWarp> offset;
-  std::array<uint64_t, kWarp * 4> units;
-  size_t shared = 0, global = 0;
+  std::array<uint64_t, kWarp> units;
+  size_t global = 0;
   uint32_t shared_lanes = 0;
   for_lanes(lanes, [&](int lane) {
     const Place& place = access.place[lane];
     offset[lane] = place.offset;
-    if (place.space == kShared) {
-      shared_lanes |= 1u << lane;
-      for (uint32_t i = 0; i < std::max(1u, access.bytes / 4); i++)
-        units[shared++] = place.offset / 4 + i;
-    }
+    if (place.space == kShared) shared_lanes |= 1u << lane;
   });
   if (shared_lanes) {
-    site.transfers += wavefronts(offset, shared_lanes, access.bytes);
-    site.ideal += (distinct(units, shared) + 31) / 32;
+    const Wavefronts found = wavefronts(offset, shared_lanes, access.bytes);
+    site.transfers += found.total;
+    site.ideal += found.fewest;
   }
   std::array<uint64_t, kWarp> starts;
   for_lanes(lanes & ~shared_lanes, [&](int lane) {

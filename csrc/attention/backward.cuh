@@ -1,0 +1,157 @@
+// What the kernels of attention's gradients share: rows that stand against rows, and how the scores
+// become gradients.
+//
+// A `Side` is the queries with the gradients of their outputs, or the keys with their values;
+// either side's gradients come from the same products with the other.
+#pragma once
+
+#include "attention/scores.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+// What backward reads, for all heads. `statistics` are two numbers for each row of the queries: its
+// lse in base 2, and what the normalisation takes off the gradients of its weights.
+template <class T>
+struct Inputs {
+  const T *query, *key, *value, *grad_out;
+  Terms terms;
+  const uint64_t* seed;
+  const float2* statistics;
+  const AttentionBackwardScalars& all;
+
+  __device__ uint32_t head_number(int batch, int head) const {
+    return static_cast<uint32_t>(batch * all.in.heads + head);
+  }
+  __device__ const float2* statistics_of(int batch, int head) const {
+    return statistics + int64_t{head_number(batch, head)} * all.in.q_len;
+  }
+  __device__ bool plain() const {
+    return terms.mask == nullptr && terms.bias == nullptr && terms.alibi_slopes == nullptr &&
+           all.in.softcap == 0;
+  }
+};
+
+// One head's rows on one side of the products: scored * scored^T are the scores, and
+// weighed * weighed^T the gradients of their weights.
+template <class T>
+struct Side {
+  Matrix<const T> scored, weighed;
+
+  __device__ static Side queries(const Inputs<T>& from, int batch, int head) {
+    const AttentionScalars& in = from.all.in;
+    const bool none = from.grad_out == nullptr;  // zeros
+    return {matrix(from.query, in.query, batch, head, in.q_len, in.head_dim),
+            matrix(none ? from.query : from.grad_out, from.all.grad_out, batch, head,
+                   none ? 0 : in.q_len, in.value_dim)};
+  }
+  __device__ static Side keys(const Inputs<T>& from, int batch, int head) {
+    const AttentionScalars& in = from.all.in;
+    return {matrix(from.key, in.key, batch, head, in.kv_len, in.head_dim),
+            matrix(from.value, in.value, batch, head, in.kv_len, in.value_dim)};
+  }
+};
+
+// Some rows of a side in shared memory.
+template <class T, int Dim, int Rows>
+struct SideTiles {
+  Tile<T, Dim> scored, weighed;
+
+  __device__ explicit SideTiles(T* memory) : scored{memory}, weighed{memory + Rows * Dim} {}
+  __device__ void fetch(const Side<T>& from, int first) const {
+    copy<Rows>(scored, from.scored, first);
+    copy<Rows>(weighed, from.weighed, first);
+  }
+  // Takes what is not finite for 0.
+  __device__ void clean() const {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * Rows * Dim;
+         i += static_cast<int>(blockDim.x)) {
+      T& element = scored.memory[i];
+      if (!isfinite(static_cast<float>(element))) element = T(0.0f);
+    }
+  }
+};
+
+// Which rows meet: row r of this side and those of the other from r + shift - before to
+// r + shift + after.
+struct Band {
+  int shift, before, after, rows, others;
+
+  __device__ static Band queries(const AttentionScalars& in) {
+    return {in.offset, in.left, in.right, in.q_len, in.kv_len};
+  }
+  __device__ static Band keys(const AttentionScalars& in) {
+    return {-in.offset, in.right, in.left, in.kv_len, in.q_len};
+  }
+  // The others [begin, end) are all that meet any of the rows [first, first + count).
+  __device__ int begin(int first) const { return max(first + shift - before, 0); }
+  __device__ int end(int first, int count) const {
+    return first < rows ? min(min(first + count, rows) + shift + after, others) : 0;
+  }
+  // Whether all of [first, first + count) meet all of [other, other + other_count).
+  __device__ bool whole(int first, int count, int other, int other_count) const {
+    return first + count <= rows && other + other_count <= others &&
+           other >= first + count - 1 + shift - before &&
+           other + other_count - 1 <= first + shift + after;
+  }
+};
+
+// The products of 16 rows of this side, in `weights` and `grads`, become the weights that met the
+// values, and the gradients of the logits or, if OfProducts, of what softcap made them from. The
+// rows begin at `first` and the columns at `other`; `statistic(column)` and `statistic(row)` are
+// those of a query.
+template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
+__device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
+                              int batch, int head, int first, int other, uint32_t bits, bool whole,
+                              const Statistic& statistic) {
+  const AttentionScalars& in = from.all.in;
+  const int lane = lane_index(), r = lane / 4, q = lane % 4;
+  if (in.threshold != 0) drop<N>(grads, bits, in.kept);
+  const auto each = [&](const auto& logit_of) {
+#pragma unroll
+    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int row = r + e / 2 * 8, col = n * 8 + 2 * q + e % 2;
+        const float2 of_query = statistic(OfKeys ? col : row);
+        float steepness = 1;
+        const float logit = logit_of(weights[n][e], first + row, other + col, steepness);
+        const float weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
+        weights[n][e] = weight;
+        grads[n][e] = weight == 0 ? 0 : weight * (grads[n][e] - of_query.y) * steepness;
+      }
+  };
+  if (whole && from.plain()) {
+    each([&](float product, int, int, float&) { return product * in.scale; });
+  } else {
+    const Scores<T> scores(in, from.terms, batch, head);
+    each([&](float product, int row, int col, float& steepness) {
+      return scores.template operator()<true>(product, OfKeys ? col : row, OfKeys ? row : col,
+                                              OfProducts ? &steepness : nullptr);
+    });
+  }
+  if (in.threshold != 0) drop<N>(weights, bits, in.kept);
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+#define FASTATTN_INPUTS(T)                                                              \
+  const T *query, const T *key, const T *value, const T *grad_out, const uint8_t *mask, \
+      const void *bias, const float *alibi_slopes, const uint64_t *seed, const float2 *statistics
+
+#define FASTATTN_KERNEL(Tiles) extern "C" __global__ void __launch_bounds__(Tiles::kWarps* kWarp, 1)
+
+#define FASTATTN_FROM \
+  {query, key, value, grad_out, {mask, bias, alibi_slopes}, seed, statistics, all}
+
+#define FASTATTN_FOREACH_TILES(X) \
+  X(f32, float, 64)               \
+  X(f32, float, 128)              \
+  X(bf16, __nv_bfloat16, 64)      \
+  X(bf16, __nv_bfloat16, 128)     \
+  X(bf16, __nv_bfloat16, 256)     \
+  X(f16, __half, 64)              \
+  X(f16, __half, 128)             \
+  X(f16, __half, 256)

@@ -1,0 +1,276 @@
+// Attention backward on a GPU: queries and keys have a kernel each, which computes the scores
+// again, so that nothing is summed in an order that time decides.
+#include "attention/backward.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+// The gradients of 64 queries or, if OfKeys, of 64 keys and values: `grad_scored` and
+// `grad_weighed`, of which one is null where a block has one of them only.
+template <class T, int Dim, bool OfKeys>
+__device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_weighed) {
+  using Tiles = BackwardTiles<sizeof(T), Dim>;
+  constexpr int rows = Tiles::kRows, others = Tiles::kOthers;
+  constexpr int sums = OfKeys && !Tiles::kApart ? 2 : 1;
+  const AttentionBackwardScalars& all = from.all;
+  const AttentionScalars& in = all.in;
+  const int blocks = OfKeys ? all.key_blocks : in.query_blocks;
+  const int heads = OfKeys ? in.heads / in.group : in.heads;
+  const int block = static_cast<int>(blockIdx.x);
+  // Blocks that meet the most under a causal mask come first.
+  const int first = (OfKeys ? block % blocks : blocks - 1 - block % blocks) * rows;
+  const int head = block / blocks % heads, batch = block / blocks / heads;
+  const int lane = lane_index(), q = lane % 4, warp = static_cast<int>(threadIdx.x / kWarp);
+  const int row = warp * 16;
+  // If apart, every other block has the values' gradient.
+  const bool of_values = OfKeys && Tiles::kApart && blockIdx.y == 1;
+
+  T* memory = reinterpret_cast<T*>(shared_memory);
+  const SideTiles<T, Dim, rows> own(memory);
+  const auto other_tiles = [&](int parity) {
+    return SideTiles<T, Dim, others>(memory + 2 * Dim * (rows + parity * others));
+  };
+  __shared__ float2 others_statistics[2][OfKeys ? others : 1];
+  __shared__ uint16_t bits_of_keys[OfKeys ? others : 1][Tiles::kWarps];
+
+  const auto own_side =
+      OfKeys ? Side<T>::keys(from, batch, head) : Side<T>::queries(from, batch, head);
+  const Band band = OfKeys ? Band::keys(in) : Band::queries(in);
+  const int begin = band.begin(first) / others * others, end = band.end(first, rows);
+  const int nearest = band.begin(first + row), last = band.end(first + row, 16);
+
+  // The other side's heads, one after the other, and their blocks.
+  struct Step {
+    int head, first;
+  };
+  const Step start = {OfKeys ? head * in.group : head / in.group, begin};
+  const int last_head = start.head + (OfKeys ? in.group : 1);
+  const auto behind = [&](const Step& step) {
+    return step.first + others < end ? Step{step.head, step.first + others}
+                                     : Step{step.head + 1, begin};
+  };
+  const auto fetch = [&](const Step& step, int parity) {
+    const auto side =
+        OfKeys ? Side<T>::queries(from, batch, step.head) : Side<T>::keys(from, batch, step.head);
+    other_tiles(parity).fetch(side, step.first);
+    if constexpr (OfKeys) {
+      const int i = step.first + static_cast<int>(threadIdx.x);
+      const float2* statistics = from.statistics_of(batch, step.head);
+      if (threadIdx.x < others)
+        ptx::copy_pair_async(&others_statistics[parity][threadIdx.x],
+                             i < in.q_len ? statistics + i : from.statistics, i < in.q_len ? 8 : 0);
+    }
+  };
+
+  float2 own_statistics[2] = {};
+  if constexpr (!OfKeys)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = first + row + lane / 4 + 8 * half;
+      if (i < in.q_len) own_statistics[half] = from.statistics_of(batch, head)[i];
+    }
+  const uint64_t seed = in.threshold == 0 ? 0 : *from.seed;
+
+  // A NaN on the other side would spoil rows that do not meet it, since nothing times NaN is NaN.
+  // Where a sum is not finite it is computed again, and such elements are taken for 0: a query that
+  // meets one has statistics that are no number.
+  Accumulator<Dim> sum[sums];
+  __shared__ int strange;
+  if (threadIdx.x == 0) strange = 0;
+  bool careful = false;
+  while (true) {
+#pragma unroll
+    for (int s = 0; s < sums; s++)
+#pragma unroll
+      for (int n = 0; n < Dim / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[s][n][e] = 0;
+    own.fetch(own_side, first);
+    if (begin < end) fetch(start, 0);
+    int parity = 0;
+#pragma unroll 1
+    for (Step now = start; begin < end && now.head < last_head; parity ^= 1) {
+      const Step step = now;
+      now = behind(now);
+      ptx::wait_for_copies();
+      __syncthreads();
+      if (now.head < last_head) fetch(now, parity ^ 1);
+      const auto tiles = other_tiles(parity);
+      if (careful) {
+        own.clean();
+        tiles.clean();
+        __syncthreads();
+      }
+      uint32_t bits = 0;
+      if (OfKeys && in.threshold != 0) {
+        // Warps draw the words of two queries at a time, which serve the keys of all warps.
+#pragma unroll 2
+        for (int i = 2 * warp + lane / 16; i < others; i += 2 * Tiles::kWarps) {
+          const uint4 words =
+              philox(seed, first / 4 + lane % 16, static_cast<uint32_t>(step.first + i),
+                     from.head_number(batch, step.head));
+          for (int w = 0; w < 4; w++) {
+            const uint32_t votes = __ballot_sync(kAllLanes, word(words, w) >= in.threshold);
+            if (lane % 16 == w)
+              bits_of_keys[i][w] = static_cast<uint16_t>(votes >> (lane / 16 * 16));
+          }
+        }
+        __syncthreads();
+      }
+      if (!(step.first < last && step.first + others > nearest)) continue;
+
+      Accumulator<others> weights = {}, grads = {};
+      multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
+      if (!of_values)
+        multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
+      if constexpr (!OfKeys) {
+        if (in.threshold != 0)
+          bits = kept<others>(in.threshold, seed, from.head_number(batch, head),
+                              first + row + lane / 4, step.first);
+      } else if (in.threshold != 0) {
+#pragma unroll
+        for (int n = 0; n < others / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            bits |= (static_cast<uint32_t>(bits_of_keys[n * 8 + 2 * q + e % 2][warp]) >>
+                         (lane / 4 + e / 2 * 8) &
+                     1)
+                    << (4 * n + e);
+      }
+      differentiate<T, OfKeys, true, others>(
+          weights, grads, from, batch, OfKeys ? step.head : head, first + row, step.first, bits,
+          band.whole(first + row, 16, step.first, others),
+          [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });
+      if constexpr (sums == 2) {
+        multiply<others>(sum[0], grads, tiles.scored);
+        multiply<others>(sum[1], weights, tiles.weighed);
+      } else {
+        if (of_values)
+          multiply<others>(sum[0], weights, tiles.weighed);
+        else
+          multiply<others>(sum[0], grads, tiles.scored);
+      }
+    }
+    ptx::wait_for_copies();
+    __syncthreads();
+    if (careful || !in.hides) break;
+    bool finite = true;
+#pragma unroll
+    for (int s = 0; s < sums; s++)
+#pragma unroll
+      for (int n = 0; n < Dim / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) finite = finite && isfinite(sum[s][n][e]);
+    if (!finite) strange = 1;
+    __syncthreads();
+    careful = strange != 0;
+    if (!careful) break;
+  }
+
+  if (!of_values)
+#pragma unroll
+    for (int n = 0; n < Dim / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[0][n][e] *= all.scale;
+  const auto leave = [&](T* grad, const Layout& layout, int cols, const Accumulator<Dim>& of,
+                         const Tile<T, Dim>& tile) {
+    store(matrix(grad, layout, batch, head, band.rows, cols), first, of, tile, row);
+  };
+  if (of_values) {
+    leave(grad_weighed, all.grad_value, in.value_dim, sum[0], own.weighed);
+  } else {
+    leave(grad_scored, OfKeys ? all.grad_key : all.grad_query, in.head_dim, sum[0], own.scored);
+    if constexpr (sums == 2) leave(grad_weighed, all.grad_value, in.value_dim, sum[1], own.weighed);
+  }
+}
+
+// A few threads for each row: its lse in base 2, and grad_out . out - grad_lse. A row that met
+// something that is not finite where keys may hide gets no number at all.
+template <class T>
+__device__ void row_statistics(const T* grad_out, const T* out, const float* lse,
+                               const float* grad_lse, float2* statistics,
+                               const AttentionBackwardScalars& all) {
+  constexpr int team = kStatisticsTeam, each = 16 / sizeof(T);
+  const AttentionScalars& in = all.in;
+  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / team;
+  const int64_t count = int64_t{all.batch} * in.heads * in.q_len;
+  const int own = static_cast<int>(threadIdx.x) % team;
+  const int i = static_cast<int>(row % in.q_len),
+            head = static_cast<int>(row / in.q_len % in.heads);
+  const int batch = static_cast<int>(row / in.q_len / in.heads);
+  float total = 0;
+  if (row < count && grad_out != nullptr) {
+    const auto grads = matrix(grad_out, all.grad_out, batch, head, in.q_len, in.value_dim);
+    const auto outs = matrix(out, in.out, batch, head, in.q_len, in.value_dim);
+    const T* grad = grads.data + i * grads.row_stride;
+    const T* from = outs.data + i * outs.row_stride;
+    const int whole = grads.aligned && outs.aligned ? in.value_dim / each * each : 0;
+    for (int c = own * each; c < whole; c += team * each) {
+      float a[each], b[each];
+      load(a, grad + c);
+      load(b, from + c);
+#pragma unroll
+      for (int k = 0; k < each; k++) total += a[k] * b[k];
+    }
+    for (int c = whole + own; c < in.value_dim; c += team)
+      total += static_cast<float>(grad[c * grads.col_stride]) *
+               static_cast<float>(from[c * outs.col_stride]);
+  }
+#pragma unroll
+  for (int apart = 1; apart < team; apart *= 2) total += __shfl_xor_sync(kAllLanes, total, apart);
+  if (row >= count || own != 0) return;
+  const float delta = total - (grad_lse == nullptr ? 0 : grad_lse[row]);
+  statistics[row] = {in.hides && !isfinite(delta) ? kNan : lse[row] * kLog2e, delta};
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+using namespace fastattn::cuda;
+
+#define FASTATTN_STATISTICS(name, T)                                                               \
+  extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1) attention_statistics_##name( \
+      const T* grad_out, const T* out, const float* lse, const float* grad_lse,                    \
+      float2* statistics, const __grid_constant__ AttentionBackwardScalars all) {                  \
+    row_statistics(grad_out, out, lse, grad_lse, statistics, all);                                 \
+  }
+
+FASTATTN_STATISTICS(f32, float)
+FASTATTN_STATISTICS(bf16, __nv_bfloat16)
+FASTATTN_STATISTICS(f16, __half)
+
+// A head's sink draws weight from every row of the head.
+extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
+    attention_backward_sinks(const double* sinks, const float2* statistics, double* grad_sinks,
+                             const __grid_constant__ AttentionBackwardScalars all) {
+  __shared__ double parts[kStatisticsThreads];
+  const int head = static_cast<int>(blockIdx.x), own = static_cast<int>(threadIdx.x);
+  const float sink = static_cast<float>(sinks[head]) * kLog2e;
+  double total = 0;
+  for (int batch = 0; batch < all.batch; batch++)
+    for (int i = own; i < all.in.q_len; i += kStatisticsThreads) {
+      const float2 of_row = statistics[(int64_t{batch} * all.in.heads + head) * all.in.q_len + i];
+      if (of_row.x != -kInfinity) total -= ptx::exp2(sink - of_row.x) * of_row.y;
+    }
+  parts[own] = total;
+  for (int apart = kStatisticsThreads / 2; apart > 0; apart /= 2) {
+    __syncthreads();
+    if (own < apart) parts[own] += parts[own + apart];
+  }
+  if (own == 0) grad_sinks[head] = parts[0];
+}
+
+#define FASTATTN_BACKWARD(name, T, Dim)                                                          \
+  using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
+  attention_backward_queries_##name##_##Dim(                                                     \
+      FASTATTN_INPUTS(T), T* grad_query, const __grid_constant__ AttentionBackwardScalars all) { \
+    rows_gradient<T, Dim, false>(FASTATTN_FROM, grad_query, nullptr);                            \
+  }                                                                                              \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
+  attention_backward_keys_##name##_##Dim(FASTATTN_INPUTS(T), T* grad_key, T* grad_value,         \
+                                         const __grid_constant__ AttentionBackwardScalars all) { \
+    rows_gradient<T, Dim, true>(FASTATTN_FROM, grad_key, grad_value);                            \
+  }
+
+FASTATTN_FOREACH_TILES(FASTATTN_BACKWARD)

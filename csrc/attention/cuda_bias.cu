@@ -1,0 +1,107 @@
+// The gradient of attention's bias on a GPU, whatever dimensions share it.
+#include "attention/backward.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+// The bias' gradient at a block of queries and keys, summed over all batches, heads, queries and
+// keys that share it.
+template <class T, int Dim>
+__device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
+  using Tiles = BackwardTiles<sizeof(T), Dim>;
+  constexpr int rows = Tiles::kRows, others = Tiles::kOthers;
+  const AttentionBackwardScalars& all = from.all;
+  const AttentionScalars& in = all.in;
+  const int (&sizes)[4] = all.bias_sizes;
+  // A dimension of size 1 is one block, which goes through all that share it.
+  int block = static_cast<int>(blockIdx.x);
+  const auto range = [&](int size, int length, int each) {
+    if (size == 1) return int2{0, length};
+    const int blocks = (length + each - 1) / each, own = block % blocks * each;
+    block /= blocks;
+    return int2{own, min(own + each, length)};
+  };
+  const int2 keys = range(sizes[3], in.kv_len, others), queries = range(sizes[2], in.q_len, rows);
+  const int2 heads = range(sizes[1], in.heads, 1), batches = range(sizes[0], all.batch, 1);
+  const int lane = lane_index(), q = lane % 4, row = static_cast<int>(threadIdx.x / kWarp) * 16;
+
+  T* memory = reinterpret_cast<T*>(shared_memory);
+  const SideTiles<T, Dim, rows> own(memory);
+  const SideTiles<T, Dim, others> tiles(memory + 2 * Dim * rows);
+  const Band band = Band::queries(in);
+  const uint64_t seed = in.threshold == 0 ? 0 : *from.seed;
+  Accumulator<others> sum = {};
+  for (int batch = batches.x; batch < batches.y; batch++)
+    for (int head = heads.x; head < heads.y; head++)
+      for (int first = queries.x; first < queries.y; first += rows)
+        for (int other = keys.x; other < keys.y; other += others) {
+          if (other >= band.end(first, rows) || other + others <= band.begin(first)) continue;
+          own.fetch(Side<T>::queries(from, batch, head), first);
+          tiles.fetch(Side<T>::keys(from, batch, head / in.group), other);
+          ptx::wait_for_copies();
+          __syncthreads();
+          Accumulator<others> weights = {}, grads = {};
+          multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
+          multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
+          const int i = first + row + lane / 4;
+          const float2* statistics = from.statistics_of(batch, head);
+          const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
+                                     i + 8 < in.q_len ? statistics[i + 8] : float2{}};
+          const uint32_t bits =
+              in.threshold == 0
+                  ? 0
+                  : kept<others>(in.threshold, seed, from.head_number(batch, head), i, other);
+          differentiate<T, false, false, others>(
+              weights, grads, from, batch, head, first + row, other, bits,
+              band.whole(first + row, 16, other, others), [&](int r) { return of_rows[r / 8]; });
+#pragma unroll
+          for (int n = 0; n < others / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[n][e] += grads[n][e];
+          __syncthreads();
+        }
+
+  float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others]
+  static_assert(rows * others * sizeof(float) <= Tiles::kShared);
+#pragma unroll
+  for (int n = 0; n < others / 8; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      table[(row + lane / 4 + e / 2 * 8) * others + n * 8 + 2 * q + e % 2] = sum[n][e];
+  __syncthreads();
+  const int share_rows = sizes[2] == 1 ? rows : 1, share_cols = sizes[3] == 1 ? others : 1;
+  const int own_rows = sizes[2] == 1 ? 1 : queries.y - queries.x;
+  const int own_cols = sizes[3] == 1 ? 1 : keys.y - keys.x;
+  for (int at = static_cast<int>(threadIdx.x); at < own_rows * own_cols;
+       at += static_cast<int>(blockDim.x)) {
+    const int r = at / own_cols, c = at % own_cols;
+    float total = 0;
+    for (int i = r; i < r + share_rows; i++)
+      for (int j = c; j < c + share_cols; j++) total += table[i * others + j];
+    const int64_t to =
+        ((int64_t{sizes[0] == 1 ? 0 : batches.x} * sizes[1] + (sizes[1] == 1 ? 0 : heads.x)) *
+             sizes[2] +
+         (sizes[2] == 1 ? 0 : queries.x) + r) *
+            sizes[3] +
+        (sizes[3] == 1 ? 0 : keys.x) + c;
+    if (in.wide_bias)
+      static_cast<float*>(grad_bias)[to] = total;
+    else
+      static_cast<T*>(grad_bias)[to] = static_cast<T>(total);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+using namespace fastattn::cuda;
+
+#define FASTATTN_BIAS(name, T, Dim)                                                              \
+  using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
+  attention_backward_bias_##name##_##Dim(FASTATTN_INPUTS(T), void* grad_bias,                    \
+                                         const __grid_constant__ AttentionBackwardScalars all) { \
+    bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                                             \
+  }
+
+FASTATTN_FOREACH_TILES(FASTATTN_BIAS)
