@@ -79,7 +79,7 @@ def self_attention(kernels: str, mask: Tensor | None, causal: bool = False) -> P
     torch.compile cannot know how much padding there is.
     """
     packs = kernels == "fused" and not torch.compiler.is_compiling()
-    if mask is None or not len(mask) or not packs:
+    if mask is None or not packs or not len(mask):  # a traced mask's length must not be asked for
         return Padded(kernels, mask, causal)
     return Packed(mask, causal)
 
