@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import fastattn
+from bench import resources
 from fastattn import _library, emulator
 from fastattn.emulator import device
 from fastattn.emulator.launch import Memory
@@ -53,6 +54,24 @@ def attend(dtype: torch.dtype, q_len: int, kv_len: int, dim: int = 64, **options
     query, key, value = (torch.randn(1, 1, n, dim).to(dtype) for n in (q_len, kv_len, kv_len))
     value[:, :, kv_len // 2] = math.nan  # makes the kernel look twice
     fastattn.attention(query, key, value, **options)
+
+
+def attend_backward(
+    dtype: torch.dtype,
+    q_len: int,
+    kv_len: int,
+    dim: int = 64,
+    biased: bool = False,
+    **options: object,
+) -> None:
+    query, key, value = (torch.randn(1, 1, n, dim).to(dtype) for n in (q_len, kv_len, kv_len))
+    value[:, :, kv_len // 2] = math.nan  # makes the kernels look twice
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    if biased:
+        leaves.append(torch.randn(1, q_len, kv_len).to(dtype).requires_grad_())
+        options["bias"] = leaves[-1]
+    out = fastattn.attention(*leaves[:3], causal=True, **options)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 def attend_to_everything(dtype: torch.dtype, dim: int) -> None:
@@ -91,6 +110,19 @@ NORMS_BF16 = (
     functools.partial(norm, BF16, (5, 256), (2, 1032)),
     functools.partial(norm, BF16, (5, 256), dropout_p=0.3),
 )
+GRADIENTS_BF16 = (
+    functools.partial(attend_backward, BF16, 70, 100),
+    functools.partial(attend_backward, BF16, 70, 100, dropout_p=0.1, seed=1),
+    functools.partial(attend_backward, BF16, 20, 100, align="top_left"),  # keys that nobody sees
+    functools.partial(attend_backward, BF16, 140, 20),  # queries that see nothing
+    functools.partial(attend_backward, BF16, 37, 53, 8),
+    functools.partial(attend_backward, BF16, 37, 53, 9),
+)
+BIAS_BF16 = (
+    functools.partial(attend_backward, BF16, 70, 100, biased=True),
+    functools.partial(attend_backward, BF16, 70, 100, biased=True, dropout_p=0.1, seed=1),
+    functools.partial(attend_backward, BF16, 37, 53, 8, biased=True),
+)
 FFN_F32, FFN_BF16 = functools.partial(feed_forward, F32), functools.partial(feed_forward, BF16)
 
 KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
@@ -116,6 +148,9 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
         lambda: attend(F32, 140, 20, 4, causal=True),
         lambda: attend(F32, 37, 53, 5),
     ),
+    "attention_backward_queries_bf16_64": GRADIENTS_BF16,
+    "attention_backward_keys_bf16_64": GRADIENTS_BF16,
+    "attention_backward_bias_bf16_64": BIAS_BF16,
     "ffn_forward_f32": (FFN_F32,),
     "ffn_grad_input_f32": (FFN_F32,),
     "ffn_grad_weight_f32": (FFN_F32,),
@@ -126,8 +161,8 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "ffn_grad_weight_bf16": (FFN_BF16,),
 }
 
-# Mutants which do no harm, by words of what they are; the bounds in attention/cuda.cu, which say
-# what is visible and not what may be touched, are left to the tests of masks and windows.
+# Mutants which do no harm, by words of what they are; the bounds in csrc/attention, which say what
+# is visible and not what may be touched, are left to the tests of masks and windows.
 HARMLESS: dict[tuple[str, ...], str] = {
     ("v - lane_index() < vectors", "loosened"): "a round more, in which no lane is inside",
     ("float sums[2] = {};", "loosened"): "the same, where the compiler tests before the loop",
@@ -140,6 +175,10 @@ HARMLESS: dict[tuple[str, ...], str] = {
         "attention_forward_f32",
         "copies of all",
     ): "what is copied for zeros is not visible, or unread",
+    (
+        "attention_backward_keys",
+        "copies of all",
+    ): "what is copied for rows past the end has weight 0",
     ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
     ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
     ("parts may be written again", "team.sum(square)"): "a row's other sum has barriers between",
@@ -281,20 +320,23 @@ def mutants(kernel: emulator.Kernel) -> Iterator[Mutant]:
             whole = replace(statement, operands=operands[:3])
             together.setdefault(f"copies of all 16 bytes: {where}", {})[i] = whole
         bound = re.match(r"setp\.(lt|le|ge|gt)\.s(?:32|64)$", opcode)
-        if bound and not statement.source.file.endswith("attention/cuda.cu"):
+        if bound and "/attention/" not in statement.source.file:
             looser = replace(statement, opcode=f"setp.{LOOSER[bound[1]]}{opcode[7:]}")
             together.setdefault(f"{bound[1]} loosened: {where}", {})[i] = looser
     for what, statements in together.items():
         yield Mutant(what, statements)
 
 
-def room_of(name: str) -> str:
-    return name.split("_")[0]
+@functools.cache
+def rooms() -> dict[str, str]:
+    """The room of each kernel."""
+    entry = re.compile(r"\.entry (\w+)\(")
+    return {name: room for room in resources.ROOMS for name in entry.findall(_library.ptx(room))}
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_mutant_is_found_out(name: str) -> None:
-    kernel = device.kernel(room_of(name), name)
+    kernel = device.kernel(rooms()[name], name)
     launches, unnoticed, count = recorded(name, kernel), [], 0
     for mutant in mutants(kernel):
         what = f"{name}: {mutant.what}"
