@@ -78,6 +78,7 @@ def small(transformers: Any, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     elif name == "ViTForImageClassification":
         sizes |= test_huggingface.BERT_LIKE | {"image_size": 16, "patch_size": 4}
         sizes.pop("max_position_embeddings")
+        sizes["num_labels"] = 10  # two give the classifier's bias one number to be judged by
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
     else:
         sizes |= BART_LIKE | {"vocab_size": 101, "num_mel_bins": 8, "max_source_positions": 20}
