@@ -361,18 +361,41 @@ def feed_forward(case: FeedForward) -> Recipe:
     else:
         inputs["up_bias"] = 0.1 * torch.randn(case.hidden)
         inputs["down_bias"] = 0.1 * torch.randn(case.width)
-    fused = functools.partial(fastattn.ffn, activation=case.activation)
+    options = {"activation": case.activation, "dropout_p": case.dropout}
+    fused = functools.partial(fastattn.ffn, **options, recompute=case.recompute)
     activation = ACTIVATIONS[case.activation]
 
-    def eager(input, up_weight, down_weight, gate_weight=None, up_bias=None, down_bias=None):
+    def eager(
+        input, up_weight, down_weight, gate_weight=None, up_bias=None, down_bias=None, keep=None
+    ):
         hidden = F.linear(input, up_weight, up_bias)
         if gate_weight is None:
             hidden = activation(hidden)
         else:
             hidden = activation(F.linear(input, gate_weight)) * hidden
+        if keep is not None:
+            hidden = hidden * keep / (1 - case.dropout)
+        elif case.dropout:
+            hidden = F.dropout(hidden, case.dropout)
         return F.linear(hidden, down_weight, down_bias)
 
-    return Recipe(inputs, {"fused": fused, "eager": eager}, eager)
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, kept_hidden)
+
+
+def kept_hidden(function: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> Tensor:
+    """Bool (rows, hidden): which elements the dropout of `function` keeps under the seed.
+
+    Read off its own output, where rows of the identity as the last weight let them out.
+    """
+    ones = {name: torch.ones_like(tensor) for name, tensor in inputs.items()}
+    ones["down_bias"] = torch.zeros(len(inputs["down_weight"]))
+    identity = torch.eye(inputs["down_weight"].shape[1])
+    width, hidden = inputs["down_weight"].shape
+    kept = []
+    for rows in F.pad(identity, (0, 0, 0, -hidden % width)).split(width):  # (width, hidden)
+        torch.manual_seed(SEED)
+        kept.append(function(**ones | {"down_weight": rows}).detach())
+    return torch.cat(kept, -1)[:, :hidden] != 0
 
 
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {

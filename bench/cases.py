@@ -299,13 +299,21 @@ class FeedForward(Case):
     hidden: int
     activation: str = "gelu"
     gated: bool = False
+    dropout: float = 0.0  # of what goes into the last layer
+    recompute: bool = False
 
     group: ClassVar[str] = "linear and FFN"
     tiny: ClassVar[dict[str, int]] = {"rows": 8, "width": 64, "hidden": 64}
 
     @property
     def title(self) -> str:
-        return f"ffn gated {self.activation}" if self.gated else f"ffn {self.activation}"
+        options = {
+            "gated": self.gated,
+            self.activation: True,
+            f"dropout {self.dropout:g}": self.dropout > 0,
+            "recompute": self.recompute,
+        }
+        return " ".join(["ffn", *(word for word, on in options.items() if on)])
 
     @property
     def shape(self) -> str:
@@ -464,6 +472,8 @@ CASES: tuple[Case, ...] = (
     FeedForward(rows=128, width=768, hidden=3072, quick=True),
     FeedForward(rows=512, width=768, hidden=3072),
     FeedForward(rows=512, width=768, hidden=3072, backward=True),
+    FeedForward(rows=512, width=768, hidden=3072, recompute=True, backward=True),
+    FeedForward(rows=512, width=768, hidden=3072, dropout=0.1, backward=True),
     FeedForward(rows=128, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True, backward=True),

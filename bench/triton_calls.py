@@ -61,7 +61,7 @@ def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
         if gated:
             gate, gate_bias = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
             options |= {"gate_weight": gate.requires_grad_(), "gate_bias": gate_bias}
-        fastattn.ffn(x, up, down, up_bias, down_bias, **options).sum().backward()
+        fastattn.ffn(x, up, down, up_bias, down_bias, **options, dropout_p=0.1).sum().backward()
 
     return call
 

@@ -175,10 +175,10 @@ def _refusals(
         if tensor.dtype not in dtypes:
             reasons.append(f"dtype {tensor.dtype} has no {language} kernel")
             break
-    return reasons + _transforms()
+    return reasons + transforms()
 
 
-def _transforms() -> list[str]:
+def transforms() -> list[str]:
     """The reasons that lie in where a call stands."""
     reasons = []
     if torch._C._are_functorch_transforms_active():  # a test that torch.compile can trace

@@ -83,6 +83,7 @@ class FeedForward(nn.Module):
         gated: whether there is a gate.
         bias: whether the projections add a bias.
         dropout: probability of zeroing an element between the projections in training.
+        recompute: backward projects the input again instead of keeping what has `hidden_dim`.
 
     Raises:
         ValueError: `activation` or `dropout` is none of the above.
@@ -98,6 +99,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -109,11 +111,18 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(embed_dim, hidden_dim, **factory)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, **factory)
         self.dropout = nn.Dropout(dropout)
+        self.recompute = recompute
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., embed_dim] to [..., embed_dim]; raises as `fastattn.ffn` does."""
         return _feed_forward(
-            input, self.up_proj, self.down_proj, self.activation, self.dropout, self.gate_proj
+            input,
+            self.up_proj,
+            self.down_proj,
+            self.activation,
+            self.dropout,
+            self.gate_proj,
+            self.recompute,
         )
 
     def extra_repr(self) -> str:
@@ -334,13 +343,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` (arXiv:1706.03762; norm_first: arXiv:2002.04745).
 
     The residual adds are fused with the norms that follow, and the two linear layers with the
-    activation between them where it is ReLU, GELU or SiLU; `activation` takes a function, a module
-    or one of "relu", "gelu", "gelu_tanh" and "silu". A linear layer that was replaced, parametrized
-    or given hooks is called as a module.
+    activation and the dropout between them where it is ReLU, GELU or SiLU; `activation` takes a
+    function, a module or one of "relu", "gelu", "gelu_tanh" and "silu". A linear layer that was
+    replaced, parametrized or given hooks is called as a module. With `recompute`, an argument and
+    an attribute beside torch's, backward computes what is dim_feedforward wide again instead of
+    keeping it.
 
     Nested tensors are refused. `torch.nn.TransformerEncoder` stacks this layer: it warns that it
     will not make nested tensors of padded batches, unless built with enable_nested_tensor=False.
     """
+
+    recompute = False  # of a layer of torch.nn that `fastattn.patch` has made one of these
 
     def __init__(
         self,
@@ -355,8 +368,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parent's own would make torch's modules
+        self.recompute = recompute
         sizes = d_model, nhead, dim_feedforward, dropout, layer_norm_eps
         factory = {"bias": bias, "device": device, "dtype": dtype}
         _fill(self, ["self_attn"], *sizes, activation, batch_first, norm_first, factory)
@@ -399,6 +414,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     `memory` between self-attention and the linear layers.
     """
 
+    recompute = False  # of a layer of torch.nn that `fastattn.patch` has made one of these
+
     def __init__(
         self,
         d_model: int,
@@ -412,8 +429,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parent's own would make torch's modules
+        self.recompute = recompute
         sizes = d_model, nhead, dim_feedforward, dropout, layer_norm_eps
         factory = {"bias": bias, "device": device, "dtype": dtype}
         attentions = ["self_attn", "multihead_attn"]
@@ -495,7 +514,9 @@ def _fill(
 def _block(layer: nn.Module, x: Tensor) -> Tensor:
     """The linear layers of an encoder's or a decoder's layer."""
     activation = _name_of(layer.activation) or layer.activation
-    return _feed_forward(x, layer.linear1, layer.linear2, activation, layer.dropout)
+    return _feed_forward(
+        x, layer.linear1, layer.linear2, activation, layer.dropout, recompute=layer.recompute
+    )
 
 
 def _promoted(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -572,14 +593,15 @@ def _feed_forward(
     activation: str | Callable[[Tensor], Tensor],
     dropout: nn.Module,
     gate: nn.Module | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """down(dropout(activation(up))), or down(dropout(activation(gate) * up)), fused where it can.
 
     A module that is hooked, or is not exactly the torch.nn class, is called and not looked into.
     """
     plain = all(map(_plain, (up, down))) and (gate is None or _plain(gate))
-    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p)
-    if plain and idle and not _hooked(dropout) and isinstance(activation, str):
+    drops = type(dropout) is nn.Dropout and not _hooked(dropout)
+    if plain and drops and isinstance(activation, str):
         return fastattn.ffn(
             input,
             up.weight,
@@ -589,6 +611,8 @@ def _feed_forward(
             gate_weight=None if gate is None else gate.weight,
             gate_bias=None if gate is None else gate.bias,
             activation=activation,
+            dropout_p=dropout.p if dropout.training else 0.0,
+            recompute=recompute,
         )
     hidden = _linear(up if gate is None else gate, input, activation)
     if gate is not None:

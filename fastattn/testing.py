@@ -668,7 +668,19 @@ def _ffn_cases(function: str) -> Iterator[Case]:
     yield case("odd_sizes", (3, 5), (13, 29, 7), gated=True)
     yield case("deep", (9,), (500, 450, 30), gated=True, activation="silu")
     yield case("vector", (), (32, 48, 32), gated=False)
-    yield case("no_rows", (0,), (16, 24, 16), gated=True)
+    yield case("dropout", (35,), (30, 150, 20), gated=False, dropout_p=0.3, seed=2**62 + 12345)
+    yield case("recompute", (40,), (64, 96, 50), gated=False, recompute=True)
+    yield case(
+        "everything",
+        (3, 13),
+        (40, 150, 24),
+        gated=True,
+        activation="silu",
+        dropout_p=0.2,
+        seed=7,
+        recompute=True,
+    )
+    yield case("no_rows", (0,), (16, 24, 16), gated=True, dropout_p=0.5, recompute=True)
     yield case("no_hidden", (4,), (16, 0, 8), gated=False)
 
 

@@ -315,13 +315,19 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
             ({"residual": None}, TypeError, "residual"),
             ({"residual": randn(3, 8).double()}, TypeError, "residual"),
             ({"input": randn(3, 8).double(), "weight": None}, TypeError, "residual"),
+            ({"return_sum": 0}, TypeError, "return_sum"),
+        )
+    ),
+    *(
+        (name, options, error, match)
+        for name in ("add_layer_norm", "add_rms_norm", "ffn")
+        for options, error, match in (
             ({"dropout_p": -0.1}, ValueError, "dropout_p"),
             ({"dropout_p": NAN}, ValueError, "dropout_p"),
             ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
             ({"dropout_p": 0.1, "seed": -1}, ValueError, "seed"),
             ({"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed"),
             ({"seed": 3}, ValueError, "seed"),
-            ({"return_sum": 0}, TypeError, "return_sum"),
         )
     ),
     ("apply_rope", {"query": randn(2, 4, 8)}, ValueError, "query"),
@@ -351,6 +357,7 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ffn", {"gate_weight": None}, ValueError, "gate_bias"),
     ("ffn", {"gate_weight": randn(10, 8)}, ValueError, "gate_"),
     ("ffn", {"down_weight": randn(5, 8)}, ValueError, "down_weight"),
+    ("ffn", {"recompute": 1}, TypeError, "recompute"),
 ]
 
 

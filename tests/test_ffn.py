@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import ffn, linear
+from fastattn.ops import philox
 from fastattn.testing import DTYPES, assert_close_to_oracle
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -186,6 +188,89 @@ def test_an_open_gate_lets_through() -> None:
     assert (ffn(x, up, down, **closed) == 0).all()
     opened = ffn(x, up, down, **closed, gate_bias=torch.ones(12).double())
     torch.testing.assert_close(opened, x @ up.T @ down.T)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_dropout_is_philox_counted_by_position(gated: bool, seed: int) -> None:
+    """Of what is hidden, gate included, which two projections that change nothing let out."""
+    x, same = torch.rand(33, 150) + 1, torch.eye(150)
+    options = {"activation": "relu", "gate_weight": same if gated else None}
+    out = ffn(x, same, same, **options, dropout_p=0.3, seed=seed)
+    kept = philox.keep(torch.tensor([seed]), 1, 33, 150, 0.3)[0]
+    assert ((out != 0) == kept).all()
+    torch.testing.assert_close(out, (x * x if gated else x) / 0.7 * kept)
+    assert ffn(x.view(3, 11, 150), same, same, **options, dropout_p=0.3, seed=seed).equal(
+        out.view(3, 11, 150)
+    )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_has_its_formulas_gradients(gated: bool, recompute: bool) -> None:
+    leaves = randn((6, 12), (70, 12), (9, 70), (70, 12))[: 4 if gated else 3]
+    kept = philox.keep(torch.tensor([5]), 1, 6, 70, 0.4)[0]
+
+    def written(x: Tensor, up: Tensor, down: Tensor, *gate: Tensor) -> Tensor:
+        hidden = F.silu(x @ gate[0].T) * (x @ up.T) if gate else F.silu(x @ up.T)
+        return (hidden * kept / 0.6) @ down.T
+
+    def ours(x: Tensor, up: Tensor, down: Tensor, *gate: Tensor) -> Tensor:
+        options = {"gate_weight": gate[0] if gate else None, "recompute": recompute}
+        return ffn(x, up, down, **options, activation="silu", dropout_p=0.4, seed=5)
+
+    torch.testing.assert_close(ours(*leaves), written(*leaves))
+    torch.testing.assert_close(grads(ours, leaves), grads(written, leaves))
+
+
+def test_dropout_of_nothing_and_of_everything() -> None:
+    x, up, down, bias = randn((6, 12), (20, 12), (9, 20), (9,))
+    assert ffn(x, up, down, dropout_p=0.0).equal(ffn(x, up, down))
+    x[2, 3] = float("inf")
+
+    def empty(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return ffn(x, up, down, down_bias=bias, activation="relu", dropout_p=1.0)
+
+    assert empty(x, up, down).equal(bias.expand(6, 9))
+    x[2, 3] = 0.0
+    for leaf, grad in zip([x, up, down], grads(empty, [x, up, down]), strict=True):
+        assert grad.equal(torch.zeros_like(leaf))
+
+
+def test_dropout_seeds_come_from_torch_unless_given() -> None:
+    x, up, down = randn((6, 12), (20, 12), (9, 20))
+    torch.manual_seed(5)
+    first, second = (ffn(x, up, down, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert ffn(x, up, down, dropout_p=0.5).equal(first)
+    assert not first.equal(second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [3, 60])  # for which products have different kernels
+def test_recomputing_changes_no_bit_and_keeps_nothing_hidden(
+    dtype: torch.dtype, gated: bool, rows: int
+) -> None:
+    shapes = (rows, 70), (150, 70), (30, 150), (150,), (30,), (150, 70), (150,)
+    leaves = randn(*shapes[: 7 if gated else 5], dtype=dtype)
+    kept: list[torch.Size] = []
+
+    def block(recompute: bool, *tensors: Tensor) -> Tensor:
+        names = ("gate_weight", "gate_bias")
+        gate = dict(zip(names, tensors[5:], strict=False))
+        options = {"dropout_p": 0.2, "seed": 3, "recompute": recompute}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.shape) or t, lambda t: t
+        ):
+            return ffn(*tensors[:5], **gate, **options)
+
+    usual = grads(functools.partial(block, False), leaves)
+    assert (rows, 150) in kept
+    kept.clear()
+    for grad, expected in zip(grads(functools.partial(block, True), leaves), usual, strict=True):
+        assert grad.equal(expected)
+    assert (rows, 150) not in kept
 
 
 @pytest.mark.parametrize(

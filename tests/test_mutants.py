@@ -99,6 +99,11 @@ def feed_forward(dtype: torch.dtype) -> None:
         fastattn.linear(*empty).sum().backward()
 
 
+def drop(dtype: torch.dtype) -> None:
+    x, up, down = (torch.randn(*shape).to(dtype) for shape in ((5, 9), (67, 9), (3, 67)))
+    fastattn.ffn(x, up, down, dropout_p=0.3, seed=3)
+
+
 # the kernels, each with the calls that its mutants are tried on
 
 # Rows of a warp, of which the last block has too few, and rows of a block.
@@ -155,6 +160,7 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "ffn_grad_input_f32": (FFN_F32,),
     "ffn_grad_weight_f32": (FFN_F32,),
     "ffn_activation_backward_f32": (FFN_F32,),
+    "ffn_drop_f32": (functools.partial(drop, F32),),
     "ffn_sum_columns_f32_to_f32": (FFN_F32,),
     "ffn_forward_bf16": (FFN_BF16,),
     "ffn_grad_input_bf16": (FFN_BF16,),

@@ -137,6 +137,28 @@ def test_feed_forward_drops_hidden_elements_in_training_only(gated: bool) -> Non
     assert ((runs.mean(0) - expected).abs() < 5 * spread).all()
 
 
+@pytest.mark.parametrize("layer", ["FeedForward", "TransformerEncoderLayer"])
+def test_dropout_between_linear_layers_is_fused_and_recomputed(layer: str) -> None:
+    """Draws what `fastattn.ffn` draws, and keeps nothing of the hidden width."""
+    if layer == "FeedForward":
+        module = fastattn.nn.FeedForward(E, 40, "relu", dropout=0.4, recompute=True)
+        up, down, block = module.up_proj, module.down_proj, module
+    else:
+        module = fastattn.nn.TransformerEncoderLayer(E, H, 40, 0.4, recompute=True)
+        up, down, block = module.linear1, module.linear2, partial(fastattn.nn._block, module)
+    kept: list[int] = []
+    x = randn(N, L, E, dtype=torch.float32)
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.shape[-1]) or t, lambda t: t
+    ):
+        out = block(x)
+    torch.manual_seed(3)
+    weights = up.weight, down.weight, up.bias, down.bias
+    assert torch.equal(out, fastattn.ffn(x, *weights, activation="relu", dropout_p=0.4))
+    assert kept.count(40) == 2  # down's weight and up's bias
+
+
 def test_feed_forward_refuses() -> None:
     with pytest.raises(ValueError, match=r"activation must be one of .*got 'tanh'"):
         fastattn.nn.FeedForward(E, activation="tanh")
@@ -442,6 +464,8 @@ def test_encoder_layer_dropout_is_torchs(norm_first: bool, activation) -> None:
     ours, theirs = twins("TransformerEncoderLayer", E, H, 40, 0.5, dtype=torch.float32, **kwargs)
     for module in (ours, theirs):
         module.self_attn.dropout = 0.0  # drawn from another stream than torch's
+        if activation == "relu":  # so is what is fused with a linear layer
+            module.dropout.p = 0.0
     check(ours, theirs, lambda module, x: module(x), [randn(S, N, E)])
     assert not torch.equal(*(ours(randn(S, N, E)) for _ in range(2)))
 

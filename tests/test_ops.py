@@ -108,7 +108,7 @@ QUICK_IN_TRITON = {
     "add_rms_norm": ("dropout", "fp32_residual", "sum_unwritten", "no_rows"),
     "attention": ("odd_sizes", "causal_tall", "sinks", "everything"),
     "linear": ("odd_sizes", "gelu_tanh", "no_features", "no_outputs", "no_rows"),
-    "ffn": ("gelu", "relu_gated", "silu_gated", "no_hidden"),
+    "ffn": ("gelu", "relu_gated", "everything", "no_hidden"),
 }
 
 

@@ -210,6 +210,7 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.gate = nn.Linear(24, 40), nn.Linear(24, 40)
         self.down, self.kind = nn.Linear(40, 24), kind
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
@@ -219,8 +220,12 @@ class Block(nn.Module):
             return up, gate
         if self.kind == "residual":
             return x + self.down(F.silu(gate) * up)
-        if self.kind == "dropout":
+        if self.kind == "dropout as a function":
             return self.down(F.dropout(F.silu(gate) * up, 0.5, self.training))
+        if self.kind == "dropout":
+            return self.down(self.dropout(F.silu(gate) * up))
+        if self.kind == "dropout behind":
+            return self.dropout(self.down(F.silu(gate) * up))
         return self.down(F.silu(gate) * up)
 
 
@@ -232,6 +237,8 @@ class Block(nn.Module):
         (Norm("L1"), None),
         (Block("own"), "fastattn.ffn, silu, gate gate"),
         (Block("dropout"), "fastattn.ffn, silu, gate gate"),
+        (Block("dropout behind"), "fastattn.ffn, silu, gate gate"),
+        (Block("dropout as a function"), "fastattn.ffn, silu, gate gate"),
         (Block("quick"), None),
         (Block("residual"), None),
         (nn.Sequential(nn.Linear(24, 40), nn.SiLU()), "fastattn.linear, silu"),
@@ -242,7 +249,8 @@ class Block(nn.Module):
 def test_layers_are_known_by_what_they_compute(layer: nn.Module, by: str | None) -> None:
     x = torch.randn(5, 24)
     with torch.no_grad():
-        wanted = layer(x)
+        wanted = layer.eval()(x)
+    layer.train()
     state = torch.get_rng_state()
     report = fastattn.patch(layer)
     assert torch.equal(torch.get_rng_state(), state)
@@ -251,12 +259,30 @@ def test_layers_are_known_by_what_they_compute(layer: nn.Module, by: str | None)
     )
     assert report.rows == [expected]
     layer.eval()
-    torch.testing.assert_close(layer(x), layer(x))
-    if getattr(layer, "kind", "") != "dropout":
+    torch.testing.assert_close(layer(x), wanted)
+    layer.train()
+    torch.manual_seed(1)
+    if not getattr(layer, "kind", "").startswith("dropout"):
         torch.testing.assert_close(layer(x), wanted)
+        return
+    dropped = layer(x)
+    assert not torch.allclose(dropped, wanted)
+    torch.manual_seed(1)
+    if layer.kind == "dropout":
+        expected = fastattn.ffn(
+            x,
+            layer.up.weight,
+            layer.down.weight,
+            layer.up.bias,
+            layer.down.bias,
+            gate_weight=layer.gate.weight,
+            gate_bias=layer.gate.bias,
+            activation="silu",
+            dropout_p=0.5,
+        )
     else:
-        still = layer(x)
-        assert not torch.allclose(layer.train()(x), still)
+        expected = type(layer).forward(layer, x)
+    assert torch.equal(dropped, expected)
 
 
 def test_layers_that_change_after_patching() -> None:

@@ -72,6 +72,7 @@ TINY = [
     *(tiny("linear", {"activation": a}, **LINEAR) for a in (None, "gelu", "gelu_tanh", "silu")),
     tiny("ffn", {"activation": "gelu"}, **FFN, **BIASES),
     tiny("ffn", {"activation": "silu"}, **FFN, gate_weight=(4, 3), gate_bias=(4,)),
+    tiny("ffn", {"dropout_p": 0.4, "seed": 5, "recompute": True}, **FFN, **BIASES),
     tiny("apply_rope", {}, query=(1, 2, 3, 5), key=(1, 1, 3, 5), **ANGLES),
     tiny("apply_rope", {"key": None, "interleaved": True}, query=(2, 1, 3, 4), **ANGLES),
 ]
@@ -152,7 +153,7 @@ ONE_EACH = [
     "rms_norm-plain",
     "add_rms_norm-everything",
     "linear-gelu",
-    "ffn-silu_gated",
+    "ffn-everything",
     "apply_rope-positions",
 ]
 by_one_each = pytest.mark.parametrize("case_id", ONE_EACH)

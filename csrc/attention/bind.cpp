@@ -149,15 +149,9 @@ struct Inputs {
     in.scale = scale;
     in.softcap = softcap;
     in.dropout_p = dropout_p;
-    in.seed = 0;
-    FASTATTN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
-    if (dropout_p > 0) {
-      FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
-                         seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                     "dropout needs a seed of one int64");
-      in.device_seed = static_cast<const uint64_t*>(seed->const_data_ptr());
-      if (place_of(query).is_cpu()) in.seed = *in.device_seed;
-    }
+    const Seed own = checked_seed(dropout_p, seed, place_of(query));
+    in.seed = own.value;
+    in.device_seed = own.address;
   }
 };
 

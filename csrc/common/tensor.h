@@ -202,6 +202,23 @@ void run(Place place, const Args& args, void (*on_cpu)(const Args&),
   on_cuda(args, device);
 }
 
+// The seed of dropout: its value on the CPU, and where it lies, for a GPU's memory the host does
+// not read. Nothing where p is 0.
+struct Seed {
+  uint64_t value = 0;
+  const uint64_t* address = nullptr;
+};
+inline Seed checked_seed(double dropout_p, const OptionalTensor& seed, Place place) {
+  FASTATTN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
+  if (dropout_p == 0) return {};
+  FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
+                     seed->scalar_type() == torch::headeronly::ScalarType::Long &&
+                     place_of(*seed).is_cpu() == place.is_cpu(),
+                 "dropout needs a seed of one int64 on the device of the others");
+  const auto* address = static_cast<const uint64_t*>(seed->const_data_ptr());
+  return {place.is_cpu() ? *address : 0, address};
+}
+
 inline const void* read(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

@@ -56,6 +56,7 @@ Tensor kept(const Tensor& rows, int64_t columns, bool wanted, Dtype dtype) {
   void name(Place place, const Args& args) { run(place, args, fastattn::name, cuda::name); }
 FASTATTN_PLACED(linear_forward, LinearForward)
 FASTATTN_PLACED(gated_forward, GatedForward)
+FASTATTN_PLACED(drop, Drop)
 FASTATTN_PLACED(activation_backward, ActivationBackward)
 FASTATTN_PLACED(linear_backward, LinearBackward)
 
@@ -105,33 +106,84 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
   return {grad_input, grad_weight, grad_bias};
 }
 
+// What both directions of a feed-forward block take, checked.
+struct Block {
+  const Tensor& input;
+  const Tensor& down_weight;
+  const OptionalTensor& gate_weight;
+  Dtype dtype = dtype_of(input);
+  Place place = place_of(input);
+  int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
+  int64_t features, out_features;
+  bool gated = gate_weight.has_value();
+  Activation activation;
+  double dropout_p;
+  Seed seed;
+
+  Block(const Tensor& input, const Tensor& up_weight, const OptionalTensor& up_bias,
+        const OptionalTensor& gate_weight, const OptionalTensor& gate_bias,
+        const Tensor& down_weight, const OptionalTensor& down_bias, const OptionalTensor& seed,
+        const std::string& activation, double dropout_p)
+      : input(input),
+        down_weight(down_weight),
+        gate_weight(gate_weight),
+        features(checked("up_weight", up_weight, up_bias, in, dtype)),
+        out_features(checked("down_weight", down_weight, down_bias, features, dtype)),
+        activation(activation_of(activation)),
+        dropout_p(dropout_p),
+        seed(checked_seed(dropout_p, seed, place)) {
+    FASTATTN_CHECK(!gated || checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
+                   "gate_weight must have as many rows as up_weight");
+    FASTATTN_CHECK(dropout_p == 0 || rows >> 32 == 0, "dropout counts up to 2^32 rows");
+  }
+
+  void drop_out(const Tensor& x) const {
+    if (dropout_p > 0)
+      drop(place,
+           {dtype, rows, features, x.mutable_data_ptr(), dropout_p, seed.value, seed.address});
+  }
+
+  // What forward has kept of a projection, or the same again.
+  Tensor kept_or_again(const char* name, const Tensor& kept, const Tensor& weight,
+                       const OptionalTensor& bias) const {
+    if (kept.numel() > 0) {
+      check_rows(name, kept, rows, features);
+      check_dtype(name, kept, dtype);
+      return kept;
+    }
+    Tensor again = empty(rows, features, dtype, place);
+    linear_forward(place,
+                   {dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
+                    read(bias), Activation::identity, again.mutable_data_ptr(), nullptr});
+    return again;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, OptionalTensor up_bias,
                                            OptionalTensor gate_weight, OptionalTensor gate_bias,
                                            Tensor down_weight, OptionalTensor down_bias,
-                                           std::string activation, bool save) {
-  const Dtype dtype = dtype_of(input);
-  const Place place = place_of(input);
-  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
-  const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
-  const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
-  const bool gated = gate_weight.has_value();
-  const Activation kind = activation_of(activation);
-  Tensor hidden = empty(rows, features, dtype, place), out = empty_rows(input, out_features, dtype);
-  Tensor up = kept(input, features, save, dtype);
-  Tensor gate = kept(input, features, save && gated, dtype);
-  if (gated) {
-    FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
-                   "gate_weight must have as many rows as up_weight");
-    gated_forward(place,
-                  {dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
-                   read(up_bias), gate_weight->const_data_ptr(), read(gate_bias), kind,
-                   hidden.mutable_data_ptr(), write(up, save), write(gate, save)});
+                                           OptionalTensor seed, std::string activation,
+                                           double dropout_p, bool save) {
+  const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed,
+                 activation, dropout_p);
+  const Dtype dtype = of.dtype;
+  const Place place = of.place;
+  Tensor hidden = empty(of.rows, of.features, dtype, place);
+  Tensor out = empty_rows(input, of.out_features, dtype);
+  Tensor up = kept(input, of.features, save, dtype);
+  Tensor gate = kept(input, of.features, save && of.gated, dtype);
+  if (of.gated) {
+    gated_forward(place, {dtype, of.rows, of.in, of.features, input.const_data_ptr(),
+                          up_weight.const_data_ptr(), read(up_bias), gate_weight->const_data_ptr(),
+                          read(gate_bias), of.activation, hidden.mutable_data_ptr(),
+                          write(up, save), write(gate, save)});
   } else {
-    linear_forward(place,
-                   {dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
-                    read(up_bias), kind, hidden.mutable_data_ptr(), write(up, save)});
+    linear_forward(place, {dtype, of.rows, of.in, of.features, input.const_data_ptr(),
+                           up_weight.const_data_ptr(), read(up_bias), of.activation,
+                           hidden.mutable_data_ptr(), write(up, save)});
   }
-  linear_forward(place, {dtype, rows, features, out_features, hidden.const_data_ptr(),
+  of.drop_out(hidden);
+  linear_forward(place, {dtype, of.rows, of.features, of.out_features, hidden.const_data_ptr(),
                          down_weight.const_data_ptr(), read(down_bias), Activation::identity,
                          out.mutable_data_ptr(), nullptr});
   return {out, up, gate};
@@ -140,27 +192,18 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
     Tensor grad_out, Tensor input, Tensor up_weight, OptionalTensor up_bias,
     OptionalTensor gate_weight, OptionalTensor gate_bias, Tensor down_weight,
-    OptionalTensor down_bias, Tensor up, Tensor gate, std::string activation, bool need_input,
-    bool need_up_weight, bool need_up_bias, bool need_gate_weight, bool need_gate_bias,
-    bool need_down_weight, bool need_down_bias) {
-  const Dtype dtype = dtype_of(input);
-  const Place place = place_of(input);
-  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
-  const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
-  const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
-  check_rows("grad_out", grad_out, rows, out_features);
+    OptionalTensor down_bias, OptionalTensor seed, Tensor up, Tensor gate, std::string activation,
+    double dropout_p, bool need_input, bool need_up_weight, bool need_up_bias,
+    bool need_gate_weight, bool need_gate_bias, bool need_down_weight, bool need_down_bias) {
+  const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed,
+                 activation, dropout_p);
+  const Dtype dtype = of.dtype;
+  const Place place = of.place;
+  const int64_t rows = of.rows, in = of.in, features = of.features;
+  check_rows("grad_out", grad_out, rows, of.out_features);
   check_dtype("grad_out", grad_out, dtype);
-  check_rows("up", up, rows, features);
-  check_dtype("up", up, dtype);
-  const bool gated = gate_weight.has_value();
-  if (gated) {
-    FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
-                   "gate_weight must have as many rows as up_weight");
-    check_rows("gate", gate, rows, features);
-    check_dtype("gate", gate, dtype);
-  }
   need_up_bias = need_up_bias && up_bias.has_value();
-  need_gate_weight = need_gate_weight && gated;
+  need_gate_weight = need_gate_weight && of.gated;
   need_gate_bias = need_gate_bias && gate_bias.has_value();
   need_down_bias = need_down_bias && down_bias.has_value();
   const bool below = need_input || need_up_weight || need_up_bias || need_gate_weight ||
@@ -174,29 +217,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
   Tensor grad_gate_bias = gradient(gate_bias, need_gate_bias, dtype, place);
   Tensor grad_input = gradient(input, need_input, dtype, place);
 
-  // `hidden` is recomputed from what forward kept of the projections.
-  Tensor grad_hidden = below ? empty(rows, features, dtype, place) : empty(0, dtype, place);
-  Tensor hidden = need_down_weight ? empty(rows, features, dtype, place) : empty(0, dtype, place);
-  Tensor grad_up = below ? empty(rows, features, dtype, place) : empty(0, dtype, place);
-  Tensor grad_gate = below && gated ? empty(rows, features, dtype, place) : empty(0, dtype, place);
+  // What backward computes of the hidden layer; each in the memory of what it is computed from,
+  // where that is nobody else's.
+  const Tensor none = empty(0, dtype, place);
+  Tensor hidden = none, grad_up = none, grad_gate = none;
   if (below) {
-    linear_backward(place, {dtype, rows, features, out_features, grad_out.const_data_ptr(), nullptr,
-                            down_weight.const_data_ptr(), nullptr, grad_hidden.mutable_data_ptr(),
-                            nullptr, nullptr});
+    hidden = empty(rows, features, dtype, place);
+    const bool again = up.numel() == 0;
+    up = of.kept_or_again("up", up, up_weight, up_bias);
+    grad_up = again ? up : empty(rows, features, dtype, place);
+    if (of.gated) {
+      gate = of.kept_or_again("gate", gate, *gate_weight, gate_bias);
+      grad_gate = again ? gate : empty(rows, features, dtype, place);
+    }
+    const Tensor grad_hidden = hidden;
+    linear_backward(place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(),
+                            nullptr, down_weight.const_data_ptr(), nullptr,
+                            grad_hidden.mutable_data_ptr(), nullptr, nullptr});
+    of.drop_out(grad_hidden);
     activation_backward(place, {dtype, rows * features, grad_hidden.const_data_ptr(),
-                                up.const_data_ptr(), gated ? gate.const_data_ptr() : nullptr,
-                                activation_of(activation), grad_up.mutable_data_ptr(),
-                                write(grad_gate, gated), write(hidden, need_down_weight)});
+                                up.const_data_ptr(), of.gated ? gate.const_data_ptr() : nullptr,
+                                of.activation, grad_up.mutable_data_ptr(),
+                                write(grad_gate, of.gated), write(hidden, need_down_weight)});
+    if (need_down_weight) of.drop_out(hidden);
   }
   linear_backward(
-      place, {dtype, rows, features, out_features, grad_out.const_data_ptr(),
+      place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(),
               need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
               write(grad_down_weight, need_down_weight), write(grad_down_bias, need_down_bias)});
+  hidden = none;
   linear_backward(place,
                   {dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
                    up_weight.const_data_ptr(), nullptr, write(grad_input, need_input),
                    write(grad_up_weight, need_up_weight), write(grad_up_bias, need_up_bias)});
-  if (gated)
+  if (of.gated)
     linear_backward(
         place, {dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
                 gate_weight->const_data_ptr(), need_input ? grad_input.const_data_ptr() : nullptr,

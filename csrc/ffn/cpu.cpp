@@ -1,6 +1,7 @@
 // Linear layers and feed-forward blocks on the CPU: blocked products with the rest in the epilogue.
 #include "ffn/ffn.h"
 #include "simd/gemm.h"
+#include "simd/philox.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
@@ -160,6 +161,28 @@ void gated(const GatedForward& args) {
 }
 
 template <class T>
+void drop_out(const Drop& args) {
+  using A = Acc<T>;
+  const Dropout<A> dropout(args.dropout_p, args.seed);
+  constexpr int64_t chunk = 1024, worth = 16384;  // columns at a time, and elements in a task
+  static_assert(chunk % kPhiloxBlock == 0);
+  const int64_t step = larger(1, worth / larger(1, args.cols));
+  parallel(ceil_div(args.rows, step), [&](int64_t task) {
+    A factors[chunk];
+    for (int64_t row = task * step; row < smaller((task + 1) * step, args.rows); row++)
+      for (int64_t first = 0; first < args.cols; first += chunk) {
+        const int64_t count = smaller(chunk, args.cols - first);
+        dropout.factors(0, static_cast<uint32_t>(row), first, count, factors);
+        T* x = static_cast<T*>(args.x) + row * args.cols + first;
+        each_vector<A>(count, [&](int64_t c, auto n) {
+          const Vec<A> factor = load_count<A>(factors + c, n);
+          store_count<A>(x + c, factor == A{0} ? Vec<A>{} : load_count<A>(x + c, n) * factor, n);
+        });
+      }
+  });
+}
+
+template <class T>
 void pointwise_backward(const ActivationBackward& args) {
   using A = Acc<T>;
   const auto* grad_out = static_cast<const T*>(args.grad_out);
@@ -252,6 +275,7 @@ void linear_gradients(const LinearBackward& args) {
   }
 FASTATTN_DISPATCH(linear_forward, LinearForward, linear)
 FASTATTN_DISPATCH(gated_forward, GatedForward, gated)
+FASTATTN_DISPATCH(drop, Drop, drop_out)
 FASTATTN_DISPATCH(activation_backward, ActivationBackward, pointwise_backward)
 FASTATTN_DISPATCH(linear_backward, LinearBackward, linear_gradients)
 #undef FASTATTN_DISPATCH

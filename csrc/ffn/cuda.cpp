@@ -127,17 +127,39 @@ void gated_forward(const GatedForward& args, Device& device) {
            .gate_bias = args.gate_bias});
 }
 
+void drop(const Drop& args, Device& device) {
+  DropScalars numbers{};
+  numbers.rows = args.rows;
+  numbers.cols = counted(args.cols);
+  numbers.counters = counted((args.cols + 63) / 64 * 16);
+  numbers.threshold = dropout_threshold(args.dropout_p);
+  numbers.kept = static_cast<float>(args.dropout_p < 1 ? 1 / (1 - args.dropout_p) : 0);
+  launch(device, "ffn", "ffn_drop_" + name_of(args.dtype),
+         {{blocks_of(args.rows * numbers.counters, kPointwiseThreads), 1, 1},
+          {kPointwiseThreads, 1, 1}},
+         updates(args.x, args.rows * args.cols * size_of(args.dtype)),
+         reads(args.device_seed, sizeof(uint64_t)), numbers);
+}
+
 void activation_backward(const ActivationBackward& args, Device& device) {
   const int64_t bytes = args.size * size_of(args.dtype), vector = 4 * size_of(args.dtype);
   PointwiseScalars numbers{args.size, static_cast<int32_t>(args.activation), 1};
   for (const void* data : std::initializer_list<const void*>{
            args.grad_out, args.pre, args.gate, args.grad_pre, args.grad_gate, args.hidden})
     numbers.aligned = numbers.aligned && reinterpret_cast<uintptr_t>(data) % vector == 0;
+  const std::initializer_list<const void*> read{args.grad_out, args.pre, args.gate},
+      written{args.grad_pre, args.grad_gate, args.hidden};
+  const auto among = [](std::initializer_list<const void*> all, const void* data) {
+    return data != nullptr && std::find(all.begin(), all.end(), data) != all.end();
+  };
+  const auto source = [&](const void* data) {
+    return Memory{data, bytes, among(written, data), false};
+  };
+  const auto result = [&](void* data) { return Memory{data, bytes, true, !among(read, data)}; };
   launch(device, "ffn", "ffn_activation_backward_" + name_of(args.dtype),
          {{blocks_of(args.size, 4 * kPointwiseThreads), 1, 1}, {kPointwiseThreads, 1, 1}},
-         reads(args.grad_out, bytes), reads(args.pre, bytes), reads(args.gate, bytes),
-         writes(args.grad_pre, bytes), writes(args.grad_gate, bytes), writes(args.hidden, bytes),
-         numbers);
+         source(args.grad_out), source(args.pre), source(args.gate), result(args.grad_pre),
+         result(args.grad_gate), result(args.hidden), numbers);
 }
 
 void linear_backward(const LinearBackward& args, Device& device) {

@@ -364,6 +364,24 @@ __device__ void product(const Tensors<T>& of, const ProductScalars& in) {
   }
 }
 
+// Dropout in place: a thread has the four columns whose random words one counter gives.
+template <class T>
+__device__ void drop(T* x, const uint64_t* seed, const DropScalars& in) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t row = index / in.counters;
+  const int counter = static_cast<int>(index % in.counters);
+  if (row >= in.rows) return;
+  const uint4 words = philox(*seed, counter, static_cast<uint32_t>(row), 0);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int col = counter / 16 * 64 + counter % 16 + 16 * i;
+    if (col >= in.cols) return;
+    T* at = x + row * in.cols + col;
+    const bool keeps = word(words, i) >= in.threshold && in.kept != 0;
+    *at = static_cast<T>(keeps ? static_cast<float>(*at) * in.kept : 0.0f);
+  }
+}
+
 // The gradient in front of an activation, or of a gate and what it opens, and what came behind.
 template <class T, int N>
 __device__ void pass_back(const T* grad_out, const T* pre, const T* gate, T* grad_pre, T* grad_gate,
@@ -432,6 +450,10 @@ using namespace fastattn::cuda;
   FASTATTN_PRODUCT(forward, name, T, false, false)                                                \
   FASTATTN_PRODUCT(grad_input, name, T, false, true)                                              \
   FASTATTN_PRODUCT(grad_weight, name, T, true, true)                                              \
+  extern "C" __global__ void __launch_bounds__(kPointwiseThreads)                                 \
+      ffn_drop_##name(T* x, const uint64_t* seed, DropScalars in) {                               \
+    drop<T>(x, seed, in);                                                                         \
+  }                                                                                               \
   extern "C" __global__ void __launch_bounds__(kPointwiseThreads)                                 \
       ffn_activation_backward_##name(const T* grad_out, const T* pre, const T* gate, T* grad_pre, \
                                      T* grad_gate, T* hidden, PointwiseScalars in) {              \

@@ -37,7 +37,18 @@ struct GatedForward {
   void* gate;    // or null
 };
 
+// x = dropout(x): 0, or x / (1 - p), by random bits that are counted by row and column.
+struct Drop {
+  Dtype dtype;
+  int64_t rows, cols;
+  void* x;  // [rows, cols]
+  double dropout_p;
+  uint64_t seed;                // on the CPU
+  const uint64_t* device_seed;  // on a GPU, whose memory the host does not read
+};
+
 // grad_pre = grad_out * activation'(pre), element by element; also activation(pre) where asked.
+// Results may lie where an argument lies.
 struct ActivationBackward {
   Dtype dtype;
   int64_t size;
@@ -65,12 +76,14 @@ struct LinearBackward {
 
 FASTATTN_KERNEL(linear_forward, LinearForward)
 FASTATTN_KERNEL(gated_forward, GatedForward)
+FASTATTN_KERNEL(drop, Drop)
 FASTATTN_KERNEL(activation_backward, ActivationBackward)
 FASTATTN_KERNEL(linear_backward, LinearBackward)
 
 namespace cuda {
 void linear_forward(const LinearForward& args, Device& device);
 void gated_forward(const GatedForward& args, Device& device);
+void drop(const Drop& args, Device& device);
 void activation_backward(const ActivationBackward& args, Device& device);
 void linear_backward(const LinearBackward& args, Device& device);
 }  // namespace cuda

@@ -29,6 +29,13 @@ struct ProductScalars {
 
 constexpr int kPointwiseThreads = 256;
 
+struct DropScalars {
+  int64_t rows;
+  int32_t cols, counters;  // of a row, each for four columns
+  uint32_t threshold;
+  float kept;
+};
+
 struct PointwiseScalars {
   int64_t size;
   int32_t activation, aligned;

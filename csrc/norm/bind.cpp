@@ -45,15 +45,12 @@ Norm checked(const Tensor& input, const OptionalTensor& residual, const Optional
   norm.bias = read("bias", bias, norm.cols, norm.bias_dtype);
   norm.centred = centred;
   norm.dropout_p = dropout_p;
-  FASTATTN_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
+  const Seed own = checked_seed(dropout_p, seed, place_of(input));
+  norm.seed = own.value;
+  norm.device_seed = own.address;
   if (dropout_p == 0) return norm;
   FASTATTN_CHECK(residual.has_value(), "dropout needs a residual");
   FASTATTN_CHECK(norm.rows >> 32 == 0, "dropout counts up to 2^32 rows");
-  FASTATTN_CHECK(seed.has_value() && seed->numel() == 1 &&
-                     seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                 "dropout needs a seed of one int64");
-  norm.device_seed = static_cast<const uint64_t*>(seed->const_data_ptr());
-  if (place_of(input).is_cpu()) norm.seed = *norm.device_seed;
   return norm;
 }
 

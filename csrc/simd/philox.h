@@ -25,11 +25,14 @@ FASTATTN_INLINE void multiply_wide(VecU x, uint32_t factor, VecU& high, VecU& lo
   high = bits<VecU>(_mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xf5), odd, 0xaa));
   low = bits<VecU>(_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xa0), 0xaa));
 #else
+  uint32_t upper[lanes<float>], lower[lanes<float>];
   for (int i = 0; i < lanes<float>; i++) {
     const uint64_t product = static_cast<uint64_t>(x[i]) * factor;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
+    upper[i] = static_cast<uint32_t>(product >> 32);
+    lower[i] = static_cast<uint32_t>(product);
   }
+  std::memcpy(&high, upper, sizeof high);
+  std::memcpy(&low, lower, sizeof low);
 #endif
 }
 

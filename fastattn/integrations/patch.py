@@ -63,8 +63,8 @@ def patch(
 
     Parameters, buffers and the state dict stay what they are; `unpatch` undoes it. A layer is
     replaced where it is torch.nn's own, or where on random weights and inputs it computes what a
-    fused op computes; all else is left. In training, a feed-forward block with dropout runs its
-    own code.
+    fused op computes; all else is left. In training, a feed-forward block runs its own code if it
+    has dropout in other places than a module of torch.nn's before its last layer.
 
     Args:
         model: in any mode; compile it afterwards.
@@ -237,12 +237,30 @@ def _probe(module: nn.Module, inputs: Tensor, candidates: dict[str, Forward]) ->
             found = forward(trial, inputs)
             if found.shape == wanted.shape and _close(found, wanted):
                 drops = not _close(trial.train()(inputs), wanted)
-                return partial(_unless_it_drops, forward) if drops else forward, by
+                return _dropping(trial, inputs, forward) if drops else forward, by
     return "it computes what no fused op does"
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).abs().max() <= 2e-5 * wanted.abs().max())
+
+
+def _dropping(trial: nn.Module, inputs: Tensor, forward: partial[Tensor]) -> Forward:
+    """`forward` in training: with the module's dropout, or not at all if that stands elsewhere."""
+    names = [name for name, child in trial.named_children() if type(child) is nn.Dropout]
+    if forward.func is _mlp and len(names) == 1:
+        setattr(trial, names[0], _Marks())
+        dropping = partial(forward, dropout=names[0])
+        if _close(dropping(trial, inputs), trial(inputs)):
+            return dropping
+    return partial(_unless_it_drops, forward)
+
+
+class _Marks(nn.Module):
+    """Stands where dropout did, and shows in the result where that was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.linspace(-1, 1, x.shape[-1])
 
 
 def _unless_it_drops(forward: Forward, module: nn.Module, x: Tensor) -> Tensor:
@@ -285,10 +303,13 @@ def _probe_mlp(module: nn.Module) -> Found:
     return _probe(module, 2 * torch.randn(64, width, device="cpu"), candidates)
 
 
-def _mlp(module: nn.Module, x: Tensor, names: tuple[str, ...], activation: str) -> Tensor:
+def _mlp(
+    module: nn.Module, x: Tensor, names: tuple[str, ...], activation: str, dropout: str = ""
+) -> Tensor:
     """names: of the layers up, down and, if there is one, gate; or of the only one."""
     layers = [getattr(module, name) for name in names]
     if len(layers) == 1:
         return fastattn.nn._linear(layers[0], x, activation)
     up, down, *gate = layers
-    return fastattn.nn._feed_forward(x, up, down, activation, IDLE, *gate)
+    drops = getattr(module, dropout) if dropout else IDLE
+    return fastattn.nn._feed_forward(x, up, down, activation, drops, *gate)

@@ -83,13 +83,14 @@ class EagerOps:
         gate_weight=None,
         gate_bias=None,
         activation="gelu",
+        dropout_p=0.0,
     ):
         if gate_weight is None:
             hidden = EagerOps.linear(input, up_weight, up_bias, activation)  # [..., hidden]
         else:
             gate = EagerOps.linear(input, gate_weight, gate_bias, activation)
             hidden = gate * F.linear(input, up_weight, up_bias)
-        return F.linear(hidden, down_weight, down_bias)
+        return F.linear(F.dropout(hidden, dropout_p), down_weight, down_bias)
 
     @staticmethod
     def add_layer_norm(

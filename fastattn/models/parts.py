@@ -164,15 +164,10 @@ def ffn(
     activation: str,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The feed-forward block, in one op unless dropout comes between its layers."""
-    if not dropout_p:
-        gates = {} if gate is None else {"gate_weight": gate.weight, "gate_bias": gate.bias}
-        layers = up.weight, down.weight, up.bias, down.bias
-        return ops.ffn(x, *layers, **gates, activation=activation)
-    hidden = linear(ops, x, up if gate is None else gate, activation)
-    if gate is not None:
-        hidden = hidden * linear(ops, x, up)
-    return linear(ops, F.dropout(hidden, dropout_p), down)
+    """The feed-forward block, with dropout before its last layer."""
+    gates = {} if gate is None else {"gate_weight": gate.weight, "gate_bias": gate.bias}
+    layers = up.weight, down.weight, up.bias, down.bias
+    return ops.ffn(x, *layers, **gates, activation=activation, dropout_p=dropout_p)
 
 
 class CausalLM(models.LanguageModel):

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastattn import checks, dispatch, registry
+from fastattn.ops import philox
 from fastattn.ops.ffn import choice, reference
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
-def _linear_refusals(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
-) -> list[str]:
+def _cpu_refusals(input: Tensor, *others: object) -> list[str]:
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
-def _linear_fused_refusals(
+def _linear_gpu_refusals(
     refusals: Callable[..., list[str]],  # of the kernels' language
     input: Tensor,
     weight: Tensor,
@@ -67,19 +67,15 @@ LINEAR = registry.op(
     ),
     derivative=_linear_derivative,
     kernels={
-        "cpu": _linear_refusals,
-        "cuda": functools.partial(_linear_fused_refusals, dispatch.cuda_refusals),
-        "triton": functools.partial(_linear_fused_refusals, dispatch.triton_refusals),
+        "cpu": _cpu_refusals,
+        "cuda": functools.partial(_linear_gpu_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_linear_gpu_refusals, dispatch.triton_refusals),
     },
     keep=(1,),
 )
 
 
-def _ffn_refusals(*args: object) -> list[str]:
-    return dispatch.cpu_refusals(args[0])  # and all the others are like it
-
-
-def _ffn_fused_refusals(
+def _ffn_gpu_refusals(
     refusals: Callable[..., list[str]],
     input: Tensor,
     up_weight: Tensor,
@@ -88,7 +84,9 @@ def _ffn_fused_refusals(
     gate_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save: bool,
 ) -> list[str]:
     if reasons := refusals(input):
@@ -98,22 +96,25 @@ def _ffn_fused_refusals(
     depths = (features,) * projections + down_weight.shape[:1]
     # Backward writes anew what the activation gives, which eager keeps.
     saved = projections - 1 if save else 2 * projections
-    return choice.refusals(input, depths, (hidden, down_weight.shape[0]), 3 if save else 1, saved)
+    trained = _save(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    products = 3 if save else 4 if trained else 1
+    return choice.refusals(input, depths, (hidden, down_weight.shape[0]), products, saved)
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
-    *tensors, activation, _ = args
-    found = FFN.backward(grads[0].contiguous(), *tensors, *outs, activation, *needs[:7])
-    return (*(g if need else None for g, need in zip(found, needs, strict=False)), None, None)
+    *tensors, activation, dropout_p, _ = args  # with the seed
+    found = FFN.backward(grads[0].contiguous(), *tensors, *outs, activation, dropout_p, *needs[:7])
+    grads = (g if need else None for g, need in zip(found, needs, strict=False))
+    return (*grads, None, None, None, None)
 
 
 def _ffn_backward_arguments(grad_out: Tensor, *rest: object) -> tuple:
-    tensors, activation = rest[:7], rest[9]
-    return (*tensors, activation, False), (grad_out,), tuple(range(7))
+    tensors, (activation, dropout_p) = rest[:8], rest[10:12]
+    return (*tensors, activation, dropout_p, False), (grad_out,), tuple(range(7))
 
 
 def _ffn_backward_fake(grad_out: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    tensors, needs = rest[:7], rest[10:]
+    tensors, needs = rest[:7], rest[12:]
     return tuple(
         _empty_if(need, tensor, tensors[0]) for need, tensor in zip(needs, tensors, strict=True)
     )
@@ -121,12 +122,14 @@ def _ffn_backward_fake(grad_out: Tensor, *rest: object) -> tuple[Tensor, ...]:
 
 FFN = registry.op(
     "ffn_fwd(Tensor input, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight,"
-    " Tensor? gate_bias, Tensor down_weight, Tensor? down_bias, str activation, bool save)"
+    " Tensor? gate_bias, Tensor down_weight, Tensor? down_bias, Tensor? seed, str activation,"
+    " float dropout_p, bool save)"
     " -> (Tensor out, Tensor up, Tensor gate)",
     "ffn_bwd(Tensor grad_out, Tensor input, Tensor up_weight, Tensor? up_bias,"
-    " Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, Tensor? down_bias, Tensor up,"
-    " Tensor gate, str activation, bool need_input, bool need_up_weight, bool need_up_bias,"
-    " bool need_gate_weight, bool need_gate_bias, bool need_down_weight, bool need_down_bias)"
+    " Tensor? gate_weight, Tensor? gate_bias, Tensor down_weight, Tensor? down_bias, Tensor? seed,"
+    " Tensor up, Tensor gate, str activation, float dropout_p, bool need_input,"
+    " bool need_up_weight, bool need_up_bias, bool need_gate_weight, bool need_gate_bias,"
+    " bool need_down_weight, bool need_down_bias)"
     " -> (Tensor grad_input, Tensor grad_up_weight, Tensor grad_up_bias,"
     " Tensor grad_gate_weight, Tensor grad_gate_bias, Tensor grad_down_weight,"
     " Tensor grad_down_bias)",
@@ -135,9 +138,9 @@ FFN = registry.op(
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
     kernels={
-        "cpu": _ffn_refusals,
-        "cuda": functools.partial(_ffn_fused_refusals, dispatch.cuda_refusals),
-        "triton": functools.partial(_ffn_fused_refusals, dispatch.triton_refusals),
+        "cpu": _cpu_refusals,
+        "cuda": functools.partial(_ffn_gpu_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_ffn_gpu_refusals, dispatch.triton_refusals),
     },
     keep=(1, 2),
 )
@@ -223,6 +226,9 @@ def _ffn_args(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     activation: str = "gelu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple:
     input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias = dispatch.autocast(
         input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias
@@ -237,9 +243,13 @@ def _ffn_args(
     elif gate_bias is not None:
         raise ValueError("gate_bias needs a gate_weight, got None")
     activation = _checked_activation(activation, ACTIVATIONS)
+    seed = philox.checked_seed(dropout_p, seed, input.device)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute must be a bool, got {type(recompute).__name__}")
     tensors = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    save = _save(input, *tensors)
-    return (input.contiguous(), *(_contiguous(tensor) for tensor in tensors), activation, save)
+    save = not recompute and _save(input, *tensors)
+    tensors = (input.contiguous(), *(_contiguous(tensor) for tensor in tensors))
+    return (*tensors, seed, activation, float(dropout_p), save)
 
 
 def ffn(
@@ -252,26 +262,35 @@ def ffn(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     activation: str = "gelu",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The Transformer's feed-forward block: two projections, or three with a gate.
 
-    Plain: `down(activation(up(input)))`. With `gate_weight`: `down(activation(gate(input)) *
-    up(input))`, which is SwiGLU for "silu", GeGLU for "gelu" and "gelu_tanh", ReGLU for "relu"
-    (Shazeer 2020, arXiv:2002.05202). Backward keeps the projections, not what the activation makes
-    of them.
+    Plain: `down(dropout(activation(up(input))))`. With `gate_weight`:
+    `down(dropout(activation(gate(input)) * up(input)))`, which is SwiGLU for "silu", GeGLU for
+    "gelu" and "gelu_tanh", ReGLU for "relu" (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         input: [..., features], fp32, bf16, fp16 or fp64; products are summed in at least fp32.
         up_weight, gate_weight: [hidden, features]; down_weight: [out_features, hidden].
         up_bias, gate_bias: [hidden]; down_bias: [out_features].
         activation: "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        dropout_p: probability of dropping an element of [..., hidden], the rest scaled by
+            1 / (1 - p). Bits come from Philox 4x32-10, counted by row and column, the same for any
+            kernel and any number of threads; backward draws them again and keeps no mask.
+        seed: an int or one int64 for dropout; drawn from torch's generator when None.
+        recompute: forward keeps nothing of [..., hidden] for backward, which projects `input`
+            again, for the same gradients bit by bit. Otherwise it keeps the projections, not what
+            the activation makes of them. Of no use inside a transform of torch.func.
 
     Returns:
         [..., out_features] in the dtype of `input`; under `torch.autocast` in its dtype.
 
     Raises:
-        TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the
-        activation does not fit.
+        TypeError: dtypes differ or are none of the above, or an option is of another type.
+        ValueError: a shape, a device or an option does not fit.
     """
     args = _ffn_args(
         input,
@@ -282,7 +301,17 @@ def ffn(
         gate_weight=gate_weight,
         gate_bias=gate_bias,
         activation=activation,
+        dropout_p=dropout_p,
+        seed=seed,
+        recompute=recompute,
     )
+    if recompute and not dispatch.transforms() and dispatch.choose(FFN, args).kernel == "reference":
+        # of which autograd would keep all
+        return checkpoint(_out, *args, use_reentrant=False, preserve_rng_state=False)
+    return _out(*args)
+
+
+def _out(*args: object) -> Tensor:
     return FFN(*args)[0]
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops import launch
+from fastattn.ops import launch, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # tanh-GELU is x * sigmoid(x * (LINEAR + CUBIC * x^2)).
@@ -181,6 +181,21 @@ def ffn_activation(
 
 
 @triton.jit
+def ffn_drop(
+    x, out, seed, rows, cols, threshold, factor, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = dropout(x), both [rows, cols]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLS
+    col = first + tl.arange(0, COLS)
+    kept = tiles.kept(tl.load(seed), 0, row, first, threshold, COLS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    at = row.to(tl.int64)[:, None] * cols + col[None, :]
+    scaled = tl.load(x + at, inside, 0).to(tl.float32) * factor
+    tl.store(out + at, tl.where(kept, scaled, 0).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def ffn_columns(grad, out, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """out [cols] = the sum of grad [rows, cols] over rows, in an order that the shape decides."""
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
@@ -209,7 +224,7 @@ class Tile:
 class Knobs:
     """Tiles of products of 16-bit numbers, of two that share a tile, and in fp32, which knows no
     tensor cores; rows of tiles that are worked on together; elements of an elementwise tile; rows
-    and columns of one that sums columns."""
+    and columns of one that sums columns, and of one that drops some, 64 of which Philox serves."""
 
     product: Tile = Tile(128, 128, 32, 8, 3)
     gated: Tile = Tile(128, 64, 32, 8, 3)
@@ -217,6 +232,7 @@ class Knobs:
     group: int = 8
     elements: int = 1024
     columns: tuple[int, int] = (32, 32)
+    drop: tuple[int, int] = (16, 64)
 
 
 KNOBS = {80: Knobs()}
@@ -360,6 +376,33 @@ def _through_activation(
     return grad_pre, grad_gate, hidden
 
 
+def _drop_out(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    if not dropout_p:
+        return x
+    rows, cols = launch.of_architecture(KNOBS, x).drop
+    out = torch.empty_like(x)
+    threshold, factor = tiles.threshold_and_factor(dropout_p)
+    count = math.prod(x.shape[:-1])
+    launch.launch(
+        ffn_drop,
+        (triton.cdiv(count, rows), triton.cdiv(x.shape[-1], cols)),
+        {
+            "x": x,
+            "out": out,
+            "seed": seed,
+            "rows": count,
+            "cols": x.shape[-1],
+            "threshold": threshold,
+            "factor": factor,
+            "ROWS": rows,
+            "COLS": cols,
+        },
+        writes=("out",),
+        num_warps=4,
+    )
+    return out
+
+
 def _gradient(tensor: Tensor | None, wanted: bool, other: Tensor) -> Tensor:
     return torch.empty_like(tensor) if wanted and tensor is not None else other.new_empty(0)
 
@@ -406,11 +449,14 @@ def ffn_fwd(
     gate_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
     hidden, up, gate = _project(input, up_weight, up_bias, activation, save, gate_weight, gate_bias)
+    hidden = _drop_out(hidden, seed, dropout_p)
     return _project(hidden, down_weight, down_bias, "identity", False)[0], up, gate
 
 
@@ -423,9 +469,11 @@ def ffn_bwd(
     gate_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
+    seed: Tensor | None,
     up: Tensor,
     gate: Tensor,
     activation: str,
+    dropout_p: float,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     """The op of this name."""
@@ -438,10 +486,18 @@ def ffn_bwd(
     grad_down_weight, grad_down_bias = found[5:]
     gated = gate_weight is not None
     if any(needs[:6]):
+        if not up.numel():  # forward has not kept it
+            up, _, _ = _project(input, up_weight, up_bias, "identity", False)
+            if gated:
+                gate, _, _ = _project(input, gate_weight, gate_bias, "identity", False)
         grad_hidden = torch.empty_like(up)
         _multiply(grad_out, down_weight, grad_hidden)
         grad_up, grad_gate, hidden = _through_activation(
-            grad_hidden, up, gate if gated else None, activation, needs[5]
+            _drop_out(grad_hidden, seed, dropout_p),
+            up,
+            gate if gated else None,
+            activation,
+            needs[5],
         )
     if needs[0]:
         other = (grad_gate, gate_weight) if gated else None
@@ -455,6 +511,7 @@ def ffn_bwd(
     if needs[4]:
         _sum_rows(grad_gate, grad_gate_bias)
     if needs[5]:
+        hidden = _drop_out(hidden, seed, dropout_p)
         _multiply(grad_out, hidden, grad_down_weight, transposed=True)
     if needs[6]:
         _sum_rows(grad_out, grad_down_bias)
