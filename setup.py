@@ -58,6 +58,10 @@ ISAS = {
     "aarch64": PORTABLE | {"neon": (4, [])},
 }
 
+# Threads are the same in every ISA: of those that ThreadSanitizer sees, one runs anywhere, and one
+# is quick.
+THREADED = ("scalar", "avx2", "neon")
+
 VECTORISE = ["-fvect-cost-model=dynamic", "-Wno-ignored-optimization-argument"]  # clang does anyhow
 
 # Refused by compilers that know -std=c++20 but not enough of C++20, or none of its library.
@@ -190,6 +194,11 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     link_extra = shlex.split(os.environ.get("LDFLAGS", ""))
     mode = ["-O2"]
+    isas = ISAS.get(arch, PORTABLE)
+    if sanitize == "thread":
+        isas = {name: isa for name, isa in isas.items() if name in THREADED}
+        entries = " ".join(f"X({name}, __VA_ARGS__)" for name in isas)
+        extra = [*extra, f"-DFASTATTN_FOREACH_ISA(X, ...)={entries}"]
     if sanitize:
         instrument = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
         mode = ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *instrument]
@@ -236,7 +245,7 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
 
     sources = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.cpp"))
     kernels = [source for source in sources if source.match("csrc/*/cpu.cpp")]
-    for isa, (lanes, flags) in ISAS.get(arch, PORTABLE).items():
+    for isa, (lanes, flags) in isas.items():
         for source in kernels:
             defines = [f"-DFASTATTN_ISA={isa}", f"-DFASTATTN_LANES={lanes}"]
             # At -O2 g++ thinks some of attention's loops over masks too dear to vectorise.
@@ -247,7 +256,7 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
             compile_source(source, "common", ["-O1"])
         elif source not in kernels:  # a call's way to its kernel: nothing to optimise
             compile_source(source, "common", ["-O1", *torch_flags])
-    if cuda := nvcc():
+    if not sanitize and (cuda := nvcc()):  # what runs on a GPU is nothing for a sanitizer
         lines += [
             "rule ptx",
             f"  command = {quoted([cuda, *CUDA_FLAGS])} -MD -MF $out.d $in -o $out",

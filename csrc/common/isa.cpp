@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "simd/peak.h"
 
@@ -17,21 +18,18 @@ constexpr const char* kNames[] = {FASTATTN_FOREACH_ISA(FASTATTN_NAME)};
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 
 bool supported(int index) {
+  if (index < 0 || index >= kCount) return false;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  switch (static_cast<Isa>(index)) {
-    case Isa::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             supported(static_cast<int>(Isa::avx2));
-    case Isa::avx2:
-      // F16C is older than AVX2 on every processor, and clang cannot ask for it.
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    default:
-      break;
-  }
+  const std::string_view isa = kNames[index];
+  // F16C is older than AVX2 on every processor, and clang cannot ask for it.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && avx2;
 #endif
-  return index >= 0 && index < kCount;
+  return true;
 }
 
 int from_environment() {
@@ -49,7 +47,7 @@ int from_environment() {
   int widest = kCount - 1;
   while (!supported(widest)) widest--;
   // The emulated vector is for tests; a machine without its own vectors runs the scalar body.
-  return widest == static_cast<int>(Isa::emu16) ? static_cast<int>(Isa::scalar) : widest;
+  return std::string_view(kNames[widest]) == "emu16" ? static_cast<int>(Isa::scalar) : widest;
 }
 
 std::atomic<int> selected{-1};

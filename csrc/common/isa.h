@@ -1,8 +1,10 @@
 // The instruction sets that the CPU kernels are compiled for, and the choice among them.
 #pragma once
 
-// One entry an ISA, narrowest first; each has its own objects and its own namespace.
-#if defined(__x86_64__)
+// One entry an ISA, narrowest first; each has its own objects and its own namespace. A build with
+// some of them alone defines it on the command line.
+#if defined(FASTATTN_FOREACH_ISA)
+#elif defined(__x86_64__)
 #define FASTATTN_FOREACH_ISA(X, ...) \
   X(scalar, __VA_ARGS__) X(emu16, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__)
 #elif defined(__aarch64__)

@@ -12,8 +12,27 @@
 #include <new>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace fastattn {
 namespace {
+
+// One point that comes before others in time, which torch's pool sees to. ThreadSanitizer has to be
+// told: the pool is not compiled for it.
+struct Order {
+  void before() {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(this);
+#endif
+  }
+  void after() {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(this);
+#endif
+  }
+};
 
 constexpr size_t kAlign = 64;
 constexpr size_t kKept = size_t{64} << 20;  // a larger arena is given back after the call
@@ -45,13 +64,17 @@ struct Run {
   void (*body)(TaskQueue&, const void*);
   const void* context;
   std::atomic<bool> out_of_memory{false};
+  // Two, or a worker that has ended would seem to come before one that starts later.
+  Order start{}, end{};
 
   void work() {
+    start.after();
     try {
       body(queue, context);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
+    end.before();
   }
 };
 
@@ -75,12 +98,14 @@ void run_workers(int64_t tasks, void (*body)(TaskQueue&, const void*), const voi
   if (threads <= 1) {
     run.work();
   } else {
+    run.start.before();
     TORCH_ERROR_CODE_CHECK(torch_parallel_for(
         0, threads, 1,
         [](int64_t begin, int64_t end, void* shared) {
           for (; begin < end; begin++) static_cast<Run*>(shared)->work();
         },
         &run));
+    run.end.after();
   }
   if (run.out_of_memory) throw std::bad_alloc();
 }
