@@ -92,6 +92,24 @@ def test_rotation_keeps_lengths_and_differences() -> None:
         assert not turned(x, 7).allclose(x)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rotation_by_no_angles_turns_nothing(interleaved: bool) -> None:
+    query, key, value = qkv(1, 6)
+    seqlens, none = torch.tensor([6]), torch.zeros(6, 0, dtype=torch.float64)
+    with fastattn.use_kernel("reference"):  # the others refuse what is empty
+        still = attention_decode(query, key, value, cache_seqlens=seqlens)
+        turned = attention_decode(
+            query,
+            key,
+            value,
+            cache_seqlens=seqlens,
+            rotary_cos=none,
+            rotary_sin=none,
+            rotary_interleaved=interleaved,
+        )
+    assert turned.equal(still)
+
+
 @pytest.mark.parametrize("page", [1, 5, 16, 320])
 def test_pages_change_nothing(page: int) -> None:
     batch, room, lengths = 3, 320, torch.tensor([290, 4, 131])

@@ -223,7 +223,7 @@ def rotated(
         a, b = turned[..., ::2], turned[..., 1::2]
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     else:
-        a, b = turned.split(pairs, -1)
+        a, b = turned[..., :pairs], turned[..., pairs:]
         turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
 
