@@ -442,18 +442,9 @@ def linear_bwd(
 
 
 def ffn_fwd(
-    input: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed, activation,
+    dropout_p, save,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The op of this name."""
     hidden, up, gate = _project(input, up_weight, up_bias, activation, save, gate_weight, gate_bias)
     hidden = _drop_out(hidden, seed, dropout_p)
@@ -461,21 +452,9 @@ def ffn_fwd(
 
 
 def ffn_bwd(
-    grad_out: Tensor,
-    input: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    seed: Tensor | None,
-    up: Tensor,
-    gate: Tensor,
-    activation: str,
-    dropout_p: float,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
+    grad_out, input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed, up,
+    gate, activation, dropout_p, *needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The op of this name."""
     tensors = (
         input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
