@@ -14,10 +14,12 @@ import test_huggingface
 import torch
 import torch.nn.functional as F
 from model_parity import check, results, sharpened
-from test_huggingface import ALL, BART_LIKE, GENERATING, LENGTHS, build, rows, task
+from test_huggingface import ALL, BART_LIKE, GENERATING, LENGTHS, VOCAB, build, rows, task
 from torch import Tensor, nn
 
 import fastattn
+from fastattn import linear_cross_entropy
+from fastattn.integrations.logits import Logits
 from fastattn.integrations.patch import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +123,189 @@ def test_the_table(transformers: Any) -> None:
         "left      2 × GPT2MLP                       its layers, Conv1D, keep their weights "
         "transposed",
     ]
+
+
+# the loss
+
+
+def with_labels(name: str) -> Callable[[nn.Module], tuple[Tensor, Tensor]]:
+    """The logits of the tokens, and the loss that the model itself makes of labels."""
+    ids, mask = rows(LENGTHS)
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    tokens = mask.bool()
+    if name.startswith(("T5", "Bart")):
+        target, tokens = rows((5, 7, 4))
+        tokens = tokens.bool()
+        inputs["labels"] = target.masked_fill(~tokens, -100)
+
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+        out = model(**inputs)
+        return out.logits[tokens], out.loss
+
+    return run
+
+
+@ALL
+def test_the_loss(transformers: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, with the loss and the gradients that the model had before, and its logits."""
+    model, run = build(transformers, name), with_labels(name)
+    oracle = copy.deepcopy(model).double()
+    with fastattn.use_kernel("reference"):
+        oracle.set_attn_implementation("fastattn")
+        exact = results(oracle, run) | {"loss": run(oracle)[1].detach()}
+    before = results(model, run) | {"loss": run(model)[1].detach()}
+    row = fastattn.patch(model, loss=True).rows[-1]
+    assert row == Row(1, f"loss of {name}", True, "fastattn.linear_cross_entropy")
+    fused = []
+    monkeypatch.setattr(
+        fastattn,
+        "linear_cross_entropy",
+        lambda *args, **kw: fused.append(kw) or linear_cross_entropy(*args, **kw),
+    )
+    with fastattn.use_kernel("cpu"):
+        found = results(model, run)
+        found["loss"] = run(model)[1].detach()
+    assert len(fused) == 2
+    check(found, before, exact, sum(LENGTHS))
+    fastattn.unpatch(model)
+    assert type(run(model)[0]) is Tensor
+
+
+def test_logits_are_made_when_they_are_asked_for(transformers: Any) -> None:
+    model = build(transformers, "LlamaForCausalLM")
+    ids, mask = rows(LENGTHS)
+    wanted = model(ids, mask).logits
+    fastattn.patch(model, attention=False, norms=False, mlps=False, loss=True)
+    logits = model(ids, mask).logits
+    assert logits.shape == wanted.shape and logits.requires_grad and logits.dtype == wanted.dtype
+    rows_of_some = logits[:, 2:-1], logits[0], logits[..., -1, :], logits[mask.bool()]
+    assert all(type(x) is Logits and x.computed is None for x in (logits, *rows_of_some))
+    others = wanted[:, 2:-1], wanted[0], wanted[..., -1, :], wanted[mask.bool()]
+    for one, other in zip(rows_of_some, others, strict=True):
+        torch.testing.assert_close(one + 0.0, other, rtol=1e-4, atol=1e-4)
+    for one in (logits[..., 0], logits[..., :5], logits[:, :, [1, 2]], logits.mT, logits[None]):
+        assert type(one) is Tensor
+    torch.testing.assert_close(logits[..., 0, :5] * 1, wanted[..., 0, :5], rtol=1e-4, atol=1e-4)
+    for found, other in (
+        (logits.flatten(0, 1).double().softmax(-1), wanted.flatten(0, 1).double().softmax(-1)),
+        (F.cross_entropy(logits.mT, ids), F.cross_entropy(wanted.mT, ids)),
+        (
+            F.cross_entropy(logits[0], ids[0], weight=torch.arange(101.0)),
+            F.cross_entropy(wanted[0], ids[0], weight=torch.arange(101.0)),
+        ),
+        (F.cross_entropy(logits[0] * 2, ids[0]), F.cross_entropy(wanted[0] * 2, ids[0])),
+        (torch.stack([logits, logits]).sum(), 2 * wanted.sum()),
+        (pickle.loads(pickle.dumps(logits.detach())), wanted.detach()),
+    ):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
+        assert type(found) is Tensor
+    assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+def test_logits_cannot_be_written_to_or_read_late(transformers: Any) -> None:
+    model = build(transformers, "GPT2LMHeadModel")
+    fastattn.patch(model, loss=True)
+    ids, mask = rows(LENGTHS)
+    out = model(ids, mask, labels=ids)
+    with pytest.raises(RuntimeError, match="must not be written to, got mul_: clone them"):
+        out.logits.mul_(2)
+    with pytest.raises(RuntimeError, match="must not be written to, got __setitem__"):
+        out.logits[0] = 0
+    assert out.logits[0].clone().zero_().sum() == 0
+    out = model(ids, mask, labels=ids)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="must be read before its weights change"):
+        out.logits.argmax(-1)
+    with torch.inference_mode():
+        assert torch.isfinite(model(ids, mask).logits.sum())
+
+
+def test_the_loss_under_autocast_and_in_a_graph(transformers: Any) -> None:
+    model = build(transformers, "LlamaForCausalLM")
+    ids, mask = rows(LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(ids, mask, labels=ids)
+    plain = model(ids, mask, labels=ids).loss
+    fastattn.patch(model, loss=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, mask, labels=ids)
+    assert out.logits.dtype == before.logits.dtype and out.loss.dtype == before.loss.dtype
+    torch.testing.assert_close(out.loss, before.loss, rtol=3e-2, atol=3e-2)
+    head = torch.compile(model.lm_head, fullgraph=True, backend="eager")
+    x = torch.randn(2, 48)
+    assert type(head(x)) is Tensor
+    torch.testing.assert_close(head(x), F.linear(x, model.lm_head.weight))
+    torch.testing.assert_close(model(ids, mask, labels=ids).loss, plain)
+
+
+def test_losses_that_are_left(transformers: Any) -> None:
+    what = {"attention": False, "norms": False, "mlps": False, "loss": True}
+    row = Row(1, "loss of Norm", False, "it has no output embeddings")
+    assert fastattn.patch(Norm("own"), **what).rows == [row]
+    model = build(transformers, "LlamaForCausalLM")
+    model.lm_head = nn.Sequential(model.lm_head)
+    why = "its output embeddings are no torch.nn.Linear"
+    assert fastattn.patch(model, **what).rows == [Row(1, "loss of LlamaForCausalLM", False, why)]
+
+
+# bad input to models of transformers
+
+
+def outcome(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Any:
+    """What a call returns, or the exception that it raises."""
+    try:
+        with torch.no_grad():
+            return call(model)
+    except Exception as error:  # whatever transformers makes of it
+        return error
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"]
+)
+def test_bad_input_is_what_it_was(transformers: Any, name: str) -> None:
+    """A patched model raises where it did before, in the same words, and answers where it did."""
+    model = build(transformers, name)
+    ids, mask = rows(LENGTHS)
+    decoder = {"decoder_input_ids": ids[:, :3]} if name.startswith("T5") else {}
+    calls: dict[str, Callable[[nn.Module], Tensor]] = {
+        "empty prompt": lambda m: m(ids[:, :0], **decoder).logits,
+        "no rows": lambda m: m(ids[:0], **{k: v[:0] for k, v in decoder.items()}).logits,
+        "too long": lambda m: m(ids.repeat(1, 5), **decoder).logits,
+        "short mask": lambda m: m(ids, mask[:, 1:], **decoder).logits,
+        "mask of other rows": lambda m: m(ids, mask[:2], **decoder).logits,
+        "mask of too many dimensions": lambda m: m(ids, mask[:, None], **decoder).logits,
+        "mask of the wrong polarity": lambda m: m(ids, 1 - mask, **decoder).logits,
+        "tokens out of range": lambda m: m(ids + VOCAB, **decoder).logits,
+    }
+    before = {what: outcome(model, call) for what, call in calls.items()}
+    fastattn.patch(model)
+    for what, call in calls.items():
+        found, wanted = outcome(model, call), before[what]
+        if isinstance(wanted, Exception):
+            assert type(found) is type(wanted), (what, found, wanted)
+        elif what == "mask of the wrong polarity":
+            # a row that sees nothing is a mean of all values in eager PyTorch, and 0 here
+            assert torch.isfinite(found).all()
+            some = ~mask.bool().all(1)
+            assert not decoder or torch.allclose(found[some], wanted[some], rtol=1e-3, atol=1e-3)
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=what)
+
+
+def test_a_static_cache_that_is_too_short(transformers: Any) -> None:
+    ids, mask = rows((7, 7))
+
+    def call(model: nn.Module) -> Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=5)
+        return model(ids, mask, past_key_values=cache).logits
+
+    model = build(transformers, "LlamaForCausalLM")
+    before = outcome(model, call)
+    fastattn.patch(model)
+    assert isinstance(before, Exception) and type(outcome(model, call)) is type(before)
 
 
 # models of torch.nn
