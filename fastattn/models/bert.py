@@ -257,8 +257,12 @@ class BertForMaskedLM(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size) of every token; the arguments are Bert.forward's."""
-        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids).last_hidden_state
-        return self.cls["predictions"](x, models.ops(self.bert.kernels))
+        args = attention_mask, token_type_ids, position_ids
+        return self.logits(self.bert(input_ids, *args).last_hidden_state)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of the encoder's states (..., E)."""
+        return self.cls["predictions"](states, models.ops(self.bert.kernels))
 
     def loss(self, states: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy of target (...) int64 given the encoder's states (..., E).
