@@ -275,7 +275,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     dimensions in memory, "heads_inside" keeps [B, H, S, D] as [B, S, H, D], "expanded" repeats the
     first element of the first of three or more dimensions with stride 0.
     """
-    if layout == "sliced":
+    if layout == "sliced" and tensor.dim():
         gaps = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), 1)
         if tensor.is_floating_point():
             gaps.fill_(math.nan)
