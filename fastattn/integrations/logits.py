@@ -93,6 +93,15 @@ class Logits(Tensor):
                         return found
             return func(*_plain(args), **_plain(kwargs))
 
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        raise RuntimeError(  # below autograd it is too late to compute them
+            f"logits of a model that is patched with loss=True cannot be used by {func} where "
+            "__torch_function__ is disabled, got a call there: clone them before"
+        )
+
 
 def lazy_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer`, a linear layer, of x [..., E], computed if need be."""
@@ -146,6 +155,7 @@ def _writes(func: Callable) -> bool:
 
 def _rows(x: Logits, states: Tensor) -> Logits:
     """The logits of some of the states."""
+    x.source.check()
     source = replace(x.source, states=states)
     return _logits(replace(source, versions=(*versions(states), *source.versions[1:])), x.dtype)
 
