@@ -34,10 +34,10 @@ ADDITIVE = {"query": (1, 2, 3, 2), "key": (1, 2, 4, 2), "value": (1, 2, 4, 3)}
 NORM = {"input": (2, 5), "weight": (5,)}
 LINEAR = {"input": (2, 3), "weight": (4, 3), "bias": (4,)}
 LOSS = {
-    "input": (3, 4),
-    "linear_weight": (5, 4),
-    "linear_bias": (5,),
-    "target": numbers(4, -100, 1),
+    "input": (2, 2),
+    "linear_weight": (3, 2),
+    "linear_bias": (3,),
+    "target": numbers(2, -100),
 }
 FFN = {"input": (2, 3), "up_weight": (4, 3), "down_weight": (2, 4)}
 BIASES = {"up_bias": (4,), "down_bias": (2,)}
