@@ -21,8 +21,33 @@ class ForwardTask {
         lse_(static_cast<A*>(args.lse)),
         value_width_(Panels<A>::padded(in_.value_dim)) {}
 
+  // The rows that another task will read, fetched in `steps` while this one computes: rows far
+  // apart are slow to come.
+  struct Ahead {
+    Fetch<false> queries, keys, values;
+    void step() {
+      queries.step();
+      keys.step();
+      values.step();
+    }
+  };
+  Ahead ahead(int64_t key_head, int64_t first, int64_t end, int64_t steps) const {
+    constexpr int64_t size = sizeof(T);
+    const auto rows = [&](const Source& from, int64_t h, int64_t i, int64_t count, int64_t width) {
+      if (from.stride[3] != 1) return Fetch<false>();
+      return Fetch<false>(at<T>(from, h, i, 0), from.stride[2] * size, count, width * size, steps);
+    };
+    const Range keys = visible_keys(in_, first, end - first);
+    const int64_t queries = end - first, count = larger(0, keys.end - keys.first);
+    const int64_t elements = (queries + count) * in_.head_dim + count * in_.value_dim;
+    if (elements * size > cache_bytes() / 4) return {};
+    return {rows(in_.query, key_head * (in_.heads / in_.kv_heads), first, queries, in_.head_dim),
+            rows(in_.key, key_head, keys.first, count, in_.head_dim),
+            rows(in_.value, key_head, keys.first, count, in_.value_dim)};
+  }
+
   // The queries [first, end) of every head that shares one key head.
-  void run(int64_t key_head, int64_t first, int64_t end) const {
+  void run(int64_t key_head, int64_t first, int64_t end, Ahead ahead) const {
     const Range keys = visible_keys(in_, first, end - first);
     // Blocks of keys begin at multiples of kKeys wherever the queries were split, so that sums do
     // not depend on the number of threads.
@@ -48,7 +73,7 @@ class ForwardTask {
     const int64_t group = in_.heads / in_.kv_heads;
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
       for (int64_t i = first; i < end; i += kQueries)
-        queries(block, packed_keys, values, finite, start, h, i, smaller(kQueries, end - i));
+        queries(block, packed_keys, values, finite, start, h, i, smaller(kQueries, end - i), ahead);
   }
 
  private:
@@ -57,7 +82,7 @@ class ForwardTask {
   };
 
   void queries(const Block& block, const A* packed_keys, const Panels<A>& values, bool finite,
-               int64_t start, int64_t h, int64_t i, int64_t count) const {
+               int64_t start, int64_t h, int64_t i, int64_t count, Ahead& ahead) const {
     const Scores<A> scores(in_, h);
     const int64_t padded = round_up(count, Tile<A>::rows);
     pack_rows(block.query, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
@@ -68,6 +93,9 @@ class ForwardTask {
           in_.sinks == nullptr ? minus_infinity<A> : static_cast<A>(in_.sinks[h] * kLog2e);
       block.row_sum[r] = block.row_max[r] > minus_infinity<A> ? A{1} : A{0};
     }
+    Fetch<true> written(at<T>(out_, h, i, 0), out_.stride[2] * static_cast<int64_t>(sizeof(T)),
+                        count, in_.value_dim * static_cast<int64_t>(sizeof(T)),
+                        padded / Tile<A>::rows);
     const Range range = visible_keys(in_, i, count);
     for (int64_t j = start + (range.first - start) / kKeys * kKeys; j < range.end; j += kKeys) {
       const int64_t key_count = smaller(kKeys, range.end - j);
@@ -75,6 +103,8 @@ class ForwardTask {
                      count, j, key_count, block.weights);
       for (int64_t r = 0; r < count; r++) soften(block, scores, i + r, r, j, key_count);
       for (int64_t r = 0; r < padded; r += Tile<A>::rows) {
+        ahead.step();
+        written.step();
         const Range seen = visible_keys(in_, i + r, smaller(Tile<A>::rows, count - r));
         const int64_t from = larger(0, seen.first - j);
         const int64_t depth = smaller(key_count, seen.end - j) - from;
@@ -145,13 +175,26 @@ void forward(const AttentionForward& args) {
     const int64_t blocks = ceil_div(sequence(in, n).q_len, kQueries);
     return in.kv_heads * smaller(wanted, ceil_div(blocks, 4));
   });
-  parallel(pieces.total(), [&](int64_t index) {
+  struct Place {
+    int64_t sequence, key_head, first, end;
+  };
+  const auto place = [&](int64_t index) -> Place {
     const auto [n, piece, count] = pieces[index];
     const int64_t q_len = sequence(in, n).q_len, blocks = ceil_div(q_len, kQueries);
     const int64_t splits = count / in.kv_heads, split = splits - 1 - piece % splits;  // longest
-    const int64_t first = split * blocks / splits * kQueries;                         // first
-    const int64_t end = smaller((split + 1) * blocks / splits * kQueries, q_len);
-    ForwardTask<T>(args, n).run(piece / splits, first, end);
+    return {n, piece / splits, split * blocks / splits * kQueries,                    // first
+            smaller((split + 1) * blocks / splits * kQueries, q_len)};
+  };
+  parallel(pieces.total(), [&](int64_t index) {
+    const auto [n, key_head, first, end] = place(index);
+    typename ForwardTask<T>::Ahead ahead;
+    if (index + thread_count() < pieces.total()) {  // most often this thread's next
+      const Place next = place(index + thread_count());
+      const int64_t steps = in.heads / in.kv_heads * ceil_div(end - first, Tile<Acc<T>>::rows);
+      ahead = ForwardTask<T>(args, next.sequence)
+                  .ahead(next.key_head, next.first, next.end, larger(1, steps));
+    }
+    ForwardTask<T>(args, n).run(key_head, first, end, ahead);
   });
 }
 

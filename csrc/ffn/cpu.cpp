@@ -124,11 +124,15 @@ void linear(const LinearForward& args) {
   const int64_t out_row = args.out_features;
   auto* out = static_cast<T*>(args.out);
   const auto body = [&](const auto& place, A* const* blocks) {
-    add_bias(place, blocks[0], static_cast<const T*>(args.bias), static_cast<T*>(args.pre),
-             out_row);
-    activate_all(args.activation, blocks[0], place.rows * place.width);
+    const auto* bias = static_cast<const T*>(args.bias);
+    if (args.activation != Activation::identity) {
+      add_bias(place, blocks[0], bias, static_cast<T*>(args.pre), out_row);
+      activate_all(args.activation, blocks[0], place.rows * place.width);
+      bias = nullptr;
+    }
     each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-      store_count<A>(out + row * out_row + col, load<A>(blocks[0] + at), n);
+      store_count<A>(out + row * out_row + col, biased<T>(load<A>(blocks[0] + at), bias, col, n),
+                     n);
     });
   };
   multiply<A, T>(

@@ -46,41 +46,6 @@ struct Finish {
         size(sizeof(T)) {}
 };
 
-// Fetches rows of memory into the cache before they are needed, a little at each of `steps` steps:
-// a burst would keep the loads of a tile waiting.
-template <bool write>
-class Fetch {
- public:
-  Fetch() = default;  // of nothing
-  Fetch(const void* first, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t steps)
-      : row_(static_cast<const char*>(first)),
-        row_bytes_(row_bytes),
-        rows_(rows),
-        bytes_(bytes),
-        lines_(rows * ceil_div(bytes, kLine)),
-        steps_(steps) {}
-
-  void step() {
-    for (due_ += lines_; due_ > 0 && rows_ > 0; due_ -= steps_) {
-      if constexpr (write) {
-        __builtin_prefetch(row_ + at_, 1, 3);
-      } else {
-        __builtin_prefetch(row_ + at_, 0, 2);
-      }
-      at_ += kLine;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      row_ += row_bytes_;
-      rows_--;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const char* row_ = nullptr;
-  int64_t row_bytes_ = 0, rows_ = 0, bytes_ = 0, lines_ = 0, steps_ = 1, at_ = 0, due_ = 0;
-};
-
 // Visits a finished block in vectors: f(row, col, index in the block, count).
 template <class A, class F>
 FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
@@ -102,7 +67,7 @@ struct Product {
   int64_t tasks(int64_t most) const {
     constexpr int64_t worth = 500'000;  // multiply-adds
     const int64_t work = rows * cols * larger(depth, 1) / worth;
-    return larger(1, smaller(smaller(most, work), int64_t{16} * thread_count()));
+    return larger(1, smaller(smaller(most, work), int64_t{32} * thread_count()));
   }
 };
 

@@ -1,4 +1,4 @@
-// The register tile of a matrix product, and the packing of its operands into panels.
+// The register tile of a matrix product, and the fetching and packing of its operands.
 //
 // A tile reads rows of A element by element and panels of B, Tile::cols wide, with stride one.
 // Elements are widened as they are packed.
@@ -166,6 +166,41 @@ FASTATTN_INLINE void sum_each(Vec<double> (&v)[Count], double* to) {
   for (int i = 0; i < Count; i++) to[i] = sum<double>(v[i]);
 }
 
+// Fetches rows of memory into the cache before they are needed, a little at each of `steps` steps:
+// a burst would keep the loads of a tile waiting.
+template <bool write>
+class Fetch {
+ public:
+  Fetch() = default;  // of nothing
+  Fetch(const void* first, int64_t row_bytes, int64_t rows, int64_t bytes, int64_t steps)
+      : row_(static_cast<const char*>(first)),
+        row_bytes_(row_bytes),
+        rows_(rows),
+        bytes_(bytes),
+        lines_(rows * ceil_div(bytes, kLine)),
+        steps_(steps) {}
+
+  void step() {
+    for (due_ += lines_; due_ > 0 && rows_ > 0; due_ -= steps_) {
+      if constexpr (write) {
+        __builtin_prefetch(row_ + at_, 1, 3);
+      } else {
+        __builtin_prefetch(row_ + at_, 0, 2);
+      }
+      at_ += kLine;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += row_bytes_;
+      rows_--;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* row_ = nullptr;
+  int64_t row_bytes_ = 0, rows_ = 0, bytes_ = 0, lines_ = 0, steps_ = 1, at_ = 0, due_ = 0;
+};
+
 // Packs one panel: to[k * width + i] = from[i * outer + k * inner] for i < count, 0 up to width.
 // Writes whole vectors, up to kSlack elements past the panel: pack panels in order of address.
 constexpr int64_t kSlack = 16;
@@ -187,15 +222,21 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
     int64_t k = 0;
     if constexpr (std::is_same_v<A, float> && lanes<float> >= 4) {
       constexpr int n = lanes<float>;
-      if (inner == 1 && i + n <= count)
+      const auto turn = [&](auto rows) __attribute__((always_inline)) {
         for (; k + n <= depth; k += n) {
           Vec<float> block[n];
 #pragma GCC unroll 16
-          for (int j = 0; j < n; j++) block[j] = load<float>(from + (i + j) * outer + k);
+          for (int j = 0; j < n; j++)
+            block[j] = j < rows ? load<float>(from + (i + j) * outer + k) : Vec<float>{};
           transpose(block);
 #pragma GCC unroll 16
           for (int j = 0; j < n; j++) store(to + (k + j) * width + i, block[j]);
         }
+      };
+      if (inner == 1 && i + n <= count)
+        turn(std::integral_constant<int64_t, n>());
+      else if (inner == 1 && (i == 0 || i + n <= width))  // else it would overwrite what is packed
+        turn(count - i);
     }
     for (; k < depth; k++)
       for (int64_t j = i; j < smaller(i + lanes<A>, width); j++)

@@ -232,6 +232,7 @@ void load_row(A* to, const T* from, int64_t stride, int64_t count) {
   }
 }
 
+// Where one is NaN, b.
 template <class V>
 FASTATTN_INLINE V max(V a, V b) {
   return a > b ? a : b;
@@ -240,6 +241,16 @@ template <class V>
 FASTATTN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
+#if defined(__AVX2__) && FASTATTN_LANES == 8  // one instruction, which g++ does not find by itself
+template <>
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+  return bits<Vec<float>>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+}
+template <>
+FASTATTN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+  return bits<Vec<float>>(_mm256_min_ps(bits<__m256>(a), bits<__m256>(b)));
+}
+#endif
 
 // Folds the upper half of a vector onto the lower with f until one lane is left.
 template <class E, int N, class F>
@@ -267,14 +278,20 @@ FASTATTN_INLINE Vec<double> each_lane(Vec<double> x, F f) {
   return x;
 }
 
+// A polynomial by its coefficients from the highest power down. The odd and the even powers above 0
+// are summed side by side, for a chain of dependent steps keeps a core waiting.
 template <class V, class... C>
-FASTATTN_INLINE V polynomial(V x, float highest_power, C... lower_powers) {
-  V sum = V{} + highest_power;
-  ((sum = sum * x + lower_powers), ...);
-  return sum;
+FASTATTN_INLINE V polynomial(V x, C... powers) {
+  constexpr int degree = sizeof...(C) - 1;
+  const float power[] = {powers...};
+  const V square = x * x;
+  V sums[2] = {V{} + power[0], V{} + power[1]};
+#pragma GCC unroll 16
+  for (int i = 2; i < degree; i++) sums[i % 2] = sums[i % 2] * square + power[i];
+  return (sums[degree % 2] * x + sums[1 - degree % 2]) * x + power[degree];
 }
 
-// Splits x into a whole number and a rest in [-0.5, 0.5]; returns 2^whole. |x| < 127.
+// Splits x into a whole number and a rest in [-0.5, 0.5]; returns 2^whole, 0 for -127. |x| <= 127.
 FASTATTN_INLINE Vec<float> split(Vec<float> x, Vec<float>& whole) {
   const float magic = 0x1.8p23f;  // its addition rounds to a whole number, held in the low bits
   const Vec<float> shifted = x + magic;
@@ -287,7 +304,7 @@ FASTATTN_INLINE Vec<float> exp2_of_rest(Vec<float> rest) {  // |rest| <= 0.5, re
                     2.402264689e-01f, 6.931472057e-01f, 1.f);
 }
 
-// 2^x for x <= 0, exactly 0 far below -126; relative error 1 ulp. NaN stays NaN.
+// 2^x for x <= 0, exactly 0 below -126.5; relative error 1 ulp. NaN stays NaN.
 FASTATTN_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
   const __m512 v = bits<__m512>(x);
@@ -296,10 +313,10 @@ FASTATTN_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
   const Vec<float> power = exp2_of_rest(x == -__builtin_inff() ? Vec<float>{} : x - whole);
   return bits<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(power), bits<__m512>(whole)));
 #else
-  const Vec<float> clipped = x < -126.f ? set(-126.f) : x;
+  const Vec<float> clipped = max(set(-127.f), x);  // there the scale is 0
   Vec<float> whole;
   const Vec<float> scale = split(clipped, whole);
-  return x < -126.f ? Vec<float>{} : exp2_of_rest(clipped - whole) * scale;
+  return exp2_of_rest(clipped - whole) * scale;
 #endif
 }
 FASTATTN_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
@@ -308,8 +325,7 @@ FASTATTN_INLINE Vec<double> exp2_nonpositive(Vec<double> x) {
 
 // e^x, saturating at e^+-87; relative error 1.5 ulp. NaN stays NaN.
 FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
-  x = x < -87.f ? set(-87.f) : x;
-  x = x > 87.f ? set(87.f) : x;
+  x = min(set(87.f), max(set(-87.f), x));
   Vec<float> whole;
   const Vec<float> scale = split(x * 1.44269504f, whole);
   const Vec<float> rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
