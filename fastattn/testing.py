@@ -217,9 +217,8 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA
-    kernel alone, `written` the arguments that the call writes to. An `inference` case has no
-    gradients.
+    which the C++ and CUDA kernels leave the case to the reference, `written` the arguments that
+    the call writes to. An `inference` case has no gradients.
     """
 
     function: str
@@ -230,7 +229,6 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
-    refused_on_cuda: str = ""
 
     @property
     def id(self) -> str:
@@ -475,7 +473,6 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             drawn | dict(tensors or {}),
             options,
             refused=refused,
-            refused_on_cuda="packed",
         )
 
     lengths = (5, 70, 1, 33)

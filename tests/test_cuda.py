@@ -19,7 +19,7 @@ CASES = {
     case.id: case
     for case in all_cases()
     if "cuda" in registry.FUNCTIONS[case.function][1].kernels
-    and not (case.refused or case.refused_on_cuda)
+    and not case.refused
 }
 
 emulated = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)

@@ -17,6 +17,14 @@ struct Sequence {
   int64_t index, query, q_len, key, kv_len, offset;
 };
 
+// Where the sequences of a packed batch begin, and where the last ends: B + 1 numbers of a GPU's,
+// in int64 if `wide`, else int32. No sequence is longer than `longest`.
+struct Starts {
+  const void* data = nullptr;  // null: they are not packed
+  int64_t stride = 0, longest = 0;
+  bool wide = false;
+};
+
 struct Attention {
   Dtype dtype;
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
@@ -36,6 +44,9 @@ struct Attention {
   // The sequences of a batch of unequal lengths, longest first; null where all have q_len queries
   // and kv_len keys. Packed ones lie in tensors with a batch stride of 0.
   const Sequence* sequences = nullptr;
+  // On a GPU, whose memory the host does not read, packed ones are these.
+  Starts query_starts, key_starts;
+  bool bottom_right = false;  // what their offsets follow
   // There is one number a row of `rows` in lse and its like; that of query i, head h and sequence b
   // is at b * row_stride[0] + h * row_stride[1] + i.
   int64_t rows, row_stride[2];

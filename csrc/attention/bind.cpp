@@ -29,6 +29,16 @@ std::vector<int64_t> integers(const char* name, const Tensor& tensor, int64_t di
   return numbers;
 }
 
+// The same numbers where they are, for a kernel to read and check.
+Starts starts(const char* name, const Tensor& tensor, int64_t longest) {
+  const auto type = tensor.scalar_type();
+  const bool wide = type == torch::headeronly::ScalarType::Long;
+  FASTATTN_CHECK(tensor.dim() == 1 && tensor.size(0) > 1 &&
+                     (wide || type == torch::headeronly::ScalarType::Int),
+                 name, " must be int32 or int64 of one dimension, with two numbers or more");
+  return {tensor.const_data_ptr(), tensor.stride(0), longest, wide};
+}
+
 // Where the sequences of a packed batch begin, and where the last ends.
 std::vector<int64_t> boundaries(const char* name, const Tensor& tensor, int64_t total,
                                 std::optional<int64_t> longest) {
@@ -82,12 +92,23 @@ struct Inputs {
 
   // Packed sequences, which are the rows of a batch of one, become a batch.
   void unpack(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, bool bottom_right,
-              std::optional<int64_t> longest_query, std::optional<int64_t> longest_key) {
+              std::optional<int64_t> longest_query, std::optional<int64_t> longest_key,
+              bool unread) {
+    FASTATTN_CHECK(in.batch == 1 && in.mask.data == nullptr && in.bias.data == nullptr,
+                   "packed sequences have a batch of one and neither mask nor bias");
+    in.row_stride[0] = 0;
+    if (unread) {
+      in.query_starts = starts("cu_seqlens_q", cu_seqlens_q, longest_query.value_or(in.q_len));
+      in.key_starts = starts("cu_seqlens_k", cu_seqlens_k, longest_key.value_or(in.kv_len));
+      FASTATTN_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+                     "cu_seqlens_k has not cu_seqlens_q's batch");
+      in.batch = cu_seqlens_q.numel() - 1;
+      in.bottom_right = bottom_right;
+      return;
+    }
     const auto query = boundaries("cu_seqlens_q", cu_seqlens_q, in.q_len, longest_query);
     const auto key = boundaries("cu_seqlens_k", cu_seqlens_k, in.kv_len, longest_key);
     FASTATTN_CHECK(query.size() == key.size(), "cu_seqlens_k has not cu_seqlens_q's batch");
-    FASTATTN_CHECK(in.batch == 1 && in.mask.data == nullptr && in.bias.data == nullptr,
-                   "packed sequences have a batch of one and neither mask nor bias");
     in.batch = static_cast<int64_t>(query.size()) - 1;
     for (size_t n = 0; n + 1 < query.size(); n++) {
       const int64_t q_len = query[n + 1] - query[n], kv_len = key[n + 1] - key[n];
@@ -96,7 +117,6 @@ struct Inputs {
     }
     sort(sequences);
     in.sequences = sequences.data();
-    in.row_stride[0] = 0;
   }
 
   Inputs(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
@@ -143,7 +163,8 @@ struct Inputs {
                    "cu_seqlens_q and cu_seqlens_k come together");
     in.offset = bottom_right ? kv_len - q_len : 0;
     if (cu_seqlens_q.has_value())
-      unpack(*cu_seqlens_q, *cu_seqlens_k, bottom_right, max_seqlen_q, max_seqlen_k);
+      unpack(*cu_seqlens_q, *cu_seqlens_k, bottom_right, max_seqlen_q, max_seqlen_k,
+             on_gpu(place_of(query)));
     set_terms_of_heads(in, alibi_slopes, sinks);
     set_bounds(in, left, right);
     in.scale = scale;
@@ -164,10 +185,9 @@ struct Inputs {
 // Refuses what the CUDA kernels do not know.
 void check_place(Place place, const Attention& in) {
   FASTATTN_CHECK(!on_gpu(place) ||
-                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
+                     (in.dtype != Dtype::f64 &&
                       std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
-                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
-                 "than 128");
+                 "no CUDA kernel takes fp64, or heads wider than 256, in fp32 than 128");
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(

@@ -18,6 +18,8 @@ Memory memory(const View<Pointer>& view, std::initializer_list<int64_t> sizes, i
   return {view.data, (last + 1) * bytes, written, written};
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Whether rows can be moved 16 bytes at a time.
 template <class Pointer>
 bool aligned(const View<Pointer>& view, int64_t bytes) {
@@ -41,8 +43,16 @@ Layout written(const Target& view, int64_t bytes, int64_t cols) {
   return to;
 }
 
-// With blocks of so many queries.
-AttentionScalars scalars(const Attention& in, int64_t queries) {
+Boundaries boundaries(const Starts& starts, int64_t total) {
+  Boundaries to{};
+  to.stride = starts.stride;
+  to.wide = starts.wide;
+  to.longest = static_cast<int32_t>(std::min(starts.longest, total));
+  return to;
+}
+
+// With blocks of so many queries or keys.
+AttentionScalars scalars(const Attention& in, int64_t rows) {
   constexpr double log2e = 1.44269504088896340736;
   AttentionScalars to{};
   const int64_t bytes = size_of(in.dtype);
@@ -50,7 +60,18 @@ AttentionScalars scalars(const Attention& in, int64_t queries) {
   to.group = static_cast<int32_t>(in.heads / in.kv_heads);
   to.q_len = static_cast<int32_t>(in.q_len);
   to.kv_len = static_cast<int32_t>(in.kv_len);
-  to.query_blocks = static_cast<int32_t>((in.q_len + queries - 1) / queries);
+  const bool packed = in.query_starts.data != nullptr;
+  to.batch = packed ? 1 : static_cast<int32_t>(in.batch);
+  to.sequences = packed ? static_cast<int32_t>(in.batch) : 0;
+  to.bottom_right = in.bottom_right;
+  to.query_starts = boundaries(in.query_starts, in.q_len);
+  to.key_starts = boundaries(in.key_starts, in.kv_len);
+  // Every packed sequence may have a block that is not full.
+  const auto blocks_of = [&](int64_t length) {
+    return static_cast<int32_t>(packed ? length / rows + in.batch : ceil_div(length, rows));
+  };
+  to.query_blocks = blocks_of(in.q_len);
+  to.key_blocks = blocks_of(in.kv_len);
   to.head_dim = static_cast<int32_t>(in.head_dim);
   to.value_dim = static_cast<int32_t>(in.value_dim);
   to.query = layout(in.query, bytes);
@@ -98,9 +119,15 @@ struct Tensors {
   Memory alibi_slopes() const { return reads(in.alibi_slopes, in.batch * in.heads * 4); }
   Memory sinks() const { return reads(in.sinks, in.heads * 8); }
   Memory seed() const { return reads(in.device_seed, 8); }
+  Memory query_starts() const { return starts(in.query_starts); }
+  Memory key_starts() const { return starts(in.key_starts); }
+
+ private:
+  Memory starts(const Starts& of) const {
+    return reads(of.data, (in.batch * of.stride + 1) * (of.wide ? 8 : 4));
+  }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 uint32_t blocks(int64_t count) { return static_cast<uint32_t>(count); }
 
 // The name of the kernel for heads of up to `dim` elements.
@@ -122,11 +149,12 @@ void launch_forward(const AttentionForward& args, Device& device) {
                      in.bias.data != nullptr || in.alibi_slopes != nullptr || in.softcap != 0 ||
                      in.dropout_p > 0;
   launch(device, "attention", name("forward", in, Dim, extra ? "_extra" : ""),
-         {{blocks(numbers.query_blocks * in.heads * in.batch), 1, 1},
+         {{blocks(int64_t{numbers.query_blocks} * in.heads * numbers.batch), 1, 1},
           {Tiles::kWarps * 32, 1, 1},
           Tiles::kShared},
          of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
-         of.seed(), of.queries(args.out, in.value_dim), writes(args.lse, in.rows * 4), numbers);
+         of.seed(), of.query_starts(), of.key_starts(), of.queries(args.out, in.value_dim),
+         writes(args.lse, in.rows * 4), numbers);
 }
 
 // What all kernels of a backward take: `statistics` are of every row, see the kernels.
@@ -146,19 +174,17 @@ struct Backward {
     to.grad_query = written(args.grad_query, bytes, in.head_dim);
     to.grad_key = written(args.grad_key, bytes, in.head_dim);
     to.grad_value = written(args.grad_value, bytes, in.value_dim);
-    to.batch = static_cast<int32_t>(in.batch);
-    to.key_blocks = static_cast<int32_t>(ceil_div(in.kv_len, rows));
     std::copy(args.bias_sizes, args.bias_sizes + 4, to.bias_sizes);
     to.scale = static_cast<float>(in.scale);
     return to;
   }
   Memory grad_out() const { return of.queries(args.grad_out, in.value_dim); }
-  // Launches one kernel, which writes to `grads`.
+  // Launches one kernel, which takes `more` besides.
   template <class... Memories>
   void run(Device& device, const char* file, const std::string& kernel, const Shape& shape,
-           const AttentionBackwardScalars& numbers, const Memories&... grads) const {
+           const AttentionBackwardScalars& numbers, const Memories&... more) const {
     launch(device, file, kernel, shape, of.query(), of.key(), of.value(), grad_out(), of.mask(),
-           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), grads...,
+           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), more...,
            numbers);
   }
 };
@@ -186,11 +212,13 @@ void launch_backward(const AttentionBackward& args, Device& device) {
     return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
   };
   of.run(device, "attention_backward", name("backward_queries", in, Dim),
-         shape(numbers.in.query_blocks * in.heads * in.batch), numbers,
-         of.of.queries(args.grad_query, in.head_dim));
-  of.run(device, "attention_backward", name("backward_keys", in, Dim),
-         shape(numbers.key_blocks * in.kv_heads * in.batch, Tiles::kApart ? 2 : 1), numbers,
-         of.of.keys(args.grad_key, in.head_dim), of.of.keys(args.grad_value, in.value_dim));
+         shape(int64_t{numbers.in.query_blocks} * in.heads * numbers.in.batch), numbers,
+         of.of.query_starts(), of.of.key_starts(), of.of.queries(args.grad_query, in.head_dim));
+  of.run(
+      device, "attention_backward", name("backward_keys", in, Dim),
+      shape(int64_t{numbers.in.key_blocks} * in.kv_heads * numbers.in.batch, Tiles::kApart ? 2 : 1),
+      numbers, of.of.query_starts(), of.of.key_starts(), of.of.keys(args.grad_key, in.head_dim),
+      of.of.keys(args.grad_value, in.value_dim));
   if (args.grad_bias == nullptr) return;
   const int64_t (&sizes)[4] = args.bias_sizes;
   const int64_t count =

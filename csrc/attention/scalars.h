@@ -34,24 +34,36 @@ struct Layout {
   int32_t aligned;
 };
 
+// Where the sequences of a packed batch begin, and where the last ends: numbers of int32 or int64.
+struct Boundaries {
+  int64_t stride;
+  int32_t wide;
+  int32_t longest;  // no sequence has more rows
+};
+
+// A batch of packed sequences is one of 1 whose rows are theirs, one sequence after the other.
 struct AttentionScalars {
-  int32_t heads, group;  // query heads that share a head of keys
-  int32_t q_len, kv_len, head_dim, value_dim, query_blocks;
+  int32_t batch, heads, group;  // group: query heads that share a head of keys
+  int32_t q_len, kv_len, head_dim, value_dim;
+  int32_t query_blocks, key_blocks;  // of a sequence; of all packed ones, at most
+  int32_t sequences;                 // packed, or 0
+  int32_t bottom_right;              // of packed sequences
+  Boundaries query_starts, key_starts;
   Layout query, key, value, out;
   int64_t mask[4], bias[4];
-  int32_t wide_bias;            // fp32, whatever query is
-  int32_t offset, left, right;  // query i sees the keys i + offset - left ... i + offset + right
-  int32_t hides;                // whether some keys may be invisible
-  float scale;                  // of products, to logits in base 2, or to softcap's argument
-  float softcap;                // in base 2, 0 for none
-  uint32_t threshold;           // of dropout, 0 without
+  int32_t wide_bias;    // fp32, whatever query is
+  int32_t offset;       // where sequences are not packed
+  int32_t left, right;  // query i sees the keys i + offset - left ... i + offset + right
+  int32_t hides;        // whether some keys may be invisible
+  float scale;          // of products, to logits in base 2, or to softcap's argument
+  float softcap;        // in base 2, 0 for none
+  uint32_t threshold;   // of dropout, 0 without
   float kept;
 };
 
 struct AttentionBackwardScalars {
   AttentionScalars in;
   Layout grad_out, grad_query, grad_key, grad_value;
-  int32_t batch, key_blocks;
   int32_t bias_sizes[4];  // 1 where the bias broadcasts
   float scale;            // of products, to logits
 };

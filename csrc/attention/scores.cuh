@@ -13,12 +13,104 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 extern __shared__ uint4 shared_memory[];
 
-// The rows of one head of a tensor [B, H, rows, cols].
+// The boundaries of packed sequences, of queries and of keys; null where they are not packed.
+struct Starts {
+  const void *query, *key;
+};
+
+// One sequence of a batch. In a packed one, `query` and `key` of its rows lie in front of it.
+struct Sequence {
+  int index, query, q_len, key, kv_len, offset;
+
+  // The number of its first query among the rows of all heads.
+  __device__ int64_t row(const AttentionScalars& in, int head) const {
+    return (int64_t{in.sequences > 0 ? 0 : index} * in.heads + head) * in.q_len + query;
+  }
+};
+
+// What a block works on: rows of one head of one sequence, from `first` on. Without rows it is one
+// too many.
+struct Work {
+  const Sequence& sequence;
+  int head, first;
+
+  // `rows` of queries or of keys, in the order in which most work comes first under a causal mask.
+  // The sequence is kept in shared memory, for registers are few.
+  __device__ Work(Sequence& kept, const AttentionScalars& in, const Starts& starts, bool of_keys,
+                  int rows)
+      : sequence(kept) {
+    const int heads = of_keys ? in.heads / in.group : in.heads;
+    const int blocks = of_keys ? in.key_blocks : in.query_blocks;
+    const int block = static_cast<int>(blockIdx.x);
+    int own = block % blocks;
+    head = block / blocks % heads;
+    const Sequence found =
+        in.sequences > 0 ? find(in, starts, of_keys, rows, own)
+                         : Sequence{block / blocks / heads, 0, in.q_len, 0, in.kv_len, in.offset};
+    if (threadIdx.x == 0) kept = found;
+    __syncthreads();
+    const int own_blocks = (length(of_keys) + rows - 1) / rows;
+    first = (of_keys ? own : own_blocks - 1 - own) * rows;
+  }
+  __device__ int length(bool of_keys) const { return of_keys ? sequence.kv_len : sequence.q_len; }
+  __device__ bool none(bool of_keys) const { return length(of_keys) == 0; }
+
+ private:
+  __device__ static int64_t at(const void* starts, const Boundaries& boundaries, int n) {
+    const int64_t from = n * boundaries.stride;
+    return boundaries.wide ? static_cast<const int64_t*>(starts)[from]
+                           : static_cast<const int32_t*>(starts)[from];
+  }
+  // Boundaries which are none stop the kernel, for the host has not read them.
+  __device__ static int2 rows_of(const void* starts, const Boundaries& boundaries, int n, int count,
+                                 int total) {
+    const int64_t begin = at(starts, boundaries, n), end = at(starts, boundaries, n + 1);
+    if (begin < 0 || end < begin || end > total || end - begin > boundaries.longest ||
+        (n == 0 && begin != 0) || (n + 1 == count && end != total))
+      __trap();
+    return {static_cast<int>(begin), static_cast<int>(end - begin)};
+  }
+
+  // The sequence that holds block `own` of all packed ones, which becomes the block's number in it.
+  // Every warp looks for itself, at 32 sequences at a time.
+  __device__ static Sequence find(const AttentionScalars& in, const Starts& starts, bool of_keys,
+                                  int rows, int& own) {
+    const int lane = lane_index();
+    for (int n = lane; n - lane < in.sequences; n += static_cast<int>(kWarp)) {
+      int2 queries{}, keys{};
+      if (n < in.sequences) {
+        queries = rows_of(starts.query, in.query_starts, n, in.sequences, in.q_len);
+        keys = rows_of(starts.key, in.key_starts, n, in.sequences, in.kv_len);
+      }
+      const int count = ((of_keys ? keys.y : queries.y) + rows - 1) / rows;
+      int behind = count;  // blocks up to this sequence's last
+#pragma unroll
+      for (int apart = 1; apart < static_cast<int>(kWarp); apart *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, behind, apart);
+        if (lane >= apart) behind += other;
+      }
+      const unsigned found = __ballot_sync(kAllLanes, behind > own);
+      if (found != 0) {
+        const int from = __ffs(static_cast<int>(found)) - 1;
+        const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, from); };
+        own -= of_lane(behind - count);
+        Sequence sequence = {of_lane(n),      of_lane(queries.x), of_lane(queries.y),
+                             of_lane(keys.x), of_lane(keys.y),    0};
+        if (in.bottom_right) sequence.offset = sequence.kv_len - sequence.q_len;
+        return sequence;
+      }
+      own -= __shfl_sync(kAllLanes, behind, kWarp - 1);
+    }
+    return {};
+  }
+};
+
+// The rows of one head of a sequence in a tensor [B, H, rows, cols], behind `before` rows.
 template <class T>
-__device__ Matrix<T> matrix(T* tensor, const Layout& layout, int batch, int head, int rows,
-                            int cols) {
+__device__ Matrix<T> matrix(T* tensor, const Layout& layout, int batch, int head, int before,
+                            int rows, int cols) {
   const int64_t* stride = layout.stride;
-  return {tensor + batch * stride[0] + head * stride[1],
+  return {tensor + batch * stride[0] + head * stride[1] + before * stride[2],
           stride[2],
           stride[3],
           rows,
@@ -36,16 +128,22 @@ struct Terms {
 // To within an eps or so of 1, which is what matters for a logit of that size.
 __device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
 
-// Products of queries and keys of one head become logits in base 2, -inf where a key is invisible.
+// Products of queries and keys of one head of a sequence become logits in base 2, -inf where a key
+// is invisible.
 template <class T>
 struct Scores {
   const AttentionScalars& in;
+  const Sequence& sequence;
   const uint8_t* mask = nullptr;
   const void* bias = nullptr;
   float slope = 0;  // of ALiBi, in base 2
 
-  __device__ explicit Scores(const AttentionScalars& in) : in(in) {}
-  __device__ Scores(const AttentionScalars& in, const Terms& terms, int batch, int head) : in(in) {
+  __device__ Scores(const AttentionScalars& in, const Sequence& sequence)
+      : in(in), sequence(sequence) {}
+  __device__ Scores(const AttentionScalars& in, const Sequence& sequence, const Terms& terms,
+                    int head)
+      : in(in), sequence(sequence) {
+    const int batch = sequence.index;
     if (terms.mask != nullptr) mask = terms.mask + batch * in.mask[0] + head * in.mask[1];
     if (terms.bias != nullptr)
       bias = static_cast<const char*>(terms.bias) +
@@ -56,8 +154,9 @@ struct Scores {
   // Of query i and key j. `steepness` receives the derivative of softcap, where there is one.
   template <bool Extras>
   __device__ float operator()(float product, int i, int j, float* steepness = nullptr) const {
-    const int apart = i + in.offset - j;
-    if (j >= in.kv_len || i >= in.q_len || apart > in.left || -apart > in.right) return -kInfinity;
+    const int apart = i + sequence.offset - j;
+    if (j >= sequence.kv_len || i >= sequence.q_len || apart > in.left || -apart > in.right)
+      return -kInfinity;
     // What is infinite is visible all the same, and no number.
     float logit = (product - product + product) * in.scale;
     if constexpr (Extras) {

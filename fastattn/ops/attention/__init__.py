@@ -19,7 +19,7 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-SEQUENCES, TENSORS = 8, 10
+TENSORS = 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -42,8 +42,6 @@ def _cuda_refusals(*args: Any) -> list[str]:
     widest = 128 if query.dtype == torch.float32 else 256
     if max(query.shape[3], value.shape[3]) > widest:
         reasons.append(f"heads are wider than {widest}")
-    if args[SEQUENCES] is not None:
-        reasons.append("sequences are packed")
     return reasons
 
 
