@@ -22,6 +22,7 @@ from bench.cases import (
     Case,
     Decode,
     FeedForward,
+    Generation,
     Linear,
     Model,
     Norm,
@@ -53,6 +54,10 @@ def build(case: Case, *, compiled: bool = False) -> Work:
         from bench import models  # here, as only these cases need transformers
 
         return models.build(case, compiled=compiled)
+    if isinstance(case, Generation):
+        from bench import language
+
+        return language.build(case, compiled=compiled)
     torch.manual_seed(SEED)
     inputs, functions, oracle, kept, results = RECIPES[type(case)](case)
     dtype = getattr(torch, case.dtype)

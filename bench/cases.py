@@ -1,7 +1,7 @@
-"""What is raced: a table of cases, one line each, and what each case costs in work and traffic.
+"""What is raced: a table of cases, one line each, and what each costs; long because of its rows.
 
 A new row is one new line in `CASES`. A case says nothing about how it is run; that is
-`baselines.py` (operations) and `models.py` (whole models).
+`baselines.py` (operations), `models.py` and `language.py` (whole models).
 """
 
 from __future__ import annotations
@@ -342,12 +342,44 @@ class Model(Case):
         return f"B{self.batch} S{self.seq}" if self.seq else f"{self.batch} sentences"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Generation(Case):
+    """A model that writes, with random weights: GPT-2 small or, in training, T5 small.
+
+    prefill: GPT-2 reads a prompt of `seq` tokens and fills its cache. decode: it adds a token to a
+    cache of `seq`. training: T5 reads and writes `seq` tokens, with its learned position bias.
+    """
+
+    task: str  # prefill, decode, training
+    batch: int
+    seq: int
+    dropout: float = 0.0
+
+    group: ClassVar[str] = "whole model"
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
+
+    @property
+    def title(self) -> str:
+        model = "t5-small" if self.task == "training" else "gpt2"
+        dropout = f" dropout {self.dropout:g}" if self.dropout else ""
+        return f"{model} {self.task}{dropout}"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} S{self.seq}"
+
+    @property
+    def passes(self) -> str:
+        return "token" if self.task == "decode" else super().passes
+
+
 # Filled by hand, read by everyone: shape, what is switched on, whether it belongs to --quick.
 CASES: tuple[Case, ...] = (
     # the real model first: the reason for the rest
     Model(weights="minilm", batch=1, seq=128, quick=True),
     Model(weights="minilm", batch=8, seq=128, quick=True),
     Model(weights="minilm", batch=16, quick=True),
+    Model(weights="minilm", batch=32),
     Model(weights="minilm", batch=1, seq=512),
     Model(weights="minilm", batch=4, seq=128, backward=True, dropout=0.1, quick=True),
     Model(weights="bert-base", batch=1, seq=128),
@@ -355,6 +387,9 @@ CASES: tuple[Case, ...] = (
     Model(weights="bert-base", batch=1, seq=512),
     Model(weights="bert-base", batch=8, seq=128, backward=True, dropout=0.1),
     Model(weights="bert-base", batch=2, seq=512, backward=True, dropout=0.1),
+    Generation(task="prefill", batch=1, seq=512),
+    Generation(task="decode", batch=1, seq=512),
+    Generation(task="training", batch=8, seq=128, backward=True, dropout=0.1),
     # attention forward
     Attention(batch=1, heads=12, seq=512, head_dim=64, quick=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, quick=True),

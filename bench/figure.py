@@ -11,7 +11,14 @@ from bench.report import limits, significant, work
 from bench.rows import LEFT_OUT, OK, Race, Row, races
 from bench.work import PROVIDERS
 
-COLOURS = {"fused": "#d9480f", "eager": "#868e96", "sdpa": "#1c7ed6", "compile": "#7048e8"}
+COLOURS = {
+    "fused": "#d9480f",
+    "eager": "#868e96",
+    "sdpa": "#1c7ed6",
+    "compile": "#7048e8",
+    "onnxruntime": "#2b8a3e",
+    "openvino": "#c2255c",
+}
 INK, RULE = "#212529", "#dee2e6"
 ROW = 0.27  # inches
 

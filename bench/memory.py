@@ -85,14 +85,15 @@ def _measure(case: Case, provider: str, threads: int, sender: Connection) -> Non
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         torch.set_num_threads(threads)
         baselines.build(replace(case, **case.tiny)).calls[provider]()
-        call = baselines.build(case).calls[provider]
-        gc.collect()
         libc = ctypes.CDLL(None)
         with contextlib.suppress(AttributeError):  # other C libraries than glibc
-            libc.malloc_trim(0)
             # from now on freed memory goes back at once: what is resident is what is in use
             libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
             libc.mallopt(M_TRIM_THRESHOLD, 1 << 16)
+        call = baselines.build(case).calls[provider]
+        gc.collect()
+        with contextlib.suppress(AttributeError):
+            libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
         before = _high_water()
         result = call()

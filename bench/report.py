@@ -99,9 +99,11 @@ def rival_ratio(provider: str) -> Callable[[Race], str]:
 
 
 def rate(row: Row) -> str:
-    """GFLOP/s where arithmetic is the limit, GB/s where memory is."""
+    """GFLOP/s where arithmetic is the limit, GB/s where memory is, tokens/s of a model."""
     if row.gflops is not None:
         return f"{significant(row.gflops)} GFLOP/s"
+    if row.passes == "token" and row.median_ms is not None:
+        return f"{significant(1e3 / row.median_ms)} tokens/s"
     return "" if row.gbs is None else f"{significant(row.gbs)} GB/s"
 
 

@@ -14,7 +14,7 @@ from bench.cases import Case
 from bench.machine import Machine
 from bench.parity import Verdict
 from bench.rows import Row
-from bench.work import UnavailableError, Work, kernels_used
+from bench.work import COMPILED, UnavailableError, Work, kernels_used
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def race(
             with kernels_used() as kernels:
                 result = parity.run(work, provider)
         except Exception as error:  # whatever a provider raises is its result
-            status = rows.LEFT_OUT if provider == "compile" else rows.FAILED
+            status = rows.LEFT_OUT if provider in COMPILED else rows.FAILED
             found[provider] = row(provider, status, first_line(error))
             continue
         notes[provider] = "; ".join(f"{op}: {kernel}" for op, kernel in kernels.items())
@@ -91,7 +91,7 @@ def race(
     )
     tick(0.8)
     with ThreadPoolExecutor(1) as aside:  # nothing is timed any more
-        weighed = [p for p in timed if p != "compile"] if settings.memory else []
+        weighed = [p for p in timed if p not in COMPILED] if settings.memory else []
         peaks = aside.submit(memory.peak_growth, case, weighed, machine.threads)
         for provider in timed:  # the timed calls themselves; dropout's draw cannot be repeated
             result = parity.run(work, provider) if work.random else last.pop(provider)
@@ -124,7 +124,7 @@ def race(
 def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> dict[str, object]:
     """The columns of a row that follow from its timing."""
     gflops = (work.flops or case.flops) / timing.median / 1e9 or None
-    gbs = case.traffic / timing.median / 1e9 or None
+    gbs = (work.traffic or case.traffic) / timing.median / 1e9 or None
     of_limit = gflops / machine.peak_gflops if gflops else gbs / machine.copy_gbs if gbs else None
     return {
         "median_ms": 1e3 * timing.median,

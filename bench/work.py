@@ -14,7 +14,15 @@ from torch import Tensor
 SEED = 20240607
 
 # fused first, then its rivals in the order of the columns
-PROVIDERS = {"fused": "fastattn", "eager": "eager", "sdpa": "SDPA", "compile": "torch.compile"}
+PROVIDERS = {
+    "fused": "fastattn",
+    "eager": "eager",
+    "sdpa": "SDPA",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+COMPILED = {"compile", "onnxruntime", "openvino"}  # take part if asked for, and if they can
 
 
 class UnavailableError(RuntimeError):
@@ -39,6 +47,7 @@ class Work:
     random: bool = False  # the result depends on torch's generator
     deep: bool = False  # gradients have come through many layers
     flops: float | None = None  # where the case cannot know them
+    traffic: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     standards: dict[int, Any] = field(default_factory=dict)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -17,10 +19,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastattn")
 
-KERNELS = ("cpu", "cuda", "emulator", "reference")
+KERNELS = ("cpu", "cuda", "emulator", "triton", "triton-emulator", "reference")
+# Whose kernels those of another name are, run elsewhere.
+LANGUAGES = {"cpu": "C++", "cuda": "CUDA", "triton": "Triton"}
+RUNS = {"emulator": "cuda", "triton-emulator": "triton"}
+TRITON_VERSIONS = (3, 6), (3, 9)  # the oldest and the newest that the kernels are tried with
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_no_triton() -> str:
+    """Why there is no Triton, which is not imported to find out; "" where there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install 'fastattn[triton]'` brings it"
+    try:
+        version = importlib.metadata.version("triton")
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ""  # a build of one's own, of which nothing is known
+    oldest, newest = (".".join(map(str, v)) for v in TRITON_VERSIONS)
+    if numbers < TRITON_VERSIONS[0]:
+        return f"Triton {version} is older than {oldest} (tried up to {newest})"
+    return ""
+
+
+WHY_NO_TRITON = _why_no_triton()
 
 
 class Choice(NamedTuple):
@@ -70,10 +94,11 @@ def _force(name: str | None) -> None:
 def use_kernel(name: str) -> Iterator[None]:
     """Force kernel `name` for the calls inside the `with` block.
 
-    "cpu" and "cuda" are the C++ kernels, "reference" is eager PyTorch, and "emulator" runs the CUDA
-    kernels on CPU tensors in `fastattn.emulator`, slowly and with all of its checks. A call that a
-    kernel cannot serve raises `UnavailableKernelError`; nothing falls back. Overrides the
-    environment variable `FASTATTN_KERNEL`. The choice is the process's, not the thread's.
+    "cpu" and "cuda" are the C++ kernels, "triton" those in Triton, "reference" is eager PyTorch.
+    "emulator" runs the CUDA kernels, and "triton-emulator" what Triton compiles for sm_80, on CPU
+    tensors in `fastattn.emulator`, slowly and with all of its checks. A call that a kernel cannot
+    serve raises `UnavailableKernelError`; nothing falls back. Overrides the environment variable
+    `FASTATTN_KERNEL`. The choice is the process's, not the thread's.
 
     Raises:
         ValueError: `name` is not a kernel.
@@ -125,6 +150,13 @@ def cuda_refusals(*tensors: torch.Tensor | None) -> list[str]:
     return _refusals(_library.WHY_NO_CUDA, there, CUDA_DTYPES, "CUDA", tensors)
 
 
+def triton_refusals(*tensors: torch.Tensor | None) -> list[str]:
+    """The same for the Triton kernels, on a GPU or, where that is forced, in the emulator."""
+    emulated = _forced == "triton-emulator"
+    missing = WHY_NO_TRITON or (_library.WHY_NOT if emulated else "")
+    return _refusals(missing, "is_cpu" if emulated else "is_cuda", CUDA_DTYPES, "Triton", tensors)
+
+
 def _refusals(
     missing: str,
     there: str,  # the attribute that a tensor has where it should; device.type is slow to ask
@@ -157,21 +189,26 @@ def _transforms() -> list[str]:
 
 
 def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
-    """The kernel for one call of `op`: the one of its device, unless that refuses.
+    """The kernel for one call of `op`: the first of its device that does not refuse.
+
+    On a GPU these are the CUDA C++ kernel and then the Triton kernel; the README says why.
 
     Raises:
         UnavailableKernelError: the forced kernel refuses the call.
     """
     if _forced == "reference":
         return Choice("reference", {})
-    name = _forced or ("cuda" if "cuda" in op.kernels and args[0].is_cuda else "cpu")
-    refusals = op.kernels.get("cuda" if name == "emulator" else name)
-    reasons = refusals(*args) if refusals else ["it has no CUDA kernel"]
-    if not reasons:
-        return Choice(name, {})
+    refused = {}
+    for name in (_forced,) if _forced else ("cuda", "triton") if args[0].is_cuda else ("cpu",):
+        kind = RUNS.get(name, name)
+        refusals = op.kernels.get(kind)
+        reasons = refusals(*args) if refusals else [f"it has no {LANGUAGES[kind]} kernel"]
+        if not reasons:
+            return Choice(name, refused)
+        refused[name] = reasons
     if _forced is not None:
-        raise UnavailableKernelError(f"{op.name}: {name!r} is forced, but {'; '.join(reasons)}")
-    return Choice("reference", {name: reasons})
+        raise UnavailableKernelError(f"{op.name}: {_forced!r} is forced, but {'; '.join(reasons)}")
+    return Choice("reference", refused)
 
 
 def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
@@ -181,10 +218,35 @@ def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
         return choice.kernel
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: %s", op.name, choice)
-    elif choice.refused and (op.name, text := str(choice)) not in _told:
+    elif (
+        choice.kernel == "reference"
+        and choice.refused
+        and (op.name, text := str(choice)) not in _told
+    ):
         _told.add((op.name, text))
         log.warning("%s falls back: %s", op.name, text)
     return choice.kernel
+
+
+def backward_in_triton(op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether the backward op of a call with these arguments, those of backward, is Triton's.
+
+    It is where Triton is forced, and on a GPU where there is no CUDA C++ kernel for both ways: what
+    one forward saves every backward takes.
+
+    Raises:
+        UnavailableKernelError: the Triton kernel is forced and refuses the call.
+    """
+    if "triton" not in op.kernels or _forced not in (None, "triton", "triton-emulator"):
+        return False
+    forward_args = op.backward_arguments(*args)[0]
+    if _forced is not None:
+        return choose(op, forward_args).kernel == _forced
+    if not forward_args[0].is_cuda:
+        return False
+    if op.cuda_backward and not op.kernels["cuda"](*forward_args):
+        return False
+    return not op.kernels["triton"](*forward_args)
 
 
 def backends() -> dict[str, str]:
@@ -194,5 +256,7 @@ def backends() -> dict[str, str]:
         "cpu": _library.WHY_NOT,
         "cuda": _library.WHY_NO_CUDA or no_gpu,
         "emulator": _library.WHY_NO_CUDA,
+        "triton": WHY_NO_TRITON or no_gpu,
+        "triton-emulator": WHY_NO_TRITON or _library.WHY_NOT,
         "reference": "",
     }

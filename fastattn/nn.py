@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]
 
@@ -356,25 +357,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # the parent's own would make torch's modules
-        if isinstance(activation, str):
-            if activation not in ACTIVATIONS:
-                raise ValueError(
-                    f"activation must be callable or one of {list(ACTIVATIONS)}, got {activation!r}"
-                )
-            activation = ACTIVATIONS[activation]
+        sizes = d_model, nhead, dim_feedforward, dropout, layer_norm_eps
         factory = {"bias": bias, "device": device, "dtype": dtype}
-        self.self_attn = MultiheadAttention(
-            d_model, nhead, dropout=dropout, batch_first=batch_first, **factory
-        )
-        self.linear1 = nn.Linear(d_model, dim_feedforward, **factory)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
-        self.norm_first = norm_first
-        self.norm1 = LayerNorm(d_model, eps=layer_norm_eps, **factory)
-        self.norm2 = LayerNorm(d_model, eps=layer_norm_eps, **factory)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.activation = activation
+        _fill(self, ["self_attn"], *sizes, activation, batch_first, norm_first, factory)
         # 0 tells torch.nn.TransformerEncoder to pass padded tensors on, not nested ones
         self.activation_relu_or_gelu = 0
 
@@ -404,8 +389,113 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return x
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        activation = _name_of(self.activation) or self.activation
-        return self.dropout2(_feed_forward(x, self.linear1, self.linear2, activation, self.dropout))
+        return self.dropout2(_block(self, x))
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` (arXiv:1706.03762; norm_first: arXiv:2002.04745).
+
+    It is to `TransformerEncoderLayer` what torch's two layers are to each other, with attention to
+    `memory` between self-attention and the linear layers.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # the parent's own would make torch's modules
+        sizes = d_model, nhead, dim_feedforward, dropout, layer_norm_eps
+        factory = {"bias": bias, "device": device, "dtype": dtype}
+        attentions = ["self_attn", "multihead_attn"]
+        _fill(self, attentions, *sizes, activation, batch_first, norm_first, factory)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Decode `tgt`; returns its shape.
+
+        Args:
+            tgt: [T, N, d_model], with batch_first [N, T, d_model], or [T, d_model].
+            memory: likewise, with S for T.
+            tgt_mask, tgt_key_padding_mask, tgt_is_causal: what `MultiheadAttention.forward` takes
+                as attn_mask, key_padding_mask and is_causal, for tgt's attention to itself.
+            memory_mask, memory_key_padding_mask, memory_is_causal: for its attention to memory.
+
+        Raises:
+            TypeError, ValueError: as `MultiheadAttention.forward`.
+        """
+        masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        across = memory_mask, memory_key_padding_mask, memory_is_causal
+        if self.norm_first:
+            normed, summed = self.norm2(self._sa_block(self.norm1(tgt), *masks), tgt)
+            normed, summed = self.norm3(self._mha_block(normed, memory, *across), summed)
+            return summed + self._ff_block(normed)
+        x, _ = self.norm1(self._sa_block(tgt, *masks), tgt)
+        x, _ = self.norm2(self._mha_block(x, memory, *across), x)
+        x, _ = self.norm3(self._ff_block(x), x)
+        return x
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(_block(self, x))
+
+
+def _fill(
+    layer: nn.Module,
+    attentions: list[str],
+    d_model: int,
+    nhead: int,
+    dim_feedforward: int,
+    dropout: float,
+    layer_norm_eps: float,
+    activation: str | Callable[[Tensor], Tensor],
+    batch_first: bool,
+    norm_first: bool,
+    factory: dict[str, Any],
+) -> None:
+    """Give an encoder's or a decoder's layer its attentions, its linear layers and its norms."""
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be callable or one of {list(ACTIVATIONS)}, got {activation!r}"
+            )
+        activation = ACTIVATIONS[activation]
+    for name in attentions:
+        options = {"dropout": dropout, "batch_first": batch_first}
+        setattr(layer, name, MultiheadAttention(d_model, nhead, **options, **factory))
+    layer.linear1 = nn.Linear(d_model, dim_feedforward, **factory)
+    layer.dropout = nn.Dropout(dropout)
+    layer.linear2 = nn.Linear(dim_feedforward, d_model, **factory)
+    layer.norm_first = norm_first
+    count = len(attentions) + 1
+    for i in range(1, count + 1):
+        setattr(layer, f"norm{i}", LayerNorm(d_model, eps=layer_norm_eps, **factory))
+    for i in range(1, count + 1):
+        setattr(layer, f"dropout{i}", nn.Dropout(dropout))
+    layer.activation = activation
+
+
+def _block(layer: nn.Module, x: Tensor) -> Tensor:
+    """The linear layers of an encoder's or a decoder's layer."""
+    activation = _name_of(layer.activation) or layer.activation
+    return _feed_forward(x, layer.linear1, layer.linear2, activation, layer.dropout)
 
 
 def _promoted(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,21 +34,36 @@ class Op:
     kernels: dict[str, Callable[..., list[str]]]
     differentiable: int  # the leading outputs that carry a gradient
     keep: tuple[int, ...]  # the outputs that the derivative reads
-    forward: Any = field(init=False)
-    backward: Any = field(init=False)
-    function: type[torch.autograd.Function] = field(init=False)
+    backward_arguments: Callable[..., tuple]
+    compiled: TorchOps = field(init=False)  # C++, on the CPU and on a GPU
+    triton: TorchOps | None = field(init=False)
+    cuda_backward: bool = field(init=False)  # whether the library has it for a GPU
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed."""
-        if dispatch.kernel_for(self, args) == "reference":
+        kernel = dispatch.kernel_for(self, args)
+        if kernel == "reference":
             return self.reference(*args)
+        ops = self.triton if kernel in ("triton", "triton-emulator") else self.compiled
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
         ):
-            return self.function.apply(
-                *(_distinct(args) if torch.compiler.is_compiling() else args)
-            )
-        return self.forward(*args)
+            return ops.function.apply(*(_distinct(args) if torch.compiler.is_compiling() else args))
+        return ops.forward(*args)
+
+    def backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Run the backward op, which `derivative` calls, on the kernel that dispatch chooses."""
+        ops = self.triton if dispatch.backward_in_triton(self, args) else self.compiled
+        return ops.backward(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchOps:
+    """The torch ops of one op, both ways, and the autograd function that ties them together."""
+
+    forward: Any
+    backward: Any
+    function: type[torch.autograd.Function]
 
 
 def op(
@@ -65,13 +81,16 @@ def op(
 ) -> Op:
     """Define `fastattn::<name>_fwd` and `_bwd`, with the reference as their fallback on any device.
 
+    Where `kernels` has "triton", their overloads `.triton` run the functions of these names in
+    `triton.py` beside the reference, which is imported by the first call.
+
     The forward reference also computes output shapes on fake tensors, unless `fake` is given
     because the reference reads values. The backward op needs none of its own:
     `backward_arguments(*backward_args)` gives the forward arguments and the gradients from which
     autograd over the reference derives it.
     """
     name = schema.split("(", 1)[0].removesuffix("_fwd")
-    record = Op(name, reference, derivative, kernels, differentiable, keep)
+    record = Op(name, reference, derivative, kernels, differentiable, keep, backward_arguments)
 
     def reference_backward(*args: Any) -> tuple[torch.Tensor, ...]:
         forward_args, grads, wanted = backward_arguments(*args)
@@ -84,19 +103,44 @@ def op(
                 out.zero_() if grad is None else out.copy_(grad)
         return outs
 
-    for definition, implementation, shapes in (
-        (schema, reference, fake or reference),
-        (backward_schema, reference_backward, backward_fake),
+    fakes = fake or reference, backward_fake
+    schemas = schema, backward_schema
+
+    def define(overload: str, bodies: tuple[Callable[..., Any], Callable[..., Any]]) -> TorchOps:
+        ops = []
+        for definition, body, shapes in zip(schemas, bodies, fakes, strict=True):
+            packet, _, signature = definition.partition("(")
+            qualified = f"fastattn::{packet}" + (overload and f".{overload}")
+            torch.library.define(qualified, f"({signature}")
+            torch.library.impl(qualified, "CompositeExplicitAutograd", body)
+            torch.library.register_fake(qualified, shapes)
+            ops.append(getattr(getattr(torch.ops.fastattn, packet), overload or "default"))
+        return TorchOps(*ops, _function(record, ops[0]))
+
+    triton = None
+    if "triton" in kernels:
+        module = f"{reference.__module__.rpartition('.')[0]}.triton"
+        triton = define(
+            "triton", (_imported(module, f"{name}_fwd"), _imported(module, f"{name}_bwd"))
+        )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for attribute, value in (
+        ("compiled", define("", (reference, reference_backward))),
+        ("triton", triton),
+        ("cuda_backward", has_kernel(f"fastattn::{name}_bwd", "CUDA")),
     ):
-        qualified = "fastattn::" + definition.split("(", 1)[0]
-        torch.library.define(qualified, definition[definition.index("(") :])
-        torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
-        torch.library.register_fake(qualified, shapes)
-    object.__setattr__(record, "forward", getattr(torch.ops.fastattn, f"{name}_fwd").default)
-    object.__setattr__(record, "backward", getattr(torch.ops.fastattn, f"{name}_bwd").default)
-    object.__setattr__(record, "function", _function(record))
+        object.__setattr__(record, attribute, value)
     OPS[name] = record
     return record
+
+
+def _imported(module: str, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function of a module that is imported when it is called."""
+
+    def call(*args: Any) -> tuple[torch.Tensor, ...]:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,9 +257,9 @@ def _distinct(args: tuple) -> tuple:
     )
 
 
-def _function(record: Op) -> type[torch.autograd.Function]:
+def _function(record: Op, forward_op: Any) -> type[torch.autograd.Function]:
     # Plain names for the methods to close over: torch.compile in torch 2.10 knows no other objects.
-    name, forward_op, derivative = record.name, record.forward, record.derivative
+    name, derivative = record.name, record.derivative
     differentiable, keep = record.differentiable, record.keep
 
     class Fused(torch.autograd.Function):

@@ -217,8 +217,9 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ and CUDA kernels leave the case to the reference, `written` the arguments that
-    the call writes to. An `inference` case has no gradients.
+    which the compiled kernels leave the case to the reference and `refused_in_triton` one of the
+    Triton kernels alone, `written` the arguments that the call writes to. An `inference` case has
+    no gradients.
     """
 
     function: str
@@ -229,6 +230,7 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
+    refused_in_triton: str = ""
 
     @property
     def id(self) -> str:
@@ -473,6 +475,7 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             drawn | dict(tensors or {}),
             options,
             refused=refused,
+            refused_in_triton="packed",
         )
 
     lengths = (5, 70, 1, 33)

@@ -1,4 +1,4 @@
-"""What all tests share: seeds, the marker `slow`, PTX kernels, and child processes."""
+"""What all tests share: seeds, the marker `slow`, transformers, PTX kernels, child processes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import fastattn
 from fastattn import emulator
+from fastattn.integrations import huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread(fixed_seed: None) -> Iterator[None]:
+    """On tensors of a test's size threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The package, which then knows attn_implementation="fastattn"."""
+    why = 'needs transformers: pip install "fastattn[test]"'
+    package = pytest.importorskip("transformers", reason=why)
+    huggingface.register()
+    return package
 
 
 @pytest.fixture(scope="module", params=["committed", "compiled"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,16 @@ from torch import Tensor, nn
 from fastattn.testing import assert_close_to_oracle, assert_vanishes
 
 FACTOR = 5.0  # a model is a chain of ops, whose errors add up
-GET_TRANSFORMERS = 'needs transformers: pip install "fastattn[test]"'
+BART_SIZES = {  # of an encoder-decoder
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 80,
+}
 KEY_AND_QUERY = {"key.bias": "query.bias", "k_proj.bias": "q_proj.bias"}
-
-
-@contextmanager
-def one_seed_and_thread() -> Iterator[None]:
-    """On tensors of a test's size threads would only wait for each other."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sharpened(model: nn.Module, scale: float = 6.0) -> nn.Module:

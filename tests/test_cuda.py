@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+import struct
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 import fastattn
 from fastattn import _library, dispatch, emulator, registry
 from fastattn.emulator import device
+from fastattn.ops.ffn import choice
 from fastattn.testing import Case, all_cases, assert_close_to_oracle, run, widened
 
 CASES = {
@@ -36,6 +36,9 @@ WATCHED = [
     ("attention-causal_tall", torch.float16),
     ("attention-one_key", torch.float32),
     ("attention-odd_sizes", torch.bfloat16),
+    ("linear-gelu", torch.bfloat16),
+    ("ffn-silu_gated", torch.float16),
+    ("ffn-odd_sizes", torch.float32),
 ]
 
 
@@ -79,6 +82,57 @@ def test_attention_moves_memory_whole(head_dim: int) -> None:
     assert counters.bank_conflicts == 1, counters
     assert counters.sector_efficiency >= 0.95, counters
     assert counters.mix()["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
+
+
+@emulated
+@pytest.mark.parametrize("dtype", dispatch.CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_move_memory_whole(gated: bool, dtype: torch.dtype) -> None:
+    """Forward and backward of a block, whose rows are whole 16 bytes."""
+    sizes = {"input": (80, 64), "up_weight": (128, 64), "down_weight": (64, 128)}
+    sizes |= {"up_bias": (128,)} | ({"gate_weight": (128, 64)} if gated else {})
+    leaves = {name: torch.randn(size).to(dtype).requires_grad_() for name, size in sizes.items()}
+    with device.watching() as reports, fastattn.use_kernel("emulator"):
+        torch.autograd.grad(fastattn.ffn(**leaves).sum(), list(leaves.values()))
+    assert len(reports) == 11 if gated else 9
+    for report in reports:
+        counters = report.counters
+        assert counters.sector_efficiency >= 0.95, counters
+        if dtype != torch.float32:
+            assert counters.bank_conflicts == 1, counters
+            products = sum(n for name, n in counters.mix().items() if name.startswith("mma.sync"))
+            assert (products > 0) == ("forward" in report.kernel or "grad" in report.kernel)
+        # Lanes of fp32 share what they read, so that 16 bytes a lane are fewer than four
+        # wavefronts hold; they take no more than four.
+        for site in (site for site in counters.sites if site.space == "shared"):
+            wide = re.search(r"\.v(\d)\.|\.x(4)\.", site.place.text)
+            wavefronts = int(wide[1] or wide[2]) if wide else 1
+            assert site.transfers <= site.executed * wavefronts, site
+
+
+@emulated
+def test_products_begin_anywhere() -> None:
+    """Operands that are not aligned, and others that are, give the same bits."""
+    tensors = [torch.randn(size).bfloat16() for size in ((20, 48), (24, 48), (24,))]
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
+    assert all(tensor.data_ptr() % 16 for tensor in shifted)
+    with fastattn.use_kernel("emulator"):
+        whole, parts = (fastattn.linear(*each, "silu") for each in (tensors, shifted))
+    assert torch.equal(whole, parts)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_rows_are_independent(dtype: torch.dtype) -> None:
+    """What is not finite spoils its own row, and what lies behind a matrix nothing."""
+    x, weight = torch.randn(70, 40).to(dtype), torch.randn(33, 40).to(dtype)
+    with fastattn.use_kernel("emulator"):
+        expected = fastattn.linear(x, weight, activation="gelu")
+        x[3], x[65] = math.nan, math.inf
+        found = fastattn.linear(x, weight, activation="gelu")
+    others = torch.ones(70, dtype=torch.bool)
+    others[[3, 65]] = False
+    assert found[3].isnan().all() and torch.equal(found[others], expected[others])
 
 
 @emulated
@@ -175,86 +229,17 @@ def test_a_fault_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
         fastattn.layer_norm(torch.randn(4, 64), [64])
 
 
-# the checks are worth something: without any one barrier or wait, a kernel is found out
-
-BARRIER = re.compile(r"\t(bar\.sync|bar\.warp\.sync|cp\.async\.wait_all)\b[^;]*;")
-
-
-def attend(q_len: int, kv_len: int, gradients: bool = False, **options: Any) -> None:
-    query, key, value = (torch.randn(1, 1, n, 64).bfloat16() for n in (q_len, kv_len, kv_len))
-    value[:, :, kv_len // 2] = math.nan  # makes the kernels look twice
-    leaves = [tensor.requires_grad_(gradients) for tensor in (query, key, value)]
-    with fastattn.use_kernel("emulator"):
-        out = fastattn.attention(*leaves, causal=True, **options)
-        if gradients:
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
-def attend_unaligned() -> None:
-    tensors = [torch.randn(1, 1, n, 7).bfloat16() for n in (37, 53, 53)]
-    with fastattn.use_kernel("emulator"):
-        fastattn.attention(*tensors)
-
-
-def normalise() -> None:
-    x, weight = torch.randn(3, 1024), torch.randn(1024, requires_grad=True)
-    with fastattn.use_kernel("emulator"):
-        fastattn.layer_norm(x, [1024], weight).sum().backward()
-
-
-def mutants(room: str, name: str) -> Iterator[emulator.Kernel]:
-    """The kernel without one of its barriers or waits, for each of them."""
-    text = device.alone(_library.ptx(room), name)
-    for found in BARRIER.finditer(text):
-        yield emulator.load(text[: found.start()] + text[found.end() :])[name]
-
-
 @emulated
-@pytest.mark.parametrize(
-    ("room", "name", "calls"),
-    [
-        # The second sees no key, so that nothing but the queries is ever copied.
-        (
-            "attention",
-            "attention_forward_bf16_64",
-            [lambda: attend(70, 200), lambda: attend(140, 20), attend_unaligned],
-        ),
-        # Here the last has keys that no query sees.
-        (
-            "attention_backward",
-            "attention_backward_keys_bf16_64",
-            [
-                lambda: attend(70, 100, gradients=True),
-                lambda: attend(70, 100, gradients=True, dropout_p=0.1, seed=1),
-                lambda: attend(20, 100, gradients=True, align="top_left"),
-            ],
-        ),
-        ("norm", "norm_fold_f32", [normalise]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_barrier_is_needed(
-    room: str, name: str, calls: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call that runs the mutant fails; a barrier that nobody misses would be one too many."""
-    whole, count = device.kernel, 0
-    for mutant in mutants(room, name):
-        count += 1
-
-        def broken(room: str, wanted: str, mutant: emulator.Kernel = mutant) -> emulator.Kernel:
-            return mutant if wanted == name else whole(room, wanted)
-
-        monkeypatch.setattr(device, "kernel", broken)
-        caught = False
-        for call in calls:
-            try:
-                call()
-            except RuntimeError as error:
-                caught = "EmulatorError" in str(error)
-            if caught:
-                break
-        assert caught, f"mutant {count} of {name} goes unnoticed"
-    assert count > 0
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_launcher_that_claims_alignment_is_found_out(first: int) -> None:
+    memory = [torch.randn(65)[first:] for _ in range(3)]
+    arguments = [emulator.launch.Memory(each.data_ptr(), 256) for each in memory]
+    claim = struct.pack("<qii", 64, 1, 1)  # PointwiseScalars: size, activation, aligned
+    grad_out, pre, grad_pre = arguments
+    report = device.kernel("ffn", "ffn_activation_backward_f32").launch(
+        1, 256, grad_out, pre, None, grad_pre, None, None, claim
+    )
+    assert ("misaligned" in str(report)) == bool(first), report
 
 
 # the choice of a kernel
@@ -268,10 +253,35 @@ def test_emulator_is_forced_or_not_used(python) -> None:
         assert fastattn.explain("rms_norm", x, [8]).kernel == "emulator"
         with pytest.raises(fastattn.UnavailableKernelError, match="float64 has no CUDA kernel"):
             fastattn.rms_norm(x.double(), [8])
-        with pytest.raises(fastattn.UnavailableKernelError, match=r"linear.*has no CUDA kernel"):
-            fastattn.linear(x, torch.ones(4, 8))
+        with pytest.raises(fastattn.UnavailableKernelError, match=r"additive.*has no CUDA kernel"):
+            fastattn.additive_attention(*(torch.ones(1, 1, 2, 8) for _ in range(3)), torch.ones(8))
     code = "import torch, fastattn; print(fastattn.explain('rms_norm', torch.ones(2, 8), [8]))"
     assert "emulator: chosen" in python("-c", code, FASTATTN_KERNEL="emulator").stdout
+
+
+# bytes of an element, first number of the architecture, multiprocessors, rows, depths, widths,
+# multiply-adds and elements saved for each element of the result
+BERT_UP = (2, 8, 108, 8192, (768,), (3072,), 768, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        ({1: 12}, ""),
+        ({1: 9}, "cuBLAS is expected to be faster"),  # which has wgmma
+        ({4: (8192,), 6: 8192}, "cuBLAS is expected to be faster"),
+        ({6: 3 * 768, 7: 1}, "cuBLAS is expected to be faster"),  # when trained
+        ({7: 0}, "cuBLAS is expected to be faster"),  # without an activation
+        ({0: 4, 7: 2}, "cuBLAS is expected to be faster"),  # in fp32
+        ({3: 128}, "24 squares of the result leave some of 108 idle"),
+        ({4: (770,)}, "not whole 16 bytes"),
+    ],
+)
+def test_products_are_left_to_cublas(changed: dict[int, object], reason: str) -> None:
+    call = [changed.get(index, value) for index, value in enumerate(BERT_UP)]
+    reasons = choice.expected_losses(*call)
+    assert len(reasons) == bool(reason) and all(reason in each for each in reasons)
 
 
 def test_cuda_refuses_what_is_not_on_a_gpu() -> None:

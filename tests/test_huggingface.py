@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import model_parity
 import pytest
 import torch
 import torch.nn.functional as F
-from model_parity import check, results, sharpened
+from model_parity import BART_SIZES, check, results, sharpened
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations import huggingface
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB, LENGTHS = 101, (11, 17, 5)
 BERT_LIKE = {
@@ -26,16 +27,7 @@ BERT_LIKE = {
     "max_position_embeddings": 40,
 }
 LLAMA_LIKE = BERT_LIKE | {"num_key_value_heads": 2, "max_position_embeddings": 64}
-BART_LIKE = {
-    "d_model": 48,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 80,
-    "decoder_ffn_dim": 80,
-    "max_position_embeddings": 64,
-}
+BART_LIKE = BART_SIZES | {"max_position_embeddings": 64}
 T5_LIKE = {"d_model": 48, "d_kv": 8, "d_ff": 80, "num_layers": 2, "num_heads": 4}
 GPT2_LIKE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MODELS: dict[str, dict[str, Any]] = {
@@ -51,19 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 GENERATING = pytest.mark.parametrize("name", [n for n in MODELS if "MaskedLM" not in n])
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    package = pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-    huggingface.register()
-    return package
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def build(transformers: Any, name: str, **changes: Any) -> nn.Module:
@@ -187,6 +166,11 @@ def test_refusals(transformers: Any) -> None:
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="cache must be None for fastattn, got dict"):
         huggingface.attention(nn.Module(), query, query, query, None, cache={})
+    wrong = mask[:, None, None, 1:].bool().expand(-1, 1, max(LENGTHS), -1)
+    with pytest.raises(ValueError, match=r"mask must broadcast .*got \[3, 1, 17, 16\]"):
+        model(ids, wrong)
+    with pytest.raises(TypeError, match=r"attention_mask must be bool or floating, got .*int64"):
+        huggingface.attention(nn.Module(), query, query, query, torch.ones(3, 3).long())
 
 
 def test_one_call_registers(

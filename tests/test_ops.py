@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import _library, registry
+from fastattn import dispatch, registry
 from fastattn.dispatch import CUDA_DTYPES
 from fastattn.testing import (
     DTYPES,
@@ -100,6 +100,33 @@ def emulated(case: Case) -> tuple[torch.dtype, ...]:
     return CUDA_DTYPES if case.name in some else (torch.float32, torch.bfloat16)
 
 
+# Between them these have every feature; the others are slow, for Triton compiles each for seconds.
+QUICK_IN_TRITON = {
+    "layer_norm": ("odd_sizes", "two_dimensions", "no_rows"),
+    "rms_norm": ("fp32_parameters", "many_columns"),
+    "add_layer_norm": ("no_parameters", "weight_only", "few_columns", "many_columns", "everything"),
+    "add_rms_norm": ("dropout", "fp32_residual", "sum_unwritten", "no_rows"),
+    "attention": ("odd_sizes", "causal_tall", "sinks", "everything"),
+    "linear": ("odd_sizes", "gelu_tanh", "no_features", "no_outputs", "no_rows"),
+    "ffn": ("gelu", "relu_gated", "silu_gated", "no_hidden"),
+}
+
+
+def compiled_by_triton(case: Case) -> list[tuple]:
+    """Each case in every dtype that Triton has, some of them in one without --slow."""
+    quick = case.refused or case.name in QUICK_IN_TRITON.get(case.function, ())
+    usual = CUDA_DTYPES[list(CASES).index(case.id) % len(CUDA_DTYPES)]
+    if "attention" in case.function:  # which in fp32 is slow to compile, and to run
+        usual = torch.float32 if case.name == "odd_sizes" else torch.bfloat16
+    return [
+        pytest.param(
+            *(case.id, dtype, "triton-emulator", "contiguous"),
+            marks=() if quick and dtype == usual else pytest.mark.slow,
+        )
+        for dtype in CUDA_DTYPES
+    ]
+
+
 def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
     found: list[tuple[str, torch.dtype, str, str]] = []
     for case in CASES.values():
@@ -114,6 +141,8 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
         found += [(case.id, torch.float32, "reference", layout) for layout in layouts[2:]]
         if "cuda" in registry.FUNCTIONS[case.function][1].kernels:
             found += [(case.id, dtype, "emulator", "contiguous") for dtype in emulated(case)]
+        if "triton" in registry.FUNCTIONS[case.function][1].kernels:
+            found += compiled_by_triton(case)
     return found
 
 
@@ -121,10 +150,11 @@ def enumerated() -> list[tuple[str, torch.dtype, str, str]]:
 def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: str) -> None:
     case = CASES[case_id]
     inputs = case.inputs(dtype, layout)
-    if kernel == "emulator" and _library.WHY_NO_CUDA:
-        pytest.skip(_library.WHY_NO_CUDA)
-    if case.refused and kernel != "reference":
-        with pytest.raises(fastattn.UnavailableKernelError, match=case.refused):
+    if kernel in dispatch.RUNS and (why_not := fastattn.backends()[kernel]):
+        pytest.skip(why_not)
+    refused = case.refused or (kernel == "triton-emulator" and case.refused_in_triton)
+    if refused and kernel != "reference":
+        with pytest.raises(fastattn.UnavailableKernelError, match=refused):
             run(case, inputs, kernel)
         kernel = "reference"
     # That the number of threads changes nothing is a test of its own.
@@ -276,4 +306,6 @@ def test_every_torch_op_is_checked() -> None:
     for name, record in registry.OPS.items():
         ways = ("_fwd", "_bwd") if isinstance(record, registry.Op) else ("",)
         expected |= {f"fastattn::{name}{way}" for way in ways}
+        if "triton" in record.kernels:
+            expected |= {f"fastattn::{name}{way}.triton" for way in ways}
     assert ours == expected

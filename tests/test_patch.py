@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import model_parity
 import pytest
 import test_huggingface
 import torch
@@ -21,13 +20,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn.integrations.patch import Row
 
-transformers = test_huggingface.transformers
-
-
-@pytest.fixture(autouse=True)
-def one_seed_and_thread() -> Iterator[None]:
-    with model_parity.one_seed_and_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def compare(model: nn.Module, run: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Any:
@@ -85,6 +78,7 @@ def small(transformers: Any, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     elif name == "ViTForImageClassification":
         sizes |= test_huggingface.BERT_LIKE | {"image_size": 16, "patch_size": 4}
         sizes.pop("max_position_embeddings")
+        sizes["num_labels"] = 10  # two give the classifier's bias one number to be judged by
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
     else:
         sizes |= BART_LIKE | {"vocab_size": 101, "num_mel_bins": 8, "max_source_positions": 20}
@@ -171,6 +165,7 @@ def test_torch_transformer(norm_first: bool) -> None:
     replaced = {row.layer: row.count for row in report.rows if row.replaced}
     assert replaced == {
         "TransformerEncoderLayer": 2,
+        "TransformerDecoderLayer": 2,
         "MultiheadAttention": 6,
         "LayerNorm": 12,
         "Sequential": 1,
@@ -328,6 +323,16 @@ def test_attention_that_cannot_be_replaced(
     assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, "no fastattn here")]
     Stubborn.config.output_attentions = True
     assert fastattn.patch(Stubborn()).rows == [Row(1, what, False, "it returns attention weights")]
+
+
+def test_a_patched_model_refuses_what_it_cannot_do(transformers: Any) -> None:
+    model = build(transformers, "BertForMaskedLM")
+    fastattn.patch(model)
+    ids, mask = rows(LENGTHS)
+    with pytest.raises(ValueError, match="output_attentions must be False for fastattn"):
+        model(ids, mask, output_attentions=True)
+    fastattn.unpatch(model)
+    assert len(model(ids, mask, output_attentions=True).attentions) == 2
 
 
 def test_refusals() -> None:

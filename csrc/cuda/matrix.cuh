@@ -14,16 +14,18 @@ template <int Cols>
 using Accumulator = float[Cols / 8][4];
 
 // Rows of Cols elements in chunks of 16 bytes. Where eight rows are read at one column, the chunks
-// of a row are permuted by its number, so that they lie in different banks.
+// of a row are permuted by its number, so that they lie in different banks. Two rows of 64 bytes
+// share all banks, and are permuted together.
 template <class T, int Cols, bool Permuted = true>
 struct Tile {
   static constexpr int kEach = 16 / sizeof(T), kChunks = Cols / kEach;
-  static_assert(kChunks % 8 == 0);
+  static_assert(kChunks % 8 == 0 || kChunks == 4);
 
   T* memory;
 
   __device__ T* chunk(int row, int chunk) const {
-    return memory + (row * kChunks + (Permuted ? chunk ^ (row % 8) : chunk)) * kEach;
+    const int permutation = kChunks == 4 ? row / 2 % 4 : row % 8;
+    return memory + (row * kChunks + (Permuted ? chunk ^ permutation : chunk)) * kEach;
   }
   __device__ T* at(int row, int col) const { return chunk(row, col / kEach) + col % kEach; }
 };

@@ -95,7 +95,10 @@ struct Team {
   template <class F>
   __device__ void each(int vectors, F&& f) const {
 #pragma unroll 1
-    for (int v = thread; v - lane_index() < vectors; v += size) f(v, v < vectors);
+    for (int v = thread; v - lane_index() < vectors; v += size) {
+      const bool inside = v < vectors;
+      f(v, inside);
+    }
   }
 
   // Sums over the team, for all of its threads.

@@ -1,4 +1,4 @@
-// The torch ops of the ffn room on the CPU: linear and ffn, forward and backward.
+// The torch ops of the ffn room: linear and ffn, forward and backward.
 #include "common/tensor.h"
 #include "ffn/ffn.h"
 
@@ -34,28 +34,43 @@ void* write(const Tensor& tensor, bool wanted) {
   return wanted ? tensor.mutable_data_ptr() : nullptr;
 }
 
+// The rows of the input, whose dtype the kernels of its place must know.
+int64_t checked_rows(const Tensor& input, Dtype dtype) {
+  FASTATTN_CHECK(dtype != Dtype::f64 || !on_gpu(place_of(input)), "no CUDA kernel takes fp64");
+  return rows_of("input", input);
+}
+
 // A gradient like `tensor` to be written, or an empty tensor where none is wanted.
-Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype) {
-  if (!wanted || !tensor.has_value()) return empty(0, dtype);
+Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype, Place place) {
+  if (!wanted || !tensor.has_value()) return empty(0, dtype, place);
   return empty_like(*tensor, dtype);
 }
 
 // [rows, columns] for what forward keeps, or an empty tensor where it keeps nothing.
 Tensor kept(const Tensor& rows, int64_t columns, bool wanted, Dtype dtype) {
-  return wanted ? empty_rows(rows, columns, dtype) : empty(0, dtype);
+  return wanted ? empty_rows(rows, columns, dtype) : empty(0, dtype, place_of(rows));
 }
+
+// The kernels, each on the device of its tensors.
+#define FASTATTN_PLACED(name, Args) \
+  void name(Place place, const Args& args) { run(place, args, fastattn::name, cuda::name); }
+FASTATTN_PLACED(linear_forward, LinearForward)
+FASTATTN_PLACED(gated_forward, GatedForward)
+FASTATTN_PLACED(activation_backward, ActivationBackward)
+FASTATTN_PLACED(linear_backward, LinearBackward)
 
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
                                       std::string activation, bool save) {
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
+  const Place place = place_of(input);
+  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
   const int64_t features = checked("weight", weight, bias, in, dtype);
   const Activation kind = activation_of(activation);
   save = save && kind != Activation::identity;
   Tensor out = empty_rows(input, features, dtype);
   Tensor pre = kept(input, features, save, dtype);
-  linear_forward({dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
-                  read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
+  linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
+                         read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
   return {out, pre};
 }
 
@@ -64,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
                                               std::string activation, bool need_input,
                                               bool need_weight, bool need_bias) {
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
+  const Place place = place_of(input);
+  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
   const int64_t features = checked("weight", weight, bias, in, dtype);
   check_rows("grad_out", grad_out, rows, features);
   check_dtype("grad_out", grad_out, dtype);
@@ -73,15 +89,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
   if (kind != Activation::identity) {
     check_rows("pre", pre, rows, features);
     check_dtype("pre", pre, dtype);
-    grad_pre = empty(rows, features, dtype);
-    activation_backward({dtype, rows * features, grad_out.const_data_ptr(), pre.const_data_ptr(),
-                         nullptr, kind, grad_pre.mutable_data_ptr(), nullptr, nullptr});
+    grad_pre = empty(rows, features, dtype, place);
+    activation_backward(
+        place, {dtype, rows * features, grad_out.const_data_ptr(), pre.const_data_ptr(), nullptr,
+                kind, grad_pre.mutable_data_ptr(), nullptr, nullptr});
   }
   need_bias = need_bias && bias.has_value();
-  Tensor grad_input = gradient(input, need_input, dtype);
-  Tensor grad_weight = gradient(weight, need_weight, dtype);
-  Tensor grad_bias = gradient(bias, need_bias, dtype);
-  linear_backward({dtype, rows, in, features, grad_pre.const_data_ptr(), input.const_data_ptr(),
+  Tensor grad_input = gradient(input, need_input, dtype, place);
+  Tensor grad_weight = gradient(weight, need_weight, dtype, place);
+  Tensor grad_bias = gradient(bias, need_bias, dtype, place);
+  linear_backward(place,
+                  {dtype, rows, in, features, grad_pre.const_data_ptr(), input.const_data_ptr(),
                    weight.const_data_ptr(), nullptr, write(grad_input, need_input),
                    write(grad_weight, need_weight), write(grad_bias, need_bias)});
   return {grad_input, grad_weight, grad_bias};
@@ -92,27 +110,30 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
                                            Tensor down_weight, OptionalTensor down_bias,
                                            std::string activation, bool save) {
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
+  const Place place = place_of(input);
+  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
   const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
   const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
   const bool gated = gate_weight.has_value();
   const Activation kind = activation_of(activation);
-  Tensor hidden = empty(rows, features, dtype), out = empty_rows(input, out_features, dtype);
+  Tensor hidden = empty(rows, features, dtype, place), out = empty_rows(input, out_features, dtype);
   Tensor up = kept(input, features, save, dtype);
   Tensor gate = kept(input, features, save && gated, dtype);
   if (gated) {
     FASTATTN_CHECK(checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
                    "gate_weight must have as many rows as up_weight");
-    gated_forward({dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
+    gated_forward(place,
+                  {dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
                    read(up_bias), gate_weight->const_data_ptr(), read(gate_bias), kind,
                    hidden.mutable_data_ptr(), write(up, save), write(gate, save)});
   } else {
-    linear_forward({dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
+    linear_forward(place,
+                   {dtype, rows, in, features, input.const_data_ptr(), up_weight.const_data_ptr(),
                     read(up_bias), kind, hidden.mutable_data_ptr(), write(up, save)});
   }
-  linear_forward({dtype, rows, features, out_features, hidden.const_data_ptr(),
-                  down_weight.const_data_ptr(), read(down_bias), Activation::identity,
-                  out.mutable_data_ptr(), nullptr});
+  linear_forward(place, {dtype, rows, features, out_features, hidden.const_data_ptr(),
+                         down_weight.const_data_ptr(), read(down_bias), Activation::identity,
+                         out.mutable_data_ptr(), nullptr});
   return {out, up, gate};
 }
 
@@ -123,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
     bool need_up_weight, bool need_up_bias, bool need_gate_weight, bool need_gate_bias,
     bool need_down_weight, bool need_down_bias) {
   const Dtype dtype = dtype_of(input);
-  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
+  const Place place = place_of(input);
+  const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
   const int64_t features = checked("up_weight", up_weight, up_bias, in, dtype);
   const int64_t out_features = checked("down_weight", down_weight, down_bias, features, dtype);
   check_rows("grad_out", grad_out, rows, out_features);
@@ -144,52 +166,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
   const bool below = need_input || need_up_weight || need_up_bias || need_gate_weight ||
                      need_gate_bias || need_down_weight;
 
-  Tensor grad_down_weight = gradient(down_weight, need_down_weight, dtype);
-  Tensor grad_down_bias = gradient(down_bias, need_down_bias, dtype);
-  Tensor grad_up_weight = gradient(up_weight, need_up_weight, dtype);
-  Tensor grad_up_bias = gradient(up_bias, need_up_bias, dtype);
-  Tensor grad_gate_weight = gradient(gate_weight, need_gate_weight, dtype);
-  Tensor grad_gate_bias = gradient(gate_bias, need_gate_bias, dtype);
-  Tensor grad_input = gradient(input, need_input, dtype);
+  Tensor grad_down_weight = gradient(down_weight, need_down_weight, dtype, place);
+  Tensor grad_down_bias = gradient(down_bias, need_down_bias, dtype, place);
+  Tensor grad_up_weight = gradient(up_weight, need_up_weight, dtype, place);
+  Tensor grad_up_bias = gradient(up_bias, need_up_bias, dtype, place);
+  Tensor grad_gate_weight = gradient(gate_weight, need_gate_weight, dtype, place);
+  Tensor grad_gate_bias = gradient(gate_bias, need_gate_bias, dtype, place);
+  Tensor grad_input = gradient(input, need_input, dtype, place);
 
   // `hidden` is recomputed from what forward kept of the projections.
-  Tensor grad_hidden = below ? empty(rows, features, dtype) : empty(0, dtype);
-  Tensor hidden = need_down_weight ? empty(rows, features, dtype) : empty(0, dtype);
-  Tensor grad_up = below ? empty(rows, features, dtype) : empty(0, dtype);
-  Tensor grad_gate = below && gated ? empty(rows, features, dtype) : empty(0, dtype);
+  Tensor grad_hidden = below ? empty(rows, features, dtype, place) : empty(0, dtype, place);
+  Tensor hidden = need_down_weight ? empty(rows, features, dtype, place) : empty(0, dtype, place);
+  Tensor grad_up = below ? empty(rows, features, dtype, place) : empty(0, dtype, place);
+  Tensor grad_gate = below && gated ? empty(rows, features, dtype, place) : empty(0, dtype, place);
   if (below) {
-    linear_backward({dtype, rows, features, out_features, grad_out.const_data_ptr(), nullptr,
-                     down_weight.const_data_ptr(), nullptr, grad_hidden.mutable_data_ptr(), nullptr,
-                     nullptr});
-    activation_backward({dtype, rows * features, grad_hidden.const_data_ptr(), up.const_data_ptr(),
-                         gated ? gate.const_data_ptr() : nullptr, activation_of(activation),
-                         grad_up.mutable_data_ptr(), write(grad_gate, gated),
-                         write(hidden, need_down_weight)});
+    linear_backward(place, {dtype, rows, features, out_features, grad_out.const_data_ptr(), nullptr,
+                            down_weight.const_data_ptr(), nullptr, grad_hidden.mutable_data_ptr(),
+                            nullptr, nullptr});
+    activation_backward(place, {dtype, rows * features, grad_hidden.const_data_ptr(),
+                                up.const_data_ptr(), gated ? gate.const_data_ptr() : nullptr,
+                                activation_of(activation), grad_up.mutable_data_ptr(),
+                                write(grad_gate, gated), write(hidden, need_down_weight)});
   }
-  linear_backward({dtype, rows, features, out_features, grad_out.const_data_ptr(),
-                   need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
-                   write(grad_down_weight, need_down_weight),
-                   write(grad_down_bias, need_down_bias)});
-  linear_backward({dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
+  linear_backward(
+      place, {dtype, rows, features, out_features, grad_out.const_data_ptr(),
+              need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
+              write(grad_down_weight, need_down_weight), write(grad_down_bias, need_down_bias)});
+  linear_backward(place,
+                  {dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
                    up_weight.const_data_ptr(), nullptr, write(grad_input, need_input),
                    write(grad_up_weight, need_up_weight), write(grad_up_bias, need_up_bias)});
   if (gated)
-    linear_backward({dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
-                     gate_weight->const_data_ptr(),
-                     need_input ? grad_input.const_data_ptr() : nullptr,
-                     write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
-                     write(grad_gate_bias, need_gate_bias)});
+    linear_backward(
+        place, {dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
+                gate_weight->const_data_ptr(), need_input ? grad_input.const_data_ptr() : nullptr,
+                write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
+                write(grad_gate_bias, need_gate_bias)});
   return {grad_input,     grad_up_weight,   grad_up_bias,  grad_gate_weight,
           grad_gate_bias, grad_down_weight, grad_down_bias};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
+template <class Library>
+void implement(Library& library) {
   library.impl("linear_fwd", TORCH_BOX(&linear_fwd));
   library.impl("linear_bwd", TORCH_BOX(&linear_bwd));
   library.impl("ffn_fwd", TORCH_BOX(&ffn_fwd));
   library.impl("ffn_bwd", TORCH_BOX(&ffn_bwd));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) { implement(library); }
 
 }  // namespace fastattn

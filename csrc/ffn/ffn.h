@@ -5,10 +5,10 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cuda/launch.h"
+#include "ffn/activation.h"
 
 namespace fastattn {
-
-enum class Activation : int { identity, relu, gelu, gelu_tanh, silu };
 
 // out = activation(input weight^T + bias).
 struct LinearForward {
@@ -67,5 +67,12 @@ FASTATTN_KERNEL(linear_forward, LinearForward)
 FASTATTN_KERNEL(gated_forward, GatedForward)
 FASTATTN_KERNEL(activation_backward, ActivationBackward)
 FASTATTN_KERNEL(linear_backward, LinearBackward)
+
+namespace cuda {
+void linear_forward(const LinearForward& args, Device& device);
+void gated_forward(const GatedForward& args, Device& device);
+void activation_backward(const ActivationBackward& args, Device& device);
+void linear_backward(const LinearBackward& args, Device& device);
+}  // namespace cuda
 
 }  // namespace fastattn

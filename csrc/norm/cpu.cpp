@@ -149,8 +149,10 @@ FASTATTN_INLINE void each_rows(int64_t begin, int64_t end, F&& f) {
 }
 
 // Where rows of results go: past the caches if they are too many to be found there. Not so in fresh
-// memory, which the kernel has just zeroed in the caches.
-template <class T>
+// memory, which the kernel has just zeroed in the caches, nor where several rows are written in
+// turns and a vector is less than a line: processors that have half of many lines to combine give
+// up.
+template <class T, int Together>
 class Results {
  public:
   Results(void* to, int64_t rows, int64_t cols) : to_(static_cast<T*>(to)), cols_(cols) {
@@ -159,7 +161,8 @@ class Results {
         (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(cols) * sizeof(T)) %
             (sizeof(T) * lanes<Acc<T>>) ==
         0;
-    streams_ = to != nullptr && size >= kStreamed && aligned &&
+    constexpr bool whole = Together == 1 || sizeof(T) * lanes<Acc<T>> == 64;
+    streams_ = whole && to != nullptr && size >= kStreamed && aligned &&
                is_resident(static_cast<const char*>(to) + size / 2);
   }
 
@@ -186,8 +189,9 @@ void forward(const NormForward& args) {
   using A = Acc<T>;
   const Norm& in = args.in;
   const int64_t cols = in.cols;
-  const Results<T> out(args.out, in.rows, cols);
-  const Results<R> summed(args.summed, in.rows, cols);
+  constexpr int together = FASTATTN_LANES == 16 ? 2 : 1;
+  const Results<T, together> out(args.out, in.rows, cols);
+  const Results<R, 1> summed(args.summed, in.rows, cols);
   auto* means = static_cast<A*>(args.mean);
   auto* rstds = static_cast<A*>(args.rstd);
   Scratch parameters;
@@ -197,7 +201,6 @@ void forward(const NormForward& args) {
   const int64_t step = rows_per_task(in.rows, cols);
   parallel(ceil_div(in.rows, step), [&](int64_t task) {
     Scratch scratch;
-    constexpr int together = 2;
     Rows<T, R, together> rows(in, nullptr, scratch);
 
     // Mean and sum of squared distances from it, joined from chunks of columns (Chan et al. 1979).
@@ -235,7 +238,8 @@ void forward(const NormForward& args) {
       for (int i = 0; i < many; i++) {
         A square;
         moments(i, r + i, row[i], mean[i], square);
-        rstd[i] = 1 / std::sqrt(square / static_cast<A>(cols) + static_cast<A>(args.eps));
+        const double variance = static_cast<double>(square) / static_cast<double>(cols);
+        rstd[i] = static_cast<A>(1 / std::sqrt(variance + args.eps));
         if (in.centred) means[r + i] = mean[i];
         rstds[r + i] = rstd[i];
       }
@@ -328,8 +332,9 @@ void backward(const NormBackward& args) {
   const auto* grad_summed = static_cast<const R*>(args.grad_summed);
   const auto* means = static_cast<const A*>(args.mean);
   const auto* rstds = static_cast<const A*>(args.rstd);
-  const Results<T> grad_input(args.grad_input, in.rows, cols);
-  const Results<R> grad_residual(args.grad_residual, in.rows, cols);
+  constexpr int together = 4;
+  const Results<T, together> grad_input(args.grad_input, in.rows, cols);
+  const Results<R, together> grad_residual(args.grad_residual, in.rows, cols);
   Scratch shared;
   const A* weight = widened<A>(shared, in.weight, in.weight_dtype, cols);
   const int64_t tasks = partial_sums(in.rows, cols);
@@ -338,7 +343,6 @@ void backward(const NormBackward& args) {
 
   parallel(tasks, [&](int64_t task) {
     Scratch scratch;
-    constexpr int together = 4;
     Rows<T, R, together> rows(in, args.summed, scratch);
     RowSum<A> weight_sum(weight_parts ? weight_parts + task * cols : nullptr, scratch, cols);
     RowSum<A> bias_sum(bias_parts ? bias_parts + task * cols : nullptr, scratch, cols);

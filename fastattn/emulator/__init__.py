@@ -11,7 +11,7 @@ waited for, divergent or mismatched barriers and deadlocks are reported with the
 of the source (`nvcc -lineinfo`), the block, the thread and the address.
 """
 
-from fastattn.emulator.launch import Kernel, Module, load
+from fastattn.emulator.launch import Kernel, Memory, Module, load
 from fastattn.emulator.ptx import PtxError
 from fastattn.emulator.report import Counters, EmulatorError, Finding, Report
 from fastattn.emulator.tensor_map import TensorMap
@@ -21,6 +21,7 @@ __all__ = [
     "EmulatorError",
     "Finding",
     "Kernel",
+    "Memory",
     "Module",
     "PtxError",
     "Report",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint32, c_void_p, cast
 from functools import cache
+from typing import Any
 
 from fastattn import _library
 from fastattn.emulator import abi
@@ -86,16 +87,25 @@ def _argument(given: Argument) -> Memory | bytes | None:
     return Memory(address, given.extent, bool(given.written), not given.fresh)
 
 
+def execute(
+    launched: Kernel,
+    grid: Sequence[int],
+    block: int | Sequence[int],
+    arguments: Sequence[Any],
+    shared: int,
+) -> None:
+    """Launch a kernel as `watching` asks. Raises EmulatorError for what it finds."""
+    run = launched.check if _thorough else launched.launch
+    count = _reports is not None
+    report = run(grid, block, *arguments, shared=shared, count=count).require()
+    if _reports is not None:
+        _reports.append(report)
+
+
 def _run(launch: Launch) -> None:
     launched = kernel(launch.room.decode(), launch.kernel.decode())
     arguments = [_argument(launch.arguments[i]) for i in range(launch.count)]
-    run = launched.check if _thorough else launched.launch
-    count = _reports is not None
-    report = run(
-        launch.grid[:], launch.block[:], *arguments, shared=launch.shared, count=count
-    ).require()
-    if _reports is not None:
-        _reports.append(report)
+    execute(launched, launch.grid[:], launch.block[:], arguments, launch.shared)
 
 
 _message = ctypes.create_string_buffer(b"")  # of the last failure, which the library copies

@@ -23,8 +23,10 @@ from fastattn.emulator.translate import translate
 
 ORDERS = ("forward", "reverse", "random")
 MOST_FINDINGS = 256
+ALIGNMENT = 16  # of addresses, at most, that accesses ask for
 # Shared memory of a block on the largest GPU so far, and threads.
 MOST_SHARED, MOST_THREADS = 227 * 1024, 1024
+ALIGNMENT = 16  # that an instruction can ask for
 
 Size = int | Sequence[int]
 
@@ -72,7 +74,7 @@ def _is_array(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the process as an argument of a kernel, by address."""
+    """Memory of the process as an argument of a kernel, by address, whose alignment kernels see."""
 
     address: int
     bytes: int
@@ -129,7 +131,7 @@ def _span(shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int,
 def _extent(array: Any) -> tuple[int, int, int, bool]:
     """Address, bytes spanned, offset into the storage, and whether it may be written."""
     if isinstance(array, Memory):
-        return array.address, array.bytes, 0, array.writable
+        return array.address, array.bytes, array.address % ALIGNMENT, array.writable
     if isinstance(array, torch.Tensor):
         if array.device.type != "cpu":
             raise ValueError(f"tensors must be on the CPU, got one on {array.device}")

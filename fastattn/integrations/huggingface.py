@@ -66,6 +66,7 @@ def attention(
 
     Raises:
         ValueError: the weights or a paged cache are asked for; or as `fastattn.attention`.
+        TypeError: attention_mask is neither bool nor floating.
     """
     if output_attentions or getattr(getattr(module, "config", None), "output_attentions", False):
         raise ValueError(
@@ -74,6 +75,10 @@ def attention(
         )
     if cache is not None:
         raise ValueError(f"cache must be None for fastattn, got {type(cache).__name__}")
+    if attention_mask is not None and not (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
+        raise TypeError(f"attention_mask must be bool or floating, got {attention_mask.dtype}")
     q_len, kv_len = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and q_len > 1

@@ -22,6 +22,7 @@ TORCH = {  # torch.nn's own layer -> the one that takes its place, with its para
     nn.RMSNorm: fastattn.nn.RMSNorm,
     nn.MultiheadAttention: fastattn.nn.MultiheadAttention,
     nn.TransformerEncoderLayer: fastattn.nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: fastattn.nn.TransformerDecoderLayer,
 }
 Forward = Callable[..., Tensor]  # of a module and its input
 # what replaces a layer's forward, if that is needed, and its name; why nothing does; not asked
@@ -157,9 +158,10 @@ def _patch_interface(model: nn.Module, undo: list[tuple]) -> tuple[str, bool, st
 def _swap(module: nn.Module, undo: list) -> Found:
     """Make a layer of torch.nn the one of fastattn.nn that has the same parameters."""
     kind = type(module)
-    if kind is nn.TransformerEncoderLayer:
-        parts = module.self_attn, module.norm1, module.norm2
-        if any(type(part) not in TORCH for part in parts):
+    needed = nn.MultiheadAttention, nn.LayerNorm
+    if kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+        names = [n for n, _ in module.named_children() if n.startswith("norm") or "attn" in n]
+        if any(type(getattr(module, name)) not in needed for name in names):
             return "its attention or norms are not torch.nn's own"
     _set(undo, module, "__class__", TORCH[kind])
     return None, f"fastattn.nn.{kind.__name__}"

@@ -248,6 +248,7 @@ def _beam_search(
     is_ended = torch.zeros_like(scores, dtype=torch.bool)
     lengths = torch.zeros_like(scores, dtype=torch.int64)  # of the ended ones
     hopeful = torch.ones_like(is_ended[:, :1])
+    shortest = int(call.last.min()) + 1  # of the prompts
     count = max(2, 1 + len(call.eos)) * beams  # so many that `beams` of them do not end
     count = min(count, vocab * beams)
     best = torch.arange(count, device=logits.device) < beams
@@ -277,5 +278,6 @@ def _beam_search(
         hopeful = hopeful & (scores[:, :1] / reach**length_penalty > worst).any(1, keepdim=True)
         if not hopeful.any() or ends.all() or (early_stopping is True and is_ended.all()):
             break
-        call.cache.select((rows * beams + origin[rows, kept]).flatten())
+        # the beams of a row have its prompt in common
+        call.cache.select((rows * beams + origin[rows, kept]).flatten(), shortest)
     return ended[:, 0, : int(lengths[:, 0].max())]

@@ -68,14 +68,22 @@ class Cache:
         self.even = self.even if mask is None else bool((self.lengths == self.longest).all())
         return step
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; a row may come several times."""
-        used = slice(0, self.longest)
-        for i, pair in enumerate(self.layers):
-            if len(rows) != len(self.lengths):
+    def select(self, rows: Tensor, shared: int = 0) -> None:
+        """Keep these rows of the batch, in this order; a row may come several times.
+
+        shared: so many first tokens are the same in a row as in the one that takes its place.
+        """
+        used = slice(shared, self.longest)
+        if len(rows) == len(self.lengths):
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+            for pair in self.layers:
+                for x in pair:
+                    x[moved, :, used] = x[rows[moved], :, used]
+        else:
+            for i, pair in enumerate(self.layers):
                 self.layers[i] = tuple(x.new_zeros(len(rows), *x.shape[1:]) for x in pair)
-            for out, x in zip(self.layers[i], pair, strict=True):
-                out[:, :, used] = x[rows, :, used]
+                for out, x in zip(self.layers[i], pair, strict=True):
+                    out[:, :, : self.longest] = x[rows, :, : self.longest]
         self.lengths = self.lengths[rows]
 
 

@@ -78,7 +78,8 @@ def self_attention(kernels: str, mask: Tensor | None, causal: bool = False) -> P
 
     torch.compile cannot know how much padding there is.
     """
-    if mask is None or kernels != "fused" or torch.compiler.is_compiling():
+    packs = kernels == "fused" and not torch.compiler.is_compiling()
+    if mask is None or not packs or not len(mask):  # a traced mask's length must not be asked for
         return Padded(kernels, mask, causal)
     return Packed(mask, causal)
 

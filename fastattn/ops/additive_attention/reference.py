@@ -30,7 +30,9 @@ def additive_attention(
         seen = seen & (torch.arange(kv_len, device=query.device) <= rows + right)
     features = query[:, :, :, None] + key[:, :, None]  # [B, H, Sq, Sk, D]
     features = features.masked_fill(~seen[..., None], 0)
-    scores = torch.einsum("bhqkd,hd->bhqk", torch.tanh(features), weight).to(wide)
+    # A weight for each query, so that the chains of its gradient are no longer than the keys.
+    weights = weight[:, None].expand(-1, q_len, -1)  # [H, Sq, D]
+    scores = torch.einsum("bhqkd,hqd->bhqk", torch.tanh(features), weights).to(wide)
     scores = scores.masked_fill(~seen, -math.inf)
     if kv_len:
         highest = scores.detach().amax(-1, keepdim=True)

@@ -19,7 +19,7 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-TENSORS = 10
+SEQUENCES, TENSORS = 8, 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -45,6 +45,21 @@ def _cuda_refusals(*args: Any) -> list[str]:
     return reasons
 
 
+def _triton_refusals(*args: Any) -> list[str]:
+    query, value = args[QUERY], args[VALUE]
+    reasons = dispatch.triton_refusals(*args[:3], args[BIAS])
+    if args[SLOPES] is not None and args[SLOPES].requires_grad:
+        reasons.append("alibi_slopes requires a gradient")
+    if 0 in query.shape or 0 in value.shape:
+        reasons.append("a tensor is empty")
+    widest = 64 if query.dtype == torch.float32 else 128
+    if max(query.shape[3], value.shape[3]) > widest:
+        reasons.append(f"heads are wider than {widest}")
+    if args[SEQUENCES] is not None:
+        reasons.append("sequences are packed")
+    return reasons
+
+
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     grad_out, grad_lse = grads
     if grad_lse is not None:
@@ -56,7 +71,8 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     return tuple(by_position.get(i) if needs[i] else None for i in range(len(args)))
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def forward_shapes(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Empty (out, lse), laid out as every kernel lays them out."""
     batch, heads, q_len, _ = query.shape
     out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, q_len, dtype=reference.wide(query.dtype))
@@ -67,7 +83,10 @@ def _backward_arguments(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple
     return forward_args, (grad_out, grad_lse), (QUERY, KEY, VALUE, BIAS, SINKS)
 
 
-def _backward_fake(grad_out: Tensor, grad_lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward_shapes(
+    grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Empty gradients, laid out likewise; of no elements for what needs none."""
     need_bias, need_sinks = rest[-2:]
     query, key, value = rest[:3]
     return (
@@ -91,11 +110,11 @@ ATTENTION = registry.op(
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias,"
     " Tensor grad_sinks)",
     reference=reference.attention,
-    fake=_forward_fake,
+    fake=forward_shapes,
     backward_arguments=_backward_arguments,
-    backward_fake=_backward_fake,
+    backward_fake=backward_shapes,
     derivative=_derivative,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
     differentiable=2,
     keep=(0, 1),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
-from fastattn.ops.ffn import reference
+from fastattn.ops.ffn import choice, reference
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -15,6 +18,20 @@ def _linear_refusals(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> list[str]:
     return dispatch.cpu_refusals(input)  # and all the others are like it
+
+
+def _linear_fused_refusals(
+    refusals: Callable[..., list[str]],  # of the kernels' language
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save: bool,
+) -> list[str]:
+    if reasons := refusals(input):
+        return reasons
+    saved = 0 if activation == "identity" else 1 if save else 2
+    return choice.refusals(input, weight.shape[1:], weight.shape[:1], 3 if save else 1, saved)
 
 
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -49,13 +66,39 @@ LINEAR = registry.op(
         for need, tensor in zip(needs, (input, weight, bias), strict=True)
     ),
     derivative=_linear_derivative,
-    kernels={"cpu": _linear_refusals},
+    kernels={
+        "cpu": _linear_refusals,
+        "cuda": functools.partial(_linear_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_linear_fused_refusals, dispatch.triton_refusals),
+    },
     keep=(1,),
 )
 
 
 def _ffn_refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
+
+
+def _ffn_fused_refusals(
+    refusals: Callable[..., list[str]],
+    input: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    save: bool,
+) -> list[str]:
+    if reasons := refusals(input):
+        return reasons
+    hidden, features = up_weight.shape
+    projections = 1 if gate_weight is None else 2
+    depths = (features,) * projections + down_weight.shape[:1]
+    # Backward writes anew what the activation gives, which eager keeps.
+    saved = projections - 1 if save else 2 * projections
+    return choice.refusals(input, depths, (hidden, down_weight.shape[0]), 3 if save else 1, saved)
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -91,7 +134,11 @@ FFN = registry.op(
     backward_arguments=_ffn_backward_arguments,
     backward_fake=_ffn_backward_fake,
     derivative=_ffn_derivative,
-    kernels={"cpu": _ffn_refusals},
+    kernels={
+        "cpu": _ffn_refusals,
+        "cuda": functools.partial(_ffn_fused_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_ffn_fused_refusals, dispatch.triton_refusals),
+    },
     keep=(1, 2),
 )
 

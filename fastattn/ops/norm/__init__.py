@@ -22,6 +22,10 @@ def _cuda_refusals(input: Tensor, *rest: Any) -> list[str]:
     return dispatch.cuda_refusals(input)
 
 
+def _triton_refusals(input: Tensor, *rest: Any) -> list[str]:
+    return dispatch.triton_refusals(input)
+
+
 def _apart(input: Tensor, residual: Tensor | None, dropout_p: float) -> bool:
     """Whether the gradients of input and residual differ."""
     return residual is not None and (dropout_p > 0 or input.dtype != residual.dtype)
@@ -95,7 +99,7 @@ LAYER_NORM = registry.op(
     backward_arguments=_layer_norm_arguments,
     backward_fake=lambda *args: _fake(args[2], args[3], args[12], args[5], args[6]),
     derivative=_layer_norm_derivative,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
     differentiable=2,
     keep=(1, 2, 3),
 )
@@ -112,7 +116,7 @@ RMS_NORM = registry.op(
     backward_arguments=_rms_norm_arguments,
     backward_fake=lambda *args: _fake(args[2], args[3], args[10], args[5]),
     derivative=_rms_norm_derivative,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
     differentiable=2,
     keep=(1, 2),
 )

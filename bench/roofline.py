@@ -1,0 +1,139 @@
+"""How busy a kernel's main loop can keep the tensor cores at best, from its machine code alone.
+
+The loop is the smallest that holds nine tenths of a kernel's tensor instructions. For each unit of
+a quarter of a multiprocessor, this adds up the cycles that one warp's instructions take there. The
+unit with the most sets the pace, and the bound is the part of its time that tensor cores work. No
+latency is counted: a kernel is slower by as much as its warps fail to hide.
+
+Rates are those of the CUDA programming guide's table of arithmetic throughput, where an instruction
+on 16 lanes a cycle takes a warp two. From sm_90 on none is published for `mma.sync`, beside which
+there are newer instructions, and there is no bound. A loop inside the main one that neither
+multiplies nor copies serves an exception (rows that are not aligned, values that are not finite)
+and is left out; one that copies counts once.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Cycles of a warp instruction on the quarter of a multiprocessor: m16n8k16 on tensor cores, fp32.
+TENSOR = {"sm_80": 8, "sm_86": 16, "sm_89": 16}
+FP32 = {"sm_80": 2, "sm_86": 1, "sm_89": 1}
+
+# Shared memory serves the four quarters in turn, 128 bytes a cycle: cycles of a warp instruction.
+SHARED = {"LDSM.x4": 16, "LDGSTS": 16, "LDS": 4, "STS": 4}
+
+UNITS = {
+    "tensor": r"HMMA",
+    "fp32": r"FFMA|FADD|FMUL|IMAD",
+    "alu": r"IADD|LOP3|SHF|LEA|[IFP]SETP|[IF]?SEL|PRMT|VOTE|[IF]MNMX|PLOP3|SGXT|BMSK|IABS",
+    "special": r"MUFU|F2F|I2F|F2I|POPC|FLO",
+}
+
+
+class Instruction(NamedTuple):
+    """A line of machine code; `target` is the label that it jumps to."""
+
+    opcode: str
+    target: str
+
+
+class Roof(NamedTuple):
+    """The cycles that each unit needs for one round of the main loop, and what they leave."""
+
+    cycles: dict[str, int]
+    percent: int  # of the tensor cores' time
+
+
+def disassembler() -> str | None:
+    """nvdisasm, on PATH or where Triton brings one."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    try:
+        from triton.backends import nvidia
+    except ImportError:
+        return None
+    bundled = Path(nvidia.__path__[0], "bin/nvdisasm")
+    return str(bundled) if bundled.exists() else None
+
+
+def functions(cubin: Path) -> dict[str, list[Instruction | str]]:
+    """The instructions of each kernel of a compiled file, with labels as strings in between."""
+    program = disassembler()
+    if program is None:
+        raise RuntimeError("nvdisasm is not on PATH: it comes with CUDA, and with Triton")
+    text = subprocess.run([program, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[Instruction | str]] = {}
+    for line in text.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            body = found.setdefault(section[1], [])
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            body.append(label[1])
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"\.L_x_\d+", code[2]) if code[1].startswith("BRA") else None
+            body.append(Instruction(code[1], target[0] if target else ""))
+    return found
+
+
+def loops(code: Sequence[Instruction | str]) -> list[tuple[int, int]]:
+    """Where each loop begins and ends: at a label, and at the jump back to it."""
+    labels = {each: i for i, each in enumerate(code) if isinstance(each, str)}
+    return [
+        (labels[each.target], i)
+        for i, each in enumerate(code)
+        if isinstance(each, Instruction) and labels.get(each.target, i) < i
+    ]
+
+
+def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
+    """The opcodes of one round of the main loop; None where there is no tensor instruction."""
+
+    def has(part: Sequence[Instruction | str], *opcodes: str) -> int:
+        return sum(isinstance(x, Instruction) and x.opcode.startswith(opcodes) for x in part)
+
+    found = loops(code)
+    most = [(b, e) for b, e in found if 0.9 * has(code, "HMMA") <= has(code[b:e], "HMMA") > 0]
+    if not most:
+        return None
+    begin, end = min(most, key=lambda span: span[1] - span[0])
+    exceptions: set[int] = set()
+    for b, e in found:
+        inside = begin < b and e < end
+        if inside and not has(code[b : e + 1], "HMMA", "LDGSTS"):
+            exceptions.update(range(b, e + 1))
+    rest = (x for i, x in enumerate(code[begin : end + 1], begin) if i not in exceptions)
+    return Counter(x.opcode for x in rest if isinstance(x, Instruction))
+
+
+def roof(opcodes: Counter[str], architecture: str) -> Roof:
+    """The bound for a loop of these opcodes."""
+    rates = {"tensor": TENSOR[architecture], "fp32": FP32[architecture], "alu": 2, "special": 8}
+    cycles = {
+        unit: rates[unit] * sum(n for name, n in opcodes.items() if re.match(pattern, name))
+        for unit, pattern in UNITS.items()
+    }
+    cycles["issue"] = opcodes.total()
+    cycles["shared"] = sum(
+        count * next((SHARED[unit] for unit in SHARED if _touches(name, unit)), 0)
+        for name, count in opcodes.items()
+    )
+    return Roof(cycles, round(100 * cycles["tensor"] / max(cycles.values())))
+
+
+def _touches(opcode: str, unit: str) -> bool:
+    name, _, width = unit.partition(".x")
+    return opcode.split(".")[0] == name and (not width or opcode.endswith(f".{width}"))
+
+
+def bounds(cubin: Path, architecture: str) -> dict[str, Roof]:
+    """The bound of each kernel of a compiled file that has a loop with tensor instructions."""
+    if architecture not in TENSOR:
+        return {}
+    mixes = {name: main_loop(code) for name, code in functions(cubin).items()}
+    return {name: roof(mix, architecture) for name, mix in mixes.items() if mix}

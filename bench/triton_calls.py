@@ -1,0 +1,122 @@
+"""Calls whose Triton kernels the table of resources measures, at the sizes that models have."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import fastattn
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def _leaves(*tensors: Tensor) -> Iterator[Tensor]:
+    return (tensor.requires_grad_() for tensor in tensors)
+
+
+def _norm(cols: int, dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        # Everything at once: what takes most registers.
+        x, residual = _leaves(torch.zeros(8, cols, dtype=dtype), torch.zeros(8, cols))
+        weight, bias = _leaves(torch.zeros(cols, dtype=dtype), torch.zeros(cols, dtype=dtype))
+        for out in fastattn.add_layer_norm(x, residual, [cols], weight, bias, dropout_p=0.1):
+            out.sum().backward(retain_graph=True)
+
+    return call
+
+
+def _attention(width: int, dtype: torch.dtype, extra: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key, value = _leaves(*torch.zeros(3, 1, 2, 128, width, dtype=dtype))
+        options = {"causal": True}
+        if extra:  # everything at once
+            options |= {
+                "mask": torch.ones(128, 128, dtype=torch.bool),
+                "bias": torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True),
+                "alibi_slopes": torch.zeros(2),
+                "sinks": torch.zeros(2),
+                "softcap": 20.0,
+                "dropout_p": 0.1,
+            }
+        fastattn.attention(query, key, value, **options).sum().backward()
+
+    return call
+
+
+def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
+    def call() -> None:
+        x, up, down = _leaves(*torch.zeros(3, 64, 64, dtype=dtype))
+        up_bias, down_bias = _leaves(*torch.zeros(2, 64, dtype=dtype))
+        options = {"activation": "gelu"}
+        if gated:
+            gate, gate_bias = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=dtype)
+            options |= {"gate_weight": gate.requires_grad_(), "gate_bias": gate_bias}
+        fastattn.ffn(x, up, down, up_bias, down_bias, **options).sum().backward()
+
+    return call
+
+
+CALLS = (
+    {
+        f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
+        for dtype in (torch.float32, torch.bfloat16)
+        for gated in (False, True)
+    }
+    | {
+        f"attention_{SHORT[dtype]}_{width}{'_extra' * extra}": _attention(width, dtype, extra)
+        for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128))
+        for extra in (False, True)
+    }
+    | {
+        f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for cols in (1024, 4096, 8192)
+    }
+)
+
+
+def compiled(call: str, architecture: int) -> list[CompiledKernel]:
+    """The kernels of a call, forward and backward, for a GPU of `architecture`, say 90."""
+    from fastattn.ops import launch
+
+    with fastattn.use_kernel("triton-emulator"), launch.compiling(architecture) as kernels:
+        CALLS[call]()
+    return kernels
+
+
+def spilled_and_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    """Bytes that a thread of a kernel spills, and its registers, as its binary says."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        binary.write_bytes(kernel.asm["cubin"])
+        said = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary)
+        found = re.search(rf"Function {kernel.name}:\s*REG:(\d+) STACK:(\d+)", said)
+        if found is None:
+            raise RuntimeError(f"cuobjdump says nothing of {kernel.name}: {said}")
+        if found[2] == "0":
+            return 0, int(found[1])
+        # What spills is on the stack, but not all that is there has been spilled.
+        source.write_text(kernel.asm["ptx"])
+        target = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+        flags = [] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]
+        ptxas = get_ptxas(kernel.metadata.target.arch).path
+        said = _output(ptxas, "-v", f"-arch={target}", *flags, source, "-o", Path(folder, "out"))
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))), int(found[1])
+
+
+def _output(*command: str | Path) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr

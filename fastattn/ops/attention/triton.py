@@ -1,0 +1,286 @@
+"""Attention in Triton: its kernel, over blocks of keys with an online softmax, and both ops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.ops import attention, launch, tiles
+from fastattn.ops.attention.triton_backward import (
+    attention_delta,
+    attention_grad_bias,
+    attention_grad_key,
+    attention_grad_query,
+)
+from fastattn.ops.attention.triton_tiles import (
+    LN2,
+    LOG2E,
+    arguments_of,
+    head_of,
+    keys_for,
+    logits_of,
+    strides_of,
+    tiles_for,
+)
+
+
+@triton.jit
+def _attend(
+    out, highest, total, query, key, value, mask, bias, seed, key_strides, value_strides,
+    mask_strides, bias_strides, row, slope, random_head, q_len, kv_len, begin, end, offset, left,
+    right, scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Of a block of queries: sum of weighted values, highest logit and sum of weights, which go on
+    from those of no keys.
+
+    CAREFUL keeps what is not finite among values from queries that do not see it.
+    """
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        keys = tiles.load(key, key_strides, at, kv_len, HEAD_DIM, HEAD_WIDTH)
+        product = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        logits, _ = logits_of(
+            product, row, at, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            mask, mask_strides, bias, bias_strides,
+        )  # fmt: skip
+        now = tl.maximum(highest, tl.max(logits, 1))
+        base = tl.where(now == float("-inf"), 0, now)  # nothing is visible so far
+        rescale = tl.exp2(highest - base)
+        weights = tl.exp2(logits - base[:, None])
+        total = total * rescale + tl.sum(weights, 1)
+        highest = now
+        values = tiles.load(value, value_strides, at, kv_len, VALUE_DIM, VALUE_WIDTH)
+        if CAREFUL:
+            spoilt = tl.max(tl.where(tl.abs(values) < float("inf"), 0.0, 1.0), 1)
+            sees = tl.where(logits > float("-inf"), spoilt[None, :], 0)
+            total = tl.where(tl.max(sees, 1) > 0, float("nan"), total)
+            values = tiles.finite(values)
+        if seed is not None:
+            keep = tiles.kept(tl.load(seed), random_head, row, first, threshold, KEYS)
+            weights = tl.where(keep, weights, 0)
+        out = tl.dot(
+            weights.to(values.dtype), values, out * rescale[:, None], input_precision="ieee"
+        )
+    return out, highest, total
+
+
+@triton.jit
+def attention_forward(
+    query, key, value, mask, bias, alibi_slopes, sinks, seed, out, lse, query_strides, key_strides,
+    value_strides, mask_strides, bias_strides, out_strides, heads, group, q_len, kv_len, offset,
+    left, right, scale, softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """Of a block of QUERIES; the last blocks, which see most, come first."""
+    blocks = tl.cdiv(q_len, QUERIES)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % heads
+    batch = tl.program_id(0) // blocks // heads
+    first = block * QUERIES
+    row = first + tl.arange(0, QUERIES)
+    key = head_of(key, key_strides, batch, head // group)
+    value = head_of(value, value_strides, batch, head // group)
+    if mask is not None:
+        mask = head_of(mask, mask_strides, batch, head)
+    if bias is not None:
+        bias = head_of(bias, bias_strides, batch, head)
+    slope = None
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + batch * heads + head)
+    sink = None
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+    queries = tiles.load(
+        head_of(query, query_strides, batch, head), query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH
+    )
+    last = tl.minimum(first + QUERIES, q_len) - 1
+    begin, end = keys_for(first, last, kv_len, offset, left, right, KEYS)
+    random_head = batch * heads + head
+    no_result = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
+    lowest = tl.zeros([QUERIES], tl.float32) + (float("-inf") if sinks is None else sink)
+    nothing = tl.zeros([QUERIES], tl.float32) + (0.0 if sinks is None else 1.0)
+    result, highest, total = _attend(
+        no_result, lowest, nothing, queries, key, value, mask, bias, seed, key_strides,
+        value_strides, mask_strides, bias_strides, row, slope, random_head, q_len, kv_len, begin,
+        end, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH,
+        VALUE_WIDTH, KEYS, False,
+    )  # fmt: skip
+    if HIDES:
+        # Nothing times NaN is NaN, also for who does not see it. Where that may have happened
+        # all is computed again; elsewhere the second loop has no keys.
+        strange = tl.max(tl.max(tl.where(tl.abs(result) < float("inf"), 0, 1), 1), 0) > 0
+        result, highest, total = _attend(
+            tl.where(strange, no_result, result), tl.where(strange, lowest, highest),
+            tl.where(strange, nothing, total), queries, key, value, mask, bias, seed, key_strides,
+            value_strides, mask_strides, bias_strides, row, slope, random_head, q_len, kv_len,
+            begin, tl.where(strange, end, begin), offset, left, right, scale, softcap, threshold,
+            HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, True,
+        )  # fmt: skip
+    result *= tl.where(total == 0, 0, factor / total)[:, None]
+    tiles.store(head_of(out, out_strides, batch, head), result, out_strides, row, q_len, VALUE_DIM)
+    logarithm = tl.where(total == 0, float("-inf"), (highest + tl.log2(total)) * LN2)
+    tl.store(lse + random_head.to(tl.int64) * q_len + row, logarithm, row < q_len)
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    bottom_right: bool,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The op of this name."""
+    out, lse = attention.forward_shapes(query, key, value)
+    arguments = arguments_of(
+        query, key, value, mask, bias, alibi_slopes, seed, bottom_right, left, right, scale,
+        softcap, dropout_p,
+    )  # fmt: skip
+    tile, options = tiles_for(arguments, "forward")
+    launch.launch(
+        attention_forward,
+        (triton.cdiv(query.shape[2], tile["QUERIES"]) * query.shape[0] * query.shape[1],),
+        {
+            **arguments,
+            "sinks": sinks,
+            "out": out,
+            "lse": lse,
+            "out_strides": strides_of(out),
+            **tile,
+        },
+        writes=("out", "lse"),
+        **options,
+    )
+    return out, lse
+
+
+def attention_bwd(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bottom_right: bool,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    need_bias: bool,
+    need_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op of this name."""
+    batch, heads, q_len, _ = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    tensors = query, key, value, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k
+    gradients = attention.backward_shapes(None, None, *tensors, need_bias, need_sinks)
+    grad_query, grad_key, grad_value, grad_bias, grad_sinks = gradients
+    if grad_out is None:
+        grad_out = query.new_zeros(1).expand(out.shape)
+    common = arguments_of(
+        query, key, value, mask, bias, alibi_slopes, seed, bottom_right, left, right, scale,
+        softcap, dropout_p,
+    )  # fmt: skip
+    tile, options = tiles_for(common, "backward")
+    delta = torch.empty_like(lse)
+    launch.launch(
+        attention_delta,
+        (triton.cdiv(q_len, tile["QUERIES"]), batch * heads),
+        {
+            "grad_out": grad_out,
+            "out": out,
+            "grad_lse": grad_lse,
+            "delta": delta,
+            "grad_out_strides": strides_of(grad_out),
+            "out_strides": strides_of(out),
+            "heads": heads,
+            "q_len": q_len,
+            "VALUE_DIM": common["VALUE_DIM"],
+            "VALUE_WIDTH": common["VALUE_WIDTH"],
+            "QUERIES": tile["QUERIES"],
+        },
+        writes=("delta",),
+        num_warps=4,
+    )
+    common |= tile | {
+        "grad_out": grad_out,
+        "grad_out_strides": strides_of(grad_out),
+        "lse": lse,
+        "delta": delta,
+    }
+    launch.launch(
+        attention_grad_query,
+        (triton.cdiv(q_len, tile["QUERIES"]) * batch * heads,),
+        common | {"grad_query": grad_query, "grad_query_strides": strides_of(grad_query)},
+        writes=("grad_query",),
+        **options,
+    )
+    launch.launch(
+        attention_grad_key,
+        (triton.cdiv(kv_len, tile["KEYS"]) * batch * kv_heads,),
+        common
+        | {
+            "grad_key": grad_key,
+            "grad_value": grad_value,
+            "grad_key_strides": strides_of(grad_key),
+            "grad_value_strides": strides_of(grad_value),
+        },
+        writes=("grad_key", "grad_value"),
+        **options,
+    )
+    if need_bias and bias is not None:
+        bias_batches, bias_heads, bias_rows, bias_keys = bias.shape
+        all_queries, all_keys = bias_rows < q_len, bias_keys < kv_len
+        blocks = 1 if all_queries else triton.cdiv(q_len, tile["QUERIES"])
+        blocks *= 1 if all_keys else triton.cdiv(kv_len, tile["KEYS"])
+        launch.launch(
+            attention_grad_bias,
+            (blocks * bias_batches * bias_heads,),
+            common
+            | {
+                "grad_bias": grad_bias,
+                "batches": batch,
+                "bias_batches": bias_batches,
+                "bias_heads": bias_heads,
+                "ALL_QUERIES": all_queries,
+                "ALL_KEYS": all_keys,
+            },
+            writes=("grad_bias",),
+            **options,
+        )
+    if need_sinks and sinks is not None:
+        # One number a row, and next to nothing: PyTorch's own functions do.
+        weights = torch.exp(sinks[:, None] - lse.double())  # [B, H, Sq]
+        weights = weights.masked_fill(lse == -math.inf, 0)  # a sink of -inf
+        grad_sinks = -(weights * delta).sum((0, 2))
+    return grad_query, grad_key, grad_value, grad_bias, grad_sinks

@@ -1,0 +1,64 @@
+"""What the Triton kernels of all rooms share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.ops import philox
+
+
+@triton.jit
+def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
+    """Bool [R, KEYS], which positions dropout keeps: those of `fastattn.ops.philox`.
+
+    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, a multiple of 64.
+    """
+    block = tl.arange(0, KEYS // 64)[None, :, None]
+    lane = tl.arange(0, 16)[None, None, :]
+    counter = (first // 4 + block * 16 + lane).to(tl.uint32)
+    row = row.to(tl.uint32)[:, None, None] + tl.zeros_like(counter)
+    counter += tl.zeros_like(row)
+    head = tl.zeros_like(row) + head
+    # One call draws the words of four keys, which lie 16 apart.
+    a, b, c, d = tl.philox(seed, counter, row, head, tl.zeros_like(row))
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, KEYS / 64, 16, 2, 2]
+    words = words.permute(0, 1, 3, 4, 2).reshape(row.shape[0], KEYS)
+    return words >= threshold
+
+
+def threshold_and_factor(dropout_p: float) -> tuple[int, float]:
+    """What `kept` compares with, and by how much that which is kept is scaled."""
+    return philox.threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+@triton.jit
+def load(tensor, strides, row, rows, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [R, WIDTH] of a matrix [rows, COLS] with strides (..., row, column), 0 outside."""
+    col = tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None]
+    if COLS != WIDTH:
+        inside = inside & (col < COLS)[None, :]
+    at = row.to(tl.int64)[:, None] * strides[2] + col[None, :] * strides[3]
+    return tl.load(tensor + at, inside, 0)
+
+
+@triton.jit
+def store(tensor, x, strides, row, rows, COLS: tl.constexpr):
+    """The same places, written to in the tensor's dtype."""
+    col = tl.arange(0, x.shape[1])
+    inside = (row < rows)[:, None] & (col < COLS)[None, :]
+    at = row.to(tl.int64)[:, None] * strides[2] + col[None, :] * strides[3]
+    tl.store(tensor + at, x.to(tensor.dtype.element_ty), inside)
+
+
+@triton.jit
+def finite(x):
+    """x with 0 for what is infinite or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0)
+
+
+@triton.jit
+def tanh(x):
+    """To an absolute error of a few roundings of 1."""
+    return 2 / (1 + tl.exp2(x * -2.885390081777927)) - 1

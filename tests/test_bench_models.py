@@ -1,0 +1,58 @@
+"""The benchmark's rows of whole models: what transformers and other runtimes are given matches."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# bench is run from the checkout, not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import baselines, cases, models, parity, report
+from bench.cases import Generation, Model
+from bench.rows import Row
+from fastattn.models import gpt2, t5
+
+RUNTIMES = {
+    "onnxruntime": ["onnxruntime", "onnx", "onnxscript"],
+    "openvino": ["openvino"],
+}
+GENERATION = [case for case in cases.CASES if isinstance(case, Generation)]
+transformers = pytest.mark.skipif(
+    models.missing({"transformers": "transformers"}) is not None,
+    reason=str(models.missing({"transformers": "transformers"})),
+)
+
+
+@transformers
+@pytest.mark.parametrize("case", GENERATION, ids=lambda case: case.task)
+def test_models_that_write_match_each_time(monkeypatch, case):
+    monkeypatch.setitem(gpt2.SIZES, "gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 32})
+    small = {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 64}
+    monkeypatch.setitem(t5.SIZES, "t5-small", small)
+    made = baselines.build(dataclasses.replace(case, **case.tiny))
+    for provider in ("fused", "eager", "sdpa"):
+        for _ in range(2):  # a cache must be as before
+            verdict = parity.judge(made, provider, parity.run(made, provider), torch.float32)
+            assert verdict.matches, (provider, verdict)
+    assert (made.flops is None) != (made.traffic is None)
+
+
+@pytest.mark.skipif(models.missing() is not None, reason=str(models.missing()))
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_exported_models_match(runtime):
+    for package in RUNTIMES[runtime]:
+        pytest.importorskip(package, reason=f"pip install {' '.join(RUNTIMES[runtime])}")
+    made = baselines.build(Model(weights="bert-tiny", batch=2), compiled=True)
+    verdict = parity.judge(made, runtime, parity.run(made, runtime), torch.float32)
+    assert verdict.matches, verdict
+
+
+def test_a_token_at_a_time_is_told_in_tokens_per_second():
+    words = dict.fromkeys(("case", "group", "title", "shape", "dtype", "provider", "status"), "")
+    assert report.rate(Row(**words, passes="token", gbs=1.0, median_ms=40.0)) == "25.0 tokens/s"
+    assert report.rate(Row(**words, passes="fwd", gbs=1.5, median_ms=40.0)) == "1.50 GB/s"

@@ -1,0 +1,367 @@
+"""A CUDA kernel that lacks one of its barriers, waits or bounds is found out in the emulator.
+
+Every launch of some small calls is recorded. A mutant of a kernel replays them on the same memory,
+and is caught where a check speaks or where it leaves other bits than the whole kernel did. Types
+that share a body share its mutants, once their kernels are known to synchronise alike.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import fastattn
+from bench import resources
+from fastattn import _library, emulator
+from fastattn.emulator import device
+from fastattn.emulator.launch import Memory
+from fastattn.emulator.ptx import Location, Statement
+
+pytestmark = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+# the calls
+
+
+def norm(dtype: torch.dtype, *sizes: tuple[int, int], dropout_p: float = 0.0) -> None:
+    """Layer and RMS norm of rows of these sizes; with dropout, behind a residual."""
+    for rows, cols in sizes:
+        x, other = (torch.randn(rows, cols).to(dtype).requires_grad_() for _ in range(2))
+        weight, bias = (torch.randn(cols).to(dtype).requires_grad_() for _ in range(2))
+        if dropout_p == 0:
+            fastattn.layer_norm(x, [cols], weight, bias).sum().backward()
+            fastattn.rms_norm(x, [cols], weight).sum().backward()
+        else:
+            outs = fastattn.add_layer_norm(
+                x, other, [cols], weight, bias, dropout_p=dropout_p, seed=5
+            )
+            sum(out.float().square().sum() for out in outs).backward()
+
+
+def attend(dtype: torch.dtype, q_len: int, kv_len: int, dim: int = 64, **options: object) -> None:
+    query, key, value = (torch.randn(1, 1, n, dim).to(dtype) for n in (q_len, kv_len, kv_len))
+    value[:, :, kv_len // 2] = math.nan  # makes the kernel look twice
+    fastattn.attention(query, key, value, **options)
+
+
+def attend_backward(
+    dtype: torch.dtype,
+    q_len: int,
+    kv_len: int,
+    dim: int = 64,
+    biased: bool = False,
+    **options: object,
+) -> None:
+    query, key, value = (torch.randn(1, 1, n, dim).to(dtype) for n in (q_len, kv_len, kv_len))
+    value[:, :, kv_len // 2] = math.nan  # makes the kernels look twice
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    if biased:
+        leaves.append(torch.randn(1, q_len, kv_len).to(dtype).requires_grad_())
+        options["bias"] = leaves[-1]
+    out = fastattn.attention(*leaves[:3], causal=True, **options)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def attend_to_everything(dtype: torch.dtype, dim: int) -> None:
+    attend(
+        dtype, 70, 100, dim, mask=torch.rand(70, 100) < 0.7, bias=torch.randn(1, 70, 100),
+        alibi_slopes=torch.rand(1), softcap=3.0, dropout_p=0.2, seed=3, causal=True,
+        window=(50, 20),
+    )  # fmt: skip
+
+
+def feed_forward(dtype: torch.dtype) -> None:
+    """Three steps of the depth each way, none at all, aligned rows and others, all epilogues."""
+    for rows, features, hidden, activation in ((70, 72, 72, "gelu"), (9, 73, 7, "silu")):
+        x, up, gate = (
+            torch.randn(n, features).to(dtype).requires_grad_() for n in (rows, hidden, hidden)
+        )
+        bias = torch.randn(hidden).to(dtype).requires_grad_()
+        down = torch.randn(8, hidden).to(dtype).requires_grad_()
+        gated = {"gate_weight": gate, "gate_bias": bias, "activation": activation}
+        fastattn.ffn(x, up, down, bias, **gated).sum().backward()
+        fastattn.linear(x, up, bias, activation).sum().backward()
+    for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+        fastattn.linear(x[:4], x[:4], None, activation).sum().backward()
+    for empty in ((x[:, :0], up[:, :0]), (x, up[:0]), (x[:0], up)):
+        fastattn.linear(*empty).sum().backward()
+
+
+# the kernels, each with the calls that its mutants are tried on
+
+# Rows of a warp, of which the last block has too few, and rows of a block.
+NORMS_F32 = (
+    functools.partial(norm, F32, (5, 33), (2, 161)),
+    functools.partial(norm, F32, (5, 67), dropout_p=0.3),
+)
+NORMS_BF16 = (
+    functools.partial(norm, BF16, (5, 256), (2, 1032)),
+    functools.partial(norm, BF16, (5, 256), dropout_p=0.3),
+)
+GRADIENTS_BF16 = (
+    functools.partial(attend_backward, BF16, 70, 100),
+    functools.partial(attend_backward, BF16, 70, 100, dropout_p=0.1, seed=1),
+    functools.partial(attend_backward, BF16, 20, 100, align="top_left"),  # keys that nobody sees
+    functools.partial(attend_backward, BF16, 140, 20),  # queries that see nothing
+    functools.partial(attend_backward, BF16, 37, 53, 8),
+    functools.partial(attend_backward, BF16, 37, 53, 9),
+)
+BIAS_BF16 = (
+    functools.partial(attend_backward, BF16, 70, 100, biased=True),
+    functools.partial(attend_backward, BF16, 70, 100, biased=True, dropout_p=0.1, seed=1),
+    functools.partial(attend_backward, BF16, 37, 53, 8, biased=True),
+)
+FFN_F32, FFN_BF16 = functools.partial(feed_forward, F32), functools.partial(feed_forward, BF16)
+
+KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
+    "norm_forward_f32_x1": NORMS_F32,
+    "norm_backward_f32_x1": NORMS_F32,
+    "norm_fold_f32": (lambda: norm(F32, (40, 33)), lambda: norm(F32, (3, 64))),
+    "norm_forward_bf16_x8": NORMS_BF16,
+    "norm_backward_bf16_x8": NORMS_BF16,
+    "attention_forward_bf16_64": (
+        lambda: attend(BF16, 70, 200, causal=True),
+        lambda: attend(BF16, 140, 20, 8, causal=True),
+        lambda: attend(BF16, 37, 53, 9),
+    ),
+    "attention_forward_bf16_extra_64": (
+        lambda: attend_to_everything(BF16, 8),
+        lambda: attend_to_everything(BF16, 9),
+        lambda: attend(BF16, 140, 20, mask=torch.ones(140, 20, dtype=torch.bool), causal=True),
+        lambda: attend(BF16, 37, 53, 9, dropout_p=0.1, seed=1),
+    ),
+    "attention_forward_f32_extra_32": (
+        lambda: attend_to_everything(F32, 8),
+        lambda: attend_to_everything(F32, 5),
+        lambda: attend(F32, 140, 20, 4, causal=True),
+        lambda: attend(F32, 37, 53, 5),
+    ),
+    "attention_backward_queries_bf16_64": GRADIENTS_BF16,
+    "attention_backward_keys_bf16_64": GRADIENTS_BF16,
+    "attention_backward_bias_bf16_64": BIAS_BF16,
+    "ffn_forward_f32": (FFN_F32,),
+    "ffn_grad_input_f32": (FFN_F32,),
+    "ffn_grad_weight_f32": (FFN_F32,),
+    "ffn_activation_backward_f32": (FFN_F32,),
+    "ffn_sum_columns_f32_to_f32": (FFN_F32,),
+    "ffn_forward_bf16": (FFN_BF16,),
+    "ffn_grad_input_bf16": (FFN_BF16,),
+    "ffn_grad_weight_bf16": (FFN_BF16,),
+}
+
+# Mutants which do no harm, by words of what they are; the bounds in csrc/attention, which say what
+# is visible and not what may be touched, are left to the tests of masks and windows.
+HARMLESS: dict[tuple[str, ...], str] = {
+    ("v - lane_index() < vectors", "loosened"): "a round more, in which no lane is inside",
+    ("float sums[2] = {};", "loosened"): "the same, where the compiler tests before the loop",
+    ("const int thread = ", "loosened"): "the same",
+    ("if (step < steps) fetch(step", "loosened"): "a copy more, of zeros that nobody reads",
+    ("const bool inside = first_row", "loosened"): "a warp more, whose sums nobody stores",
+    ("return typename Right::Lines", "lt loosened"): "line 32 of 64, where lines are below 32",
+    ("c < cols; c += 4", "loosened"): "columns more, which are zeros",
+    (
+        "attention_forward_f32",
+        "copies of all",
+    ): "what is copied for zeros is not visible, or unread",
+    (
+        "attention_backward_keys",
+        "copies of all",
+    ): "what is copied for rows past the end has weight 0",
+    ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
+    ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
+    ("parts may be written again", "team.sum(square)"): "a row's other sum has barriers between",
+}
+
+
+# recording and replaying
+
+SCHEDULES = ({"order": "forward", "late": True}, {"order": "reverse", "late": False})
+
+
+@dataclass
+class Recorded:
+    """A launch, the bytes of each argument before it, and those that it left."""
+
+    grid: list[int]
+    block: list[int]
+    shared: int
+    arguments: list[Memory | bytes | None]
+    before: dict[int, bytes]
+    after: dict[int, bytes] = field(default_factory=dict)
+
+    def run(
+        self, kernel: emulator.Kernel, schedule: Mapping[str, Any] = SCHEDULES[0]
+    ) -> tuple[emulator.Report, dict[int, bytes]]:
+        """What a kernel's checks say of this launch, and the bytes that it leaves."""
+        copies: dict[int, tuple[int, Any]] = {}
+        for address, data in self.before.items():
+            copy = ctypes.create_string_buffer(len(data) + 32)
+            at = -(-ctypes.addressof(copy) // 16) * 16 + address % 16
+            ctypes.memmove(at, data, len(data))
+            copies[address] = at, copy
+        arguments = [
+            replace(each, address=copies[each.address][0]) if isinstance(each, Memory) else each
+            for each in self.arguments
+        ]
+        report = kernel.launch(
+            self.grid, self.block, *arguments, shared=self.shared, count=False, patience=20_000,
+            **schedule,
+        )  # fmt: skip
+        left = {a: ctypes.string_at(copies[a][0], len(data)) for a, data in self.before.items()}
+        return report, left
+
+    def catches(self, mutant: emulator.Kernel, schedule: Mapping[str, Any]) -> bool:
+        """Whether a mutant that does this launch is found out."""
+        report, left = self.run(mutant, schedule)
+        return not report.ok or left != self.after
+
+
+@functools.cache
+def launches(call: Callable[[], None]) -> list[tuple[str, Recorded]]:
+    """The launches of a call, and, where rows take turns, the same by a single block."""
+    found: list[tuple[str, Recorded]] = []
+    run = device._run
+
+    def watch(launch: device.Launch) -> None:
+        name = launch.kernel.decode()
+        arguments = [device._argument(launch.arguments[i]) for i in range(launch.count)]
+        spans = {each.address: each.bytes for each in arguments if isinstance(each, Memory)}
+        before = {at: ctypes.string_at(at, size) for at, size in spans.items()}
+        grids = [launch.grid[:]]
+        if name.startswith(("norm_forward", "norm_backward")) and launch.grid[0] > 1:
+            grids.append([1, 1, 1])
+        for grid in grids:
+            found.append((name, Recorded(grid, launch.block[:], launch.shared, arguments, before)))
+        run(launch)
+
+    with pytest.MonkeyPatch.context() as patch, fastattn.use_kernel("emulator"):
+        patch.setattr(device, "_run", watch)
+        torch.manual_seed(0)
+        call()
+    return found
+
+
+def recorded(name: str, kernel: emulator.Kernel) -> list[Recorded]:
+    """A kernel's launches in its calls, with what they leave."""
+    found = [each for call in KERNELS[name] for own, each in launches(call) if own == name]
+    for each in found:
+        report, each.after = each.run(kernel)
+        assert report.ok, report
+    return found
+
+
+# the mutants
+
+LOOSER = {"lt": "le", "le": "lt", "ge": "gt", "gt": "ge"}
+
+
+class Mutant(NamedTuple):
+    """What was changed, and the statements instead of which it has others, or none."""
+
+    what: str
+    statements: dict[int, Statement | None]
+
+    def of(self, kernel: emulator.Kernel) -> emulator.Kernel:
+        """The mutant as a kernel."""
+        function, ptx = kernel.function, kernel.module.ptx
+        left = [self.statements.get(i, each) for i, each in enumerate(function.statements)]
+        gone = sorted(i for i, each in self.statements.items() if each is None)
+        changed = replace(
+            function,
+            statements=[each for each in left if each is not None],
+            labels={at: i - bisect.bisect_left(gone, i) for at, i in function.labels.items()},
+        )
+        module = emulator.Module(replace(ptx, functions={kernel.name: changed}))
+        return emulator.Kernel(module, changed)
+
+
+@functools.cache
+def source(file: str) -> list[str]:
+    return Path(file).read_text().splitlines()
+
+
+def texts(location: Location | None) -> str:
+    """The lines of source of an instruction, the innermost first."""
+    found = []
+    while location is not None:
+        found.append(source(location.file)[location.line - 1].strip())
+        location = location.inlined_at
+    return " < ".join(found)
+
+
+def mutants(kernel: emulator.Kernel) -> Iterator[Mutant]:
+    """A kernel without one of its barriers, waits and commits; with a wait for one group less; with
+    copies of all 16 bytes; with one bound that is larger by one, wherever a line was unrolled to.
+    """
+    together: dict[str, dict[int, Statement | None]] = {}
+    for i, statement in enumerate(kernel.function.statements):
+        opcode, operands = statement.opcode, statement.operands
+        where = texts(statement.source)
+        if re.match(r"(bar|cp\.async\.(wait|commit)\w*)\b", opcode):
+            yield Mutant(f"without {opcode}: {where}", {i: None})
+        if opcode == "cp.async.wait_group":
+            looser = replace(statement, operands=[str(int(operands[0]) + 1)])
+            yield Mutant(f"{opcode} loosened: {where}", {i: looser})
+        if statement.source is None or statement.source.line == 0:
+            continue  # of the compiler's own
+        if re.match(r"cp\.async\.c[ag]\.", opcode):
+            whole = replace(statement, operands=operands[:3])
+            together.setdefault(f"copies of all 16 bytes: {where}", {})[i] = whole
+        bound = re.match(r"setp\.(lt|le|ge|gt)\.s(?:32|64)$", opcode)
+        if bound and "/attention/" not in statement.source.file:
+            looser = replace(statement, opcode=f"setp.{LOOSER[bound[1]]}{opcode[7:]}")
+            together.setdefault(f"{bound[1]} loosened: {where}", {})[i] = looser
+    for what, statements in together.items():
+        yield Mutant(what, statements)
+
+
+@functools.cache
+def rooms() -> dict[str, str]:
+    """The room of each kernel."""
+    entry = re.compile(r"\.entry (\w+)\(")
+    return {name: room for room in resources.ROOMS for name in entry.findall(_library.ptx(room))}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_mutant_is_found_out(name: str) -> None:
+    kernel = device.kernel(rooms()[name], name)
+    launches, unnoticed, count = recorded(name, kernel), [], 0
+    for mutant in mutants(kernel):
+        what = f"{name}: {mutant.what}"
+        if any(all(word in what for word in words) for words in HARMLESS):
+            continue
+        count += 1
+        broken = mutant.of(kernel)
+        if not any(each.catches(broken, how) for how in SCHEDULES for each in launches):
+            unnoticed.append(what)
+    assert count and not unnoticed, f"{len(unnoticed)} of {count}:\n" + "\n".join(unnoticed)
+
+
+def skeleton(text: str) -> list[str]:
+    """How a kernel synchronises and copies: its instructions for that, in their order."""
+    pattern = r"\t(bar\.[\w.]+|cp\.async\.[\w.]+(?: \d)?)\b"
+    return re.findall(pattern, text)
+
+
+@pytest.mark.parametrize("room", ["attention", "ffn", "norm"])
+def test_mutants_stand_for_every_kernel(room: str) -> None:
+    """A kernel without mutants of its own synchronises as one of its kind with mutants does."""
+    ptx = _library.ptx(room)
+    names = re.findall(r"\.entry (\w+)\(", ptx)
+    shapes = {name: skeleton(device.alone(ptx, name)) for name in names}
+    for name, shape in shapes.items():
+        kind = re.match(r"(norm|ffn)_([a-z]+_)*?(?=f32|bf16|f16)|attention_[a-z]+_", name)
+        alike = [other for other in KERNELS if kind and other.startswith(kind[0])]
+        assert any(shapes[other] == shape for other in alike), f"{name} has no mutants"
