@@ -18,8 +18,7 @@ from fastattn.testing import Case, all_cases, assert_close_to_oracle, run, widen
 CASES = {
     case.id: case
     for case in all_cases()
-    if "cuda" in registry.FUNCTIONS[case.function][1].kernels
-    and not case.refused
+    if "cuda" in registry.FUNCTIONS[case.function][1].kernels and not case.refused
 }
 
 emulated = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)

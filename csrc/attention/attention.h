@@ -17,12 +17,18 @@ struct Sequence {
   int64_t index, query, q_len, key, kv_len, offset;
 };
 
-// Where the sequences of a packed batch begin, and where the last ends: B + 1 numbers of a GPU's,
-// in int64 if `wide`, else int32. No sequence is longer than `longest`.
-struct Starts {
-  const void* data = nullptr;  // null: they are not packed
-  int64_t stride = 0, longest = 0;
+// A vector or matrix of a GPU's numbers, in int64 if `wide`, else int32; null where there is none.
+struct Integers {
+  const void* data = nullptr;
+  int64_t stride[2] = {0, 0};  // of a vector, the second
   bool wide = false;
+};
+
+// Where the sequences of a packed batch begin, and where the last ends: B + 1 numbers. No sequence
+// is longer than `longest`.
+struct Starts {
+  Integers numbers;
+  int64_t longest = 0;
 };
 
 struct Attention {
@@ -77,6 +83,10 @@ struct AttentionBackward {
 struct Paging {
   const int64_t* pages;
   int64_t columns, size;
+  int64_t count;  // of all pages
+  // On a GPU, whose memory the host does not read: the lengths of the sequences so far, and their
+  // pages [B, columns] or, where each has one, null.
+  Integers lengths, table;
 };
 
 // Rotary embedding of the first 2 * pairs elements of a row, by the row of its position in two
@@ -84,12 +94,13 @@ struct Paging {
 struct Rotary {
   Source cos, sin;
   Dtype dtype;
-  int64_t pairs = 0;
+  int64_t positions = 0, pairs = 0;
   bool interleaved;  // pairs are neighbours, not half of the elements apart
 };
 
 struct AttentionDecode {
-  Attention in;  // key and value are in the caches
+  Attention in;  // key and value are in the caches; kv_len is the room for them
+  int64_t appended;
   Source key_cache, value_cache;
   Paging paging;
   Rotary rotary;  // of the queries
@@ -103,7 +114,7 @@ struct AttentionAppend {
   Source key, value;  // [B, Hkv, new_len, D]
   Target key_cache, value_cache;
   Paging paging;
-  const int64_t* lengths;  // [B], of the sequences so far
+  const int64_t* lengths;  // [B], of the sequences so far, on the CPU
   Rotary rotary;           // of the keys
 };
 
@@ -115,6 +126,8 @@ FASTATTN_KERNEL(attention_append, AttentionAppend)
 namespace cuda {
 void attention_forward(const AttentionForward& args, Device& device);
 void attention_backward(const AttentionBackward& args, Device& device);
+void attention_decode(const AttentionDecode& args, Device& device);
+void attention_append(const AttentionAppend& args, Device& device);
 }  // namespace cuda
 
 }  // namespace fastattn

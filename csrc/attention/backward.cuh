@@ -64,12 +64,8 @@ struct SideTiles {
   }
   // Takes what is not finite for 0.
   __device__ void clean() const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * Rows * Dim;
-         i += static_cast<int>(blockDim.x)) {
-      T& element = scored.memory[i];
-      if (!isfinite(static_cast<float>(element))) element = T(0.0f);
-    }
+    cuda::clean(scored.memory, 2 * Rows * Dim, static_cast<int>(threadIdx.x),
+                static_cast<int>(blockDim.x));
   }
 };
 

@@ -94,50 +94,12 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
           weights[n][e] = scores.template operator()<Extras>(weights[n][e], first_row + e / 2 * 8,
                                                              j + n * 8 + 2 * q + e % 2);
       if (careful) {
-        // Every warp looks at the values that it reads, and takes NaN for 0 from here on.
-#pragma unroll 1
-        for (int k = 0; k < keys; k++) {
-          bool bad = false;
-          for (int c = lane; c < in.value_dim; c += static_cast<int>(kWarp))
-            bad = bad || !isfinite(static_cast<float>(*tile.at(k, c)));
-          if (__ballot_sync(kAllLanes, bad) == 0) continue;
-#pragma unroll
-          for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-              if (n * 8 + 2 * q + e % 2 == k && weights[n][e] != -kInfinity) spoilt[e / 2] = true;
-        }
+        find_strange<keys>(tile, in.value_dim, weights, spoilt);
         __syncthreads();
-        for (int i = static_cast<int>(threadIdx.x); i < keys * Dim;
-             i += static_cast<int>(blockDim.x)) {
-          T* at = tile.at(i / Dim, i % Dim);
-          if (!isfinite(static_cast<float>(*at))) *at = T(0.0f);
-        }
+        clean(tile.memory, keys * Dim, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
         __syncthreads();
       }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float now = highest[half];
-#pragma unroll
-        for (int n = 0; n < keys / 8; n++)
-          now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
-        now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
-        now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
-        const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
-        const float rescale = ptx::exp2(highest[half] - base);
-        highest[half] = now;
-        total[half] *= rescale;
-#pragma unroll
-        for (int n = 0; n < Dim / 8; n++)
-          sum[n][2 * half] *= rescale, sum[n][2 * half + 1] *= rescale;
-#pragma unroll
-        for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; e++) {
-            weights[n][e] = ptx::exp2(weights[n][e] - base);
-            total[half] += weights[n][e];
-          }
-      }
+      weigh<keys, Dim>(weights, highest, total, sum);
       if (Extras && in.threshold != 0)
         drop<keys>(
             weights,

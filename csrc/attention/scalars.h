@@ -34,10 +34,15 @@ struct Layout {
   int32_t aligned;
 };
 
-// Where the sequences of a packed batch begin, and where the last ends: numbers of int32 or int64.
-struct Boundaries {
-  int64_t stride;
+// Numbers of int32 or int64.
+struct Integers {
+  int64_t stride[2];
   int32_t wide;
+};
+
+// Where the sequences of a packed batch begin, and where the last ends.
+struct Boundaries {
+  Integers numbers;
   int32_t longest;  // no sequence has more rows
 };
 
@@ -68,6 +73,52 @@ struct AttentionBackwardScalars {
   float scale;            // of products, to logits
 };
 
+// A warp has 16 rows of queries, those of all heads that share a head of keys, and tiles of keys of
+// its own, which are there twice, one being copied while the other is worked on. In the end it has
+// room there for its sums.
+template <int Bytes, int Dim>
+struct DecodeTiles {
+  static constexpr int kWidth = Bytes * Dim;
+  static constexpr int kWarps = kWidth <= 256 ? 4 : 2, kRows = 16, kKeys = 16;
+  static constexpr int kEach = 2 * 2 * kKeys * kWidth;  // of a warp
+  static constexpr int kPitch = Dim + 8;  // of a row of sums, so that rows lie in different banks
+  static constexpr int kShared = kRows * kWidth + kWarps * kEach;
+  static_assert(kRows * kPitch * 4 <= kEach);
+};
+
+// A cache [pages, Hkv, size, D] in which sequence b has the pages of row b of a table. Without one
+// it has page b, which is the only column.
+struct CacheScalars {
+  Integers lengths, table;
+  int32_t pages, size, columns;
+  int32_t most;  // positions of a sequence
+  Layout key, value;
+};
+
+struct RotaryScalars {
+  int64_t cos[2], sin[2];
+  int32_t positions, pairs, interleaved;
+  int32_t wide;  // fp32, whatever query is
+};
+
+struct AttentionDecodeScalars {
+  AttentionScalars in;
+  CacheScalars cache;
+  RotaryScalars rotary;
+  int32_t appended;    // to the lengths
+  int32_t splits;      // of the keys
+  int32_t row_blocks;  // of the queries that share a head of keys
+  int32_t width;       // of a row of a split's sums, a multiple of 4
+};
+
+struct AttentionAppendScalars {
+  CacheScalars cache;
+  RotaryScalars rotary;
+  Layout key, value;
+  int32_t batch, kv_heads, new_len, head_dim, value_dim;
+};
+
+constexpr int kRowWarps = 4;             // of a block, in which each warp has one row
 constexpr int kStatisticsTeam = 8;       // threads for each row
 constexpr int kStatisticsThreads = 256;  // of a block
 constexpr int32_t kFar = 1 << 29;        // no bound of a window

@@ -13,6 +13,12 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 extern __shared__ uint4 shared_memory[];
 
+__device__ inline int64_t integer(const void* from, const Integers& layout, int row, int col) {
+  const int64_t at = row * layout.stride[0] + col * layout.stride[1];
+  return layout.wide ? static_cast<const int64_t*>(from)[at]
+                     : static_cast<const int32_t*>(from)[at];
+}
+
 // The boundaries of packed sequences, of queries and of keys; null where they are not packed.
 struct Starts {
   const void *query, *key;
@@ -56,15 +62,11 @@ struct Work {
   __device__ bool none(bool of_keys) const { return length(of_keys) == 0; }
 
  private:
-  __device__ static int64_t at(const void* starts, const Boundaries& boundaries, int n) {
-    const int64_t from = n * boundaries.stride;
-    return boundaries.wide ? static_cast<const int64_t*>(starts)[from]
-                           : static_cast<const int32_t*>(starts)[from];
-  }
   // Boundaries which are none stop the kernel, for the host has not read them.
   __device__ static int2 rows_of(const void* starts, const Boundaries& boundaries, int n, int count,
                                  int total) {
-    const int64_t begin = at(starts, boundaries, n), end = at(starts, boundaries, n + 1);
+    const int64_t begin = integer(starts, boundaries.numbers, 0, n);
+    const int64_t end = integer(starts, boundaries.numbers, 0, n + 1);
     if (begin < 0 || end < begin || end > total || end - begin > boundaries.longest ||
         (n == 0 && begin != 0) || (n + 1 == count && end != total))
       __trap();
@@ -178,6 +180,62 @@ struct Scores {
     return logit;
   }
 };
+
+// Logits become weights relative to the highest of their row so far, to which the sums of what came
+// before are scaled anew (Milakov & Gimelshein 2018, arXiv:1805.02867).
+template <int Keys, int Dim>
+__device__ void weigh(Accumulator<Keys>& weights, float (&highest)[2], float (&total)[2],
+                      Accumulator<Dim>& sum) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float now = highest[half];
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+      now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+    const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
+    const float rescale = ptx::exp2(highest[half] - base);
+    highest[half] = now;
+    total[half] *= rescale;
+#pragma unroll
+    for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= rescale, sum[n][2 * half + 1] *= rescale;
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) {
+        weights[n][e] = ptx::exp2(weights[n][e] - base);
+        total[half] += weights[n][e];
+      }
+  }
+}
+
+// Notes which of its two rows see a value that is not finite, by their logits. All lanes look.
+template <int Keys, class Values>
+__device__ void find_strange(const Values& tile, int cols, const Accumulator<Keys>& logits,
+                             bool (&spoilt)[2]) {
+  const int lane = lane_index(), q = lane % 4;
+#pragma unroll 1
+  for (int k = 0; k < Keys; k++) {
+    bool bad = false;
+    for (int c = lane; c < cols; c += static_cast<int>(kWarp))
+      bad = bad || !isfinite(static_cast<float>(*tile.at(k, c)));
+    if (__ballot_sync(kAllLanes, bad) == 0) continue;
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (n * 8 + 2 * q + e % 2 == k && logits[n][e] != -kInfinity) spoilt[e / 2] = true;
+  }
+}
+
+// Takes what is not finite for 0, of elements that so many threads share out among them.
+template <class T>
+__device__ void clean(T* memory, int count, int thread, int threads) {
+#pragma unroll 1
+  for (int i = thread; i < count; i += threads)
+    if (!isfinite(static_cast<float>(memory[i]))) memory[i] = T(0.0f);
+}
 
 // The weights that dropout keeps of queries i and i + 8 and the keys from j on, as this lane holds
 // them in an Accumulator: bit 4 n + e for its element [n][e].
