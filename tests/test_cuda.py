@@ -35,6 +35,7 @@ WATCHED = [
     ("attention-causal_tall", torch.float16),
     ("attention-one_key", torch.float32),
     ("attention-odd_sizes", torch.bfloat16),
+    ("attention_varlen-everything", torch.float16),
     ("linear-gelu", torch.bfloat16),
     ("ffn-silu_gated", torch.float16),
     ("ffn-odd_sizes", torch.float32),
