@@ -74,12 +74,12 @@ def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: i
     good = torch.tensor([0, 4, 9])
     args = prepare(*(torch.randn(9, 2, 16) for _ in range(3)), good, good, 9, 9)
     with fastattn.use_kernel("emulator"):
-        torch.ops.fastattn.attention_fwd(*args)
+        torch.ops.fastattn.attention_fwd.default(*args)
         for of_keys in (0, 1):
             bad = list(args)
             bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
             with pytest.raises(RuntimeError, match="trap"):
-                torch.ops.fastattn.attention_fwd(*bad)
+                torch.ops.fastattn.attention_fwd.default(*bad)
 
 
 def test_many_sequences_are_found() -> None:
