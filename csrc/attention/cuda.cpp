@@ -242,7 +242,6 @@ struct Caches {
     to.table = layout(paging.table);
     to.pages = static_cast<int32_t>(paging.count);
     to.size = static_cast<int32_t>(paging.size);
-    to.columns = static_cast<int32_t>(paging.columns);
     to.most = static_cast<int32_t>(std::min<int64_t>(paging.columns * paging.size, kFar));
     to.key = layout(key, bytes);
     to.value = layout(value, bytes);

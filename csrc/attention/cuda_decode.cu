@@ -5,8 +5,8 @@
 namespace fastattn::cuda {
 namespace {
 
-// Of positions in [0, most), and pages there are; what is not stops the kernel, for the host has
-// not read it.
+// Where the positions of sequences lie. A length that has no room and a page that is none stop the
+// kernel, for the host has not read them.
 struct Cache {
   const CacheScalars& in;
   const void *lengths, *table;
@@ -65,8 +65,8 @@ struct Rotary {
   }
 };
 
-// Sixteen rows of the queries that share a head of keys, against a split of their keys. Leaves for
-// each row its weighted values relative to its highest logit, and in `statistics` that logit and
+// Works on sixteen rows of the queries that share a head of keys, against a split of these. Leaves
+// for each row its weighted values relative to its highest logit, and in `statistics` that logit and
 // the sum of its weights; where there are no keys, a sum of 0 alone.
 template <class T, int Dim>
 __device__ void attend(const T* query, const T* key_cache, const T* value_cache, const Cache& cache,

@@ -86,11 +86,11 @@ struct DecodeTiles {
   static_assert(kRows * kPitch * 4 <= kEach);
 };
 
-// A cache [pages, Hkv, size, D] in which sequence b has the pages of row b of a table. Without one
-// it has page b, which is the only column.
+// A cache [pages, Hkv, size, D] in which sequence b has the pages of row b of a table; without a
+// table it has page b.
 struct CacheScalars {
   Integers lengths, table;
-  int32_t pages, size, columns;
+  int32_t pages, size;
   int32_t most;  // positions of a sequence
   Layout key, value;
 };
