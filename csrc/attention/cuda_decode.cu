@@ -66,8 +66,8 @@ struct Rotary {
 };
 
 // Works on sixteen rows of the queries that share a head of keys, against a split of these. Leaves
-// for each row its weighted values relative to its highest logit, and in `statistics` that logit and
-// the sum of its weights; where there are no keys, a sum of 0 alone.
+// for each row its weighted values relative to its highest logit, and in `statistics` that logit
+// and the sum of its weights; where there are no keys, a sum of 0 alone.
 template <class T, int Dim>
 __device__ void attend(const T* query, const T* key_cache, const T* value_cache, const Cache& cache,
                        const Rotary<T>& rotary, const float* alibi_slopes, float* parts,
