@@ -217,7 +217,7 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA and
+    which the compiled kernels leave the case to the reference and `refused_in_triton` one of the
     Triton kernels alone, `written` the arguments that the call writes to. An `inference` case has
     no gradients.
     """
@@ -230,7 +230,7 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
-    refused_on_cuda: str = ""
+    refused_in_triton: str = ""
 
     @property
     def id(self) -> str:
@@ -475,7 +475,7 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             drawn | dict(tensors or {}),
             options,
             refused=refused,
-            refused_on_cuda="packed",
+            refused_in_triton="packed",
         )
 
     lengths = (5, 70, 1, 33)
@@ -542,6 +542,7 @@ def _decode_cases(function: str) -> Iterator[Case]:
     yield case("few_queries", (600, 0, 255), (6, 2, 4, 700, 32, 16), new=4, causal=True)
     yield case("paged", (70, 33, 0), (4, 2, 2, 90, 16, 16), page=16, new=3, return_lse=True)
     yield case("rotary", (40, 9), (4, 1, 3, 50, 24, 8), new=3, rotary=10, rotary_interleaved=False)
+    yield case("prompt", (0, 30), (4, 2, 25, 60, 16, 16), new=25, causal=True, return_lse=True)
     yield case("window", (900, 30), (2, 1, 2, 900, 16, 16), window=(300, 0), softcap=2.0)
     yield case("odd_sizes", (37, 11), (5, 5, 3, 37, 7, 13), scale=-0.4)
     yield case(
