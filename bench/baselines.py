@@ -20,6 +20,7 @@ from bench.cases import (
     AdditiveAttention,
     Attention,
     Case,
+    CrossEntropy,
     Decode,
     FeedForward,
     Generation,
@@ -398,6 +399,23 @@ def kept_hidden(function: Callable[..., Tensor], inputs: dict[str, Tensor | None
     return torch.cat(kept, -1)[:, :hidden] != 0
 
 
+def cross_entropy(case: CrossEntropy) -> Recipe:
+    """input (rows, width), weight (classes, width), and a class for each row."""
+    inputs = {
+        "input": torch.randn(case.rows, case.width),
+        "weight": projection(case.width, case.classes),
+        "target": torch.randint(case.classes, (case.rows,)),
+    }
+
+    def fused(input, weight, target):
+        return fastattn.linear_cross_entropy(input, weight, target)
+
+    def eager(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    return Recipe(inputs, {"fused": fused, "eager": eager}, eager, outputs=("loss",))
+
+
 RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
     Attention: attention,
     Varlen: varlen,
@@ -407,4 +425,5 @@ RECIPES: dict[type[Case], Callable[[Any], Recipe]] = {
     Rope: rope,
     Linear: linear,
     FeedForward: feed_forward,
+    CrossEntropy: cross_entropy,
 }

@@ -326,6 +326,30 @@ class FeedForward(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Case):
+    """The loss of a language model: rows (rows, width) against a vocabulary (classes, width)."""
+
+    rows: int
+    width: int
+    classes: int
+
+    group: ClassVar[str] = "linear and FFN"
+    tiny: ClassVar[dict[str, int]] = {"rows": 8, "width": 64, "classes": 64}
+
+    @property
+    def title(self) -> str:
+        return "linear cross-entropy"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows}x{self.width}x{self.classes}"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.width * self.classes * (3 if self.backward else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model(Case):
     """A whole BERT encoder: MiniLM with its pretrained weights, or a random BERT of some size.
 
@@ -477,6 +501,9 @@ CASES: tuple[Case, ...] = (
     FeedForward(rows=128, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True),
     FeedForward(rows=512, width=768, hidden=2048, activation="silu", gated=True, backward=True),
+    CrossEntropy(rows=512, width=768, classes=50257),
+    CrossEntropy(rows=512, width=768, classes=50257, backward=True),
+    CrossEntropy(rows=2048, width=576, classes=49152, backward=True),
 )
 
 

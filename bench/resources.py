@@ -1,8 +1,9 @@
 """What every GPU kernel takes of a GPU: `python -m bench.resources` compiles them and says so.
 
 With --write the table goes to csrc/cuda/resources.csv, against which tests/test_resources.py holds
-the kernels. The input is the PTX in the library, so this is the code that a driver would make; and,
-under names that begin with triton_, what Triton makes of the calls of bench/triton_calls.py.
+the kernels; where rooms are named, their rows alone are measured and replaced. The input is the PTX
+in the library, so this is the code that a driver would make; and, under names that begin with
+triton_, what Triton makes of the calls of bench/triton_calls.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench import roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "attention_backward", "attention_bias", "ffn", "norm")
+ROOMS = ("attention", "attention_backward", "attention_bias", "attention_decode", "ffn", "norm")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
@@ -45,6 +46,11 @@ class Resources(NamedTuple):
     shared: int
     warps: int
     tensor_bound: int | None
+
+
+def names(room: str) -> list[str]:
+    """The kernels of a room."""
+    return re.findall(r"\.entry (\w+)\(", _library.ptx(room))
 
 
 def measured(room: str, architecture: str) -> Iterator[Resources]:
@@ -122,14 +128,32 @@ def write(rows: Sequence[Resources]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument("rooms", nargs="*", help=f"of {', '.join(ROOMS)} and triton; all if none")
     parser.add_argument("--write", action="store_true", help=f"to {TABLE.name}")
     options = parser.parse_args(arguments)
-    rows = [row for room in ROOMS for arch in ARCHITECTURES for row in measured(room, arch)]
-    for call in triton_calls.CALLS:
-        for arch in TRITON_ARCHITECTURES:
-            rows += measured_in_triton(call, arch)
+    everything = {*ROOMS, "triton"}
+    chosen = set(options.rooms) or everything
+    if unknown := chosen - everything:
+        parser.error(f"rooms must be of {sorted(everything)}, got {sorted(unknown)}")
+    rows = [
+        row
+        for room in ROOMS
+        if room in chosen
+        for arch in ARCHITECTURES
+        for row in measured(room, arch)
+    ]
+    if "triton" in chosen:
+        for call in triton_calls.CALLS:
+            for arch in TRITON_ARCHITECTURES:
+                rows += measured_in_triton(call, arch)
     if options.write:
-        write(rows)
+        others = {name for room in ROOMS if room not in chosen for name in names(room)}
+        left = [
+            row
+            for row in (read() if chosen != everything else [])
+            if row.kernel in others or (row.kernel.startswith("triton_") and "triton" not in chosen)
+        ]
+        write(left + rows)
     for row in rows:
         print(*row)
     return 0

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import common
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.models.generation import stream
@@ -38,8 +37,7 @@ def build(kind: str, vocab: int, width: int) -> CausalLM:
 
 def loss_of(model: CausalLM, rows: Tensor) -> Tensor:
     """Of predicting all but the first of the characters [B, LENGTH + 1], in nats."""
-    logits = model(rows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    return model.loss(model.states(rows[:, :-1]), rows[:, 1:])
 
 
 def draw(text: Tensor) -> Tensor:

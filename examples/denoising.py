@@ -59,7 +59,7 @@ def draw(text: Tensor) -> tuple[Tensor, Tensor]:
 def loss_of(model: T5, read: Tensor, wanted: Tensor) -> Tensor:
     """In nats per piece that is to be written."""
     before = F.pad(wanted[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
-    return F.cross_entropy(model(read, before).flatten(0, 1), wanted.flatten())
+    return model.loss(model.states(before, model.remember(read)), wanted)
 
 
 def main(arguments: Sequence[str] | None = None) -> float:

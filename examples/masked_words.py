@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import models
 from fastattn.models.bert import Bert, BertForMaskedLM
 
 BATCH, LENGTH = 8, 64
@@ -45,8 +44,7 @@ def hide(rows: Tensor, mask: int) -> tuple[Tensor, Tensor]:
 
 def guess(model: BertForMaskedLM, read: Tensor, chosen: Tensor) -> Tensor:
     """Logits [guessed, vocab_size], of those alone that are to be guessed."""
-    states = model.bert(read).last_hidden_state[chosen]
-    return model.cls["predictions"](states, models.ops(model.bert.kernels))
+    return model.logits(model.bert(read).last_hidden_state[chosen])
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
 
     def loss_of(rows: Tensor) -> Tensor:
         read, chosen = hide(rows, mask)
-        return F.cross_entropy(guess(model, read, chosen), rows[chosen])
+        return model.loss(model.bert(read).last_hidden_state[chosen], rows[chosen])
 
     first = draw()
     common.compare_training(model, lambda: loss_of(first), options.repeats)

@@ -87,8 +87,8 @@ def batch(sentences: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tenso
 def loss_of(model: Transformer, source: Tensor, target: Tensor) -> Tensor:
     """In nats per piece of the German sentences."""
     before = F.pad(target[:, :-1], (1, 0), value=BEGIN)
-    logits = model(source, before, source != PAD)
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=PAD)
+    states = model.states(before, model.remember(source, source != PAD))
+    return model.loss(states, target, ignore_index=PAD)
 
 
 def main(arguments: Sequence[str] | None = None) -> float:

@@ -8,6 +8,7 @@ from fastattn.ops.attention.decode import attention_decode
 from fastattn.ops.attention.varlen import attention_varlen
 from fastattn.ops.attention.weights import attention_weights
 from fastattn.ops.ffn import ffn, linear
+from fastattn.ops.loss import linear_cross_entropy
 from fastattn.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.rope import apply_rope
 from fastattn.registry import explain
@@ -34,6 +35,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "nn",
     "patch",
     "rms_norm",

@@ -194,7 +194,7 @@ class Draw(NamedTuple):
 
     def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         if self.kind == "numbers":
-            return torch.tensor(self.values).reshape(self.shape)
+            return torch.tensor(self.values, dtype=torch.int64).reshape(self.shape)
         if self.kind == "mask":
             mask = torch.rand(self.shape, generator=generator) < 0.8
             if mask.dim() > 1 and mask.shape[-2] > 1:
@@ -217,7 +217,7 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the C++ kernels leave the case to the reference and `refused_on_cuda` one of the CUDA and
+    which the compiled kernels leave the case to the reference and `refused_in_triton` one of the
     Triton kernels alone, `written` the arguments that the call writes to. An `inference` case has
     no gradients.
     """
@@ -230,7 +230,7 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
-    refused_on_cuda: str = ""
+    refused_in_triton: str = ""
 
     @property
     def id(self) -> str:
@@ -275,7 +275,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     dimensions in memory, "heads_inside" keeps [B, H, S, D] as [B, S, H, D], "expanded" repeats the
     first element of the first of three or more dimensions with stride 0.
     """
-    if layout == "sliced":
+    if layout == "sliced" and tensor.dim():
         gaps = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), 1)
         if tensor.is_floating_point():
             gaps.fill_(math.nan)
@@ -475,7 +475,7 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             drawn | dict(tensors or {}),
             options,
             refused=refused,
-            refused_on_cuda="packed",
+            refused_in_triton="packed",
         )
 
     lengths = (5, 70, 1, 33)
@@ -542,6 +542,7 @@ def _decode_cases(function: str) -> Iterator[Case]:
     yield case("few_queries", (600, 0, 255), (6, 2, 4, 700, 32, 16), new=4, causal=True)
     yield case("paged", (70, 33, 0), (4, 2, 2, 90, 16, 16), page=16, new=3, return_lse=True)
     yield case("rotary", (40, 9), (4, 1, 3, 50, 24, 8), new=3, rotary=10, rotary_interleaved=False)
+    yield case("prompt", (0, 30), (4, 2, 25, 60, 16, 16), new=25, causal=True, return_lse=True)
     yield case("window", (900, 30), (2, 1, 2, 900, 16, 16), window=(300, 0), softcap=2.0)
     yield case("odd_sizes", (37, 11), (5, 5, 3, 37, 7, 13), scale=-0.4)
     yield case(
@@ -684,6 +685,58 @@ def _ffn_cases(function: str) -> Iterator[Case]:
     yield case("no_hidden", (4,), (16, 0, 8), gated=False)
 
 
+def _loss_cases(function: str) -> Iterator[Case]:
+    def case(
+        name: str,
+        lead: tuple[int, ...],
+        sizes: tuple[int, int],
+        *,
+        bias: bool = True,
+        ignored: int = 0,
+        vanishing: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Case:
+        features, classes = sizes
+        ignore_index = options.get("ignore_index", -100)
+        targets = [7919 * i % 10007 % classes for i in range(math.prod(lead))]
+        for i in range(ignored):  # the first row, and others here and there
+            targets[4 * i % len(targets)] = ignore_index
+        tensors = {
+            "input": Draw((*lead, features)),
+            "linear_weight": Draw((classes, features), "weight"),
+            "target": Draw(lead, "numbers", tuple(targets)),
+        }
+        if bias:
+            tensors["linear_bias"] = Draw((classes,))
+        return Case(function, name, tensors, options, vanishing)
+
+    yield case("plain", (50,), (129, 70))
+    yield case("no_bias", (2, 25), (64, 40), bias=False)
+    yield case("ignored", (3, 40), (30, 50), ignored=70)
+    yield case("all_ignored", (4,), (16, 8), ignored=4, reduction="sum")
+    yield case("sum", (60,), (40, 33), reduction="sum", ignored=3)
+    yield case("none", (2, 30), (40, 33), reduction="none", ignored=3)
+    yield case("smoothing", (40,), (50, 61), label_smoothing=0.1, ignored=3)
+    yield case("softcap", (40,), (50, 61), softcap=1.5)
+    yield case("vector", (), (96, 48))
+    yield case("one_row", (1,), (257, 130))
+    yield case("odd_sizes", (3, 7), (11, 5))
+    yield case("one_class", (9,), (8, 1), vanishing=("input", "linear_weight", "linear_bias"))
+    yield case("chunks", (270,), (5, 4099), ignored=11)  # more rows than logits are made of at once
+    yield case(
+        "everything",
+        (5, 13),
+        (10, 42),
+        reduction="none",
+        ignore_index=3,
+        ignored=20,
+        label_smoothing=0.2,
+        softcap=2.0,
+    )
+    yield case("no_rows", (0,), (16, 8), reduction="sum")
+    yield case("no_features", (5,), (0, 8))
+
+
 def _rope_cases(function: str) -> Iterator[Case]:
     def case(
         name: str,
@@ -730,6 +783,7 @@ _TABLE = {
     "rms_norm": _norm_cases,
     "add_rms_norm": _norm_cases,
     "linear": _linear_cases,
+    "linear_cross_entropy": _loss_cases,
     "ffn": _ffn_cases,
     "apply_rope": _rope_cases,
 }

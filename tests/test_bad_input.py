@@ -81,6 +81,12 @@ GOOD: dict[str, dict[str, Any]] = {
         "gate_bias": randn(9),
         "down_bias": randn(5),
     },
+    "linear_cross_entropy": {
+        "input": randn(3, 8),
+        "linear_weight": randn(5, 8),
+        "target": torch.tensor([4, -100, 0]),
+        "linear_bias": randn(5),
+    },
     "apply_rope": {
         "query": randn(2, 4, 5, 8),
         "key": randn(2, 2, 5, 8),
@@ -129,6 +135,7 @@ FINE = {
     ("apply_rope", "cos", "another dtype"),
     ("apply_rope", "sin", "another dtype"),
     ("linear", "input", "of too many dimensions"),
+    ("linear_cross_entropy", "target", "an integer dtype"),
     ("ffn", "input", "of too many dimensions"),
     *((name, "input", "of too many dimensions") for name in ("layer_norm", "rms_norm")),
     *((name, "input", "another dtype") for name in ("layer_norm", "rms_norm")),
@@ -354,6 +361,37 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     *(("linear", {"activation": bad}, ValueError, "activation") for bad in ("tanh", 3, "")),
     *(("ffn", {"activation": bad}, ValueError, "activation") for bad in ("tanh", None)),
+    *(
+        ("linear_cross_entropy", {"target": torch.tensor(bad)}, ValueError, "target")
+        for bad in ([0, 1, 5], [0, -1, 1], [0, 2**40, 1], [0, 1], [[0, 1, 2]])
+    ),
+    ("linear_cross_entropy", {"target": torch.zeros(3).int()}, TypeError, "target.*int32"),
+    ("linear_cross_entropy", {"target": torch.zeros(3)}, TypeError, "target.*float32"),
+    ("linear_cross_entropy", {"linear_weight": randn(5, 7)}, ValueError, "linear_weight"),
+    ("linear_cross_entropy", {"linear_bias": randn(4)}, ValueError, "linear_bias"),
+    (
+        "linear_cross_entropy",
+        {"linear_weight": randn(0, 8), "linear_bias": None},
+        ValueError,
+        "linear_weight must have a class",
+    ),
+    *(
+        ("linear_cross_entropy", {"reduction": bad}, ValueError, "reduction")
+        for bad in ("max", None, 1)
+    ),
+    *(
+        ("linear_cross_entropy", {"ignore_index": bad}, TypeError, "ignore_index")
+        for bad in (None, True, 1.0)
+    ),
+    ("linear_cross_entropy", {"ignore_index": 0}, ValueError, "target.*got -100"),
+    *(
+        ("linear_cross_entropy", {"label_smoothing": bad}, ValueError, "label_smoothing")
+        for bad in (-0.1, 1.1, NAN)
+    ),
+    *(
+        ("linear_cross_entropy", {"softcap": bad}, ValueError, "softcap")
+        for bad in (0, -1.0, NAN, INF)
+    ),
     ("ffn", {"gate_weight": None}, ValueError, "gate_bias"),
     ("ffn", {"gate_weight": randn(10, 8)}, ValueError, "gate_"),
     ("ffn", {"down_weight": randn(5, 8)}, ValueError, "down_weight"),

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import _library
+from fastattn import _library, registry
 from fastattn.emulator import device
 from fastattn.testing import Case, Draw, assert_close_to_oracle, cases, laid_out, run, widened
 
 pytestmark = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
 
 CASES = {case.name: case for case in cases("attention")}
+PACKED = {case.name: case for case in cases("attention_varlen")}
 
 
 def everything(head_dim: int, value_dim: int, **more: Draw) -> Case:
@@ -53,12 +54,44 @@ def test_gradients_of_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: i
         assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
 
 
-def test_every_schedule_gives_the_same_gradients() -> None:
-    case = everything(24, 16, sinks=Draw((2,)))
+@pytest.mark.parametrize(
+    ("case", "launches"), [(everything(24, 16, sinks=Draw((2,))), 6), (PACKED["no_rows"], 4)]
+)
+def test_every_schedule_gives_the_same_gradients(case: Case, launches: int) -> None:
     with device.watching(thorough=True) as reports:
         run(case, case.inputs(torch.float16), "emulator")
     assert [report.kernel for report in reports if not report.ok] == []
-    assert len(reports) == 6
+    assert len(reports) == launches
+
+
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
+)
+def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: int) -> None:
+    """Those of queries and those of keys, which the host does not read."""
+    prepare = registry.FUNCTIONS["attention_varlen"][0]
+    good = torch.tensor([0, 4, 9])
+    args = prepare(*(torch.randn(9, 2, 16) for _ in range(3)), good, good, 9, 9)
+    with fastattn.use_kernel("emulator"):
+        torch.ops.fastattn.attention_fwd.default(*args)
+        for of_keys in (0, 1):
+            bad = list(args)
+            bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
+            with pytest.raises(RuntimeError, match="trap"):
+                torch.ops.fastattn.attention_fwd.default(*bad)
+
+
+def test_many_sequences_are_found() -> None:
+    """More than a warp looks at at a time, most of them short, in numbers of either width."""
+    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tensors = [torch.randn(int(starts[-1]), 1, 8) for _ in range(3)]
+    expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
+    with fastattn.use_kernel("emulator"):
+        for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
+            found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
+            torch.testing.assert_close(found, expected)
 
 
 def gradients(

@@ -51,8 +51,9 @@ SHARES = {
     "add_layer_norm": 0.04,
     "rms_norm": 0.04,
     "add_rms_norm": 0.04,
-    "linear": 0.07,
-    "ffn": 0.07,
+    "linear": 0.05,
+    "linear_cross_entropy": 0.04,
+    "ffn": 0.05,
     "apply_rope": 0.03,
 }
 assert math.isclose(sum(SHARES.values()), 1)
@@ -270,6 +271,26 @@ def linear(draw: st.DrawFn) -> tuple[dict[str, Draw], dict[str, Any]]:
 
 
 @st.composite
+def loss(draw: st.DrawFn) -> tuple[dict[str, Draw], dict[str, Any]]:
+    features, classes, lead = draw(size(130)), draw(size(300)), draw(LEADING)
+    targets = [7919 * i % 10007 % classes for i in range(math.prod(lead))]
+    if draw(st.booleans()):
+        targets = [-100 if i % 3 == 1 else target for i, target in enumerate(targets)]
+    tensors = {
+        "input": Draw((*lead, features)),
+        "linear_weight": Draw((classes, features), "weight"),
+        "target": Draw(lead, "numbers", tuple(targets)),
+    }
+    if draw(st.booleans()):
+        tensors["linear_bias"] = Draw((classes,))
+    return tensors, {
+        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.1))),
+        "softcap": draw(seldom(2.0)),
+    }
+
+
+@st.composite
 def ffn(draw: st.DrawFn) -> tuple[dict[str, Draw], dict[str, Any]]:
     features, hidden, outs = draw(size(130)), draw(size(200)), draw(size(130))
     tensors = {
@@ -317,6 +338,7 @@ def calls(draw: st.DrawFn, function: str) -> Call:
         "scaled_dot_product_attention": sdpa,
         "additive_attention": additive,
         "linear": linear,
+        "linear_cross_entropy": loss,
         "ffn": ffn,
         "apply_rope": rope,
     }
@@ -369,7 +391,7 @@ def noise(
     def longest(tensor: Tensor) -> float:
         return tensor.nan_to_num(0, 0, 0).norm(dim=-1).max().item()
 
-    if case.function in ("linear", "ffn", "apply_rope", "attention_decode"):
+    if case.function in ("linear", "linear_cross_entropy", "ffn", "apply_rope", "attention_decode"):
         return found
     if "input" in inputs:
         x = inputs["input"] + inputs.get("residual", torch.zeros(()))

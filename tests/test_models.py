@@ -87,6 +87,24 @@ def test_fused_bert_is_eager_bert(kernels: str, activation: str, dtype: torch.dt
     check(logits_and_gradients(model, inputs, labels), eager, exact)
 
 
+def test_the_loss_of_masked_words() -> None:
+    model = sharpened(BertForMaskedLM(CONFIG, kernels="reference"))
+    inputs = batch()
+    labels = some_labels(inputs)
+
+    def run(model: BertForMaskedLM) -> tuple[Tensor, Tensor]:
+        states = model.bert(**inputs).last_hidden_state
+        logits = model.logits(states)[labels != -100]
+        return logits, model.loss(states, labels)
+
+    exact = results(copy.deepcopy(model).double(), run)
+    eager = results(model, run)
+    model.bert.kernels = "fused"
+    check(results(model, run), eager, exact)
+    logits, loss = run(model)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels[labels != -100]))
+
+
 def test_fused_bert_is_eager_bert_under_autocast() -> None:
     model = sharpened(BertForMaskedLM(CONFIG, kernels="reference"))
     inputs = batch()

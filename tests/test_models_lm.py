@@ -145,6 +145,30 @@ def test_fused_is_eager(kind: Kind, kernels: str, side: str) -> None:
     check(results(model, run), eager, exact, sum(LENGTHS))
 
 
+@ALL
+def test_the_loss(kind: Kind) -> None:
+    """Made without its logits, with theirs beside it."""
+    model, inputs = kind.build("reference"), batch(kind)
+    mask = inputs["decoder_attention_mask" if kind.seq2seq else "attention_mask"].bool()
+    labels = torch.randint(3, VOCAB, mask.shape).masked_fill(~mask, 7)
+
+    def run(model: models.LanguageModel) -> tuple[Tensor, Tensor]:
+        if kind.seq2seq:
+            memory = model.remember(inputs["input_ids"], inputs["attention_mask"])
+            given = inputs["decoder_input_ids"], memory, inputs["decoder_attention_mask"]
+        else:
+            given = tuple(inputs.values())
+        states = model.states(*given)
+        logits, loss = model.logits(states)[mask], model.loss(states, labels, ignore_index=7)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, labels[mask], ignore_index=7))
+        return logits, loss
+
+    exact = results(copy.deepcopy(model).double(), run)
+    eager = results(model, run)
+    model.kernels = "fused"
+    check(results(model, run), eager, exact, sum(LENGTHS))
+
+
 @FOUR
 def test_fused_is_eager_in_bf16(name: str) -> None:
     kind = KINDS[name]

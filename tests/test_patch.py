@@ -14,7 +14,7 @@ import test_huggingface
 import torch
 import torch.nn.functional as F
 from model_parity import check, results, sharpened
-from test_huggingface import ALL, BART_LIKE, GENERATING, LENGTHS, build, rows, task
+from test_huggingface import ALL, BART_LIKE, GENERATING, LENGTHS, VOCAB, build, rows, task
 from torch import Tensor, nn
 
 import fastattn
@@ -121,6 +121,67 @@ def test_the_table(transformers: Any) -> None:
         "left      2 × GPT2MLP                       its layers, Conv1D, keep their weights "
         "transposed",
     ]
+
+
+# bad input to models of transformers
+
+
+def outcome(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Any:
+    """What a call returns, or the exception that it raises."""
+    try:
+        with torch.no_grad():
+            return call(model)
+    except Exception as error:  # whatever transformers makes of it
+        return error
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"]
+)
+def test_bad_input_is_what_it_was(transformers: Any, name: str) -> None:
+    """A patched model raises where it did before, and answers as it did elsewhere."""
+    model = build(transformers, name)
+    ids, mask = rows(LENGTHS)
+    decoder = {"decoder_input_ids": ids[:, :3]} if name.startswith("T5") else {}
+    calls: dict[str, Callable[[nn.Module], Tensor]] = {
+        "empty prompt": lambda m: m(ids[:, :0], **decoder).logits,
+        "no rows": lambda m: m(ids[:0], **{k: v[:0] for k, v in decoder.items()}).logits,
+        "too long": lambda m: m(ids.repeat(1, 5), **decoder).logits,
+        "short mask": lambda m: m(ids, attention_mask=mask[:, 1:], **decoder).logits,
+        "mask of other rows": lambda m: m(ids, attention_mask=mask[:2], **decoder).logits,
+        "mask of too many dimensions": lambda m: (
+            m(ids, attention_mask=mask[:, None], **decoder).logits
+        ),
+        "mask of the wrong polarity": lambda m: m(ids, attention_mask=1 - mask, **decoder).logits,
+        "tokens out of range": lambda m: m(ids + VOCAB, **decoder).logits,
+    }
+    before = {what: outcome(model, call) for what, call in calls.items()}
+    fastattn.patch(model)
+    for what, call in calls.items():
+        found, wanted = outcome(model, call), before[what]
+        if isinstance(wanted, Exception):
+            named = isinstance(found, ValueError) and str(found).startswith("mask must")
+            assert named or type(found) is type(wanted), (what, found, wanted)
+        elif what == "mask of the wrong polarity":
+            # a row that sees nothing is a mean of all values in eager PyTorch, and 0 here
+            assert torch.isfinite(found).all()
+            some = ~mask.bool().all(1)
+            assert not decoder or torch.allclose(found[some], wanted[some], rtol=1e-3, atol=1e-3)
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=what)
+
+
+def test_a_static_cache_that_is_too_short(transformers: Any) -> None:
+    ids, mask = rows((7, 7))
+
+    def call(model: nn.Module) -> Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=5)
+        return model(ids, mask, past_key_values=cache).logits
+
+    model = build(transformers, "LlamaForCausalLM")
+    before = outcome(model, call)
+    fastattn.patch(model)
+    assert isinstance(before, Exception) and type(outcome(model, call)) is type(before)
 
 
 # models of torch.nn

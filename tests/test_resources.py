@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 
 import pytest
@@ -30,11 +29,7 @@ def test_nothing_spills() -> None:
 
 @pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
 def test_every_kernel_is_in_the_table() -> None:
-    names = {
-        name
-        for room in resources.ROOMS
-        for name in re.findall(r"\.entry (\w+)\(", _library.ptx(room))
-    }
+    names = {name for room in resources.ROOMS for name in resources.names(room)}
     expected = {(name, arch) for name in names for arch in resources.ARCHITECTURES}
     assert {(row.kernel, row.architecture) for row in CUDA_ROWS} == expected
 

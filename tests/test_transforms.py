@@ -33,6 +33,12 @@ QKV = {"query": (1, 2, 3, 2), "key": (1, 1, 4, 2), "value": (1, 1, 4, 3)}
 ADDITIVE = {"query": (1, 2, 3, 2), "key": (1, 2, 4, 2), "value": (1, 2, 4, 3)}
 NORM = {"input": (2, 5), "weight": (5,)}
 LINEAR = {"input": (2, 3), "weight": (4, 3), "bias": (4,)}
+LOSS = {
+    "input": (2, 2),
+    "linear_weight": (3, 2),
+    "linear_bias": (3,),
+    "target": numbers(2, -100),
+}
 FFN = {"input": (2, 3), "up_weight": (4, 3), "down_weight": (2, 4)}
 BIASES = {"up_bias": (4,), "down_bias": (2,)}
 ANGLES = {"cos": Draw((3, 2), "slopes"), "sin": Draw((3, 2), "slopes")}
@@ -70,6 +76,8 @@ TINY = [
         residual=(2, 5),
     ),
     *(tiny("linear", {"activation": a}, **LINEAR) for a in (None, "gelu", "gelu_tanh", "silu")),
+    tiny("linear_cross_entropy", {"label_smoothing": 0.2}, **LOSS),
+    tiny("linear_cross_entropy", {"reduction": "none", "softcap": 1.5}, **LOSS),
     tiny("ffn", {"activation": "gelu"}, **FFN, **BIASES),
     tiny("ffn", {"activation": "silu"}, **FFN, gate_weight=(4, 3), gate_bias=(4,)),
     tiny("ffn", {"dropout_p": 0.4, "seed": 5, "recompute": True}, **FFN, **BIASES),
@@ -153,6 +161,7 @@ ONE_EACH = [
     "rms_norm-plain",
     "add_rms_norm-everything",
     "linear-gelu",
+    "linear_cross_entropy-ignored",
     "ffn-everything",
     "apply_rope-positions",
 ]
@@ -284,19 +293,24 @@ AUTOCAST = {
     "additive_attention",
     "scaled_dot_product_attention",
     "linear",
+    "linear_cross_entropy",
     "ffn",
 }
 
 
 @by_one_each
 def test_autocast_is_that_of_pytorch(case_id: str) -> None:
-    """Products run in autocast's dtype and return it; norms, as on the CPU they do, stay."""
+    """Products run in autocast's dtype and return it; norms, as on the CPU they do, stay.
+
+    A loss is fp32 whatever its product is.
+    """
     case = CASES[case_id]
     inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(case, inputs, "cpu")
     dtype = torch.bfloat16 if case.function in AUTOCAST else torch.float32
-    assert found["out 0"].dtype == dtype
+    loss = case.function == "linear_cross_entropy"
+    assert found["out 0"].dtype == (torch.float32 if loss else dtype)
     for name in case.differentiable(inputs):
         assert found[f"grad {name}"].dtype == torch.float32
     narrow = case.function in ("attention", "attention_varlen")

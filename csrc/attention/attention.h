@@ -17,6 +17,20 @@ struct Sequence {
   int64_t index, query, q_len, key, kv_len, offset;
 };
 
+// A vector or matrix of a GPU's numbers, in int64 if `wide`, else int32; null where there is none.
+struct Integers {
+  const void* data = nullptr;
+  int64_t stride[2] = {0, 0};  // of a vector, the second
+  bool wide = false;
+};
+
+// Where the sequences of a packed batch begin, and where the last ends: B + 1 numbers. No sequence
+// is longer than `longest`.
+struct Starts {
+  Integers numbers;
+  int64_t longest = 0;
+};
+
 struct Attention {
   Dtype dtype;
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
@@ -36,6 +50,9 @@ struct Attention {
   // The sequences of a batch of unequal lengths, longest first; null where all have q_len queries
   // and kv_len keys. Packed ones lie in tensors with a batch stride of 0.
   const Sequence* sequences = nullptr;
+  // On a GPU, whose memory the host does not read, packed ones are these.
+  Starts query_starts, key_starts;
+  bool bottom_right = false;  // what their offsets follow
   // There is one number a row of `rows` in lse and its like; that of query i, head h and sequence b
   // is at b * row_stride[0] + h * row_stride[1] + i.
   int64_t rows, row_stride[2];
@@ -66,6 +83,10 @@ struct AttentionBackward {
 struct Paging {
   const int64_t* pages;
   int64_t columns, size;
+  int64_t count;  // of all pages
+  // On a GPU, whose memory the host does not read: the lengths of the sequences so far, and their
+  // pages [B, columns] or, where each has one, null.
+  Integers lengths, table;
 };
 
 // Rotary embedding of the first 2 * pairs elements of a row, by the row of its position in two
@@ -73,12 +94,13 @@ struct Paging {
 struct Rotary {
   Source cos, sin;
   Dtype dtype;
-  int64_t pairs = 0;
+  int64_t positions = 0, pairs = 0;
   bool interleaved;  // pairs are neighbours, not half of the elements apart
 };
 
 struct AttentionDecode {
-  Attention in;  // key and value are in the caches
+  Attention in;  // key and value are in the caches; kv_len is the room for them
+  int64_t appended;
   Source key_cache, value_cache;
   Paging paging;
   Rotary rotary;  // of the queries
@@ -92,7 +114,7 @@ struct AttentionAppend {
   Source key, value;  // [B, Hkv, new_len, D]
   Target key_cache, value_cache;
   Paging paging;
-  const int64_t* lengths;  // [B], of the sequences so far
+  const int64_t* lengths;  // [B], of the sequences so far, on the CPU
   Rotary rotary;           // of the keys
 };
 
@@ -104,6 +126,8 @@ FASTATTN_KERNEL(attention_append, AttentionAppend)
 namespace cuda {
 void attention_forward(const AttentionForward& args, Device& device);
 void attention_backward(const AttentionBackward& args, Device& device);
+void attention_decode(const AttentionDecode& args, Device& device);
+void attention_append(const AttentionAppend& args, Device& device);
 }  // namespace cuda
 
 }  // namespace fastattn

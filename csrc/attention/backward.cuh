@@ -20,11 +20,11 @@ struct Inputs {
   const float2* statistics;
   const AttentionBackwardScalars& all;
 
-  __device__ uint32_t head_number(int batch, int head) const {
-    return static_cast<uint32_t>(batch * all.in.heads + head);
+  __device__ uint32_t head_number(const Sequence& sequence, int head) const {
+    return static_cast<uint32_t>(sequence.index * all.in.heads + head);
   }
-  __device__ const float2* statistics_of(int batch, int head) const {
-    return statistics + int64_t{head_number(batch, head)} * all.in.q_len;
+  __device__ const float2* statistics_of(const Sequence& sequence, int head) const {
+    return statistics + sequence.row(all.in, head);
   }
   __device__ bool plain() const {
     return terms.mask == nullptr && terms.bias == nullptr && terms.alibi_slopes == nullptr &&
@@ -38,17 +38,17 @@ template <class T>
 struct Side {
   Matrix<const T> scored, weighed;
 
-  __device__ static Side queries(const Inputs<T>& from, int batch, int head) {
+  __device__ static Side queries(const Inputs<T>& from, const Sequence& of, int head) {
     const AttentionScalars& in = from.all.in;
     const bool none = from.grad_out == nullptr;  // zeros
-    return {matrix(from.query, in.query, batch, head, in.q_len, in.head_dim),
-            matrix(none ? from.query : from.grad_out, from.all.grad_out, batch, head,
-                   none ? 0 : in.q_len, in.value_dim)};
+    return {matrix(from.query, in.query, of.index, head, of.query, of.q_len, in.head_dim),
+            matrix(none ? from.query : from.grad_out, from.all.grad_out, of.index, head, of.query,
+                   none ? 0 : of.q_len, in.value_dim)};
   }
-  __device__ static Side keys(const Inputs<T>& from, int batch, int head) {
+  __device__ static Side keys(const Inputs<T>& from, const Sequence& of, int head) {
     const AttentionScalars& in = from.all.in;
-    return {matrix(from.key, in.key, batch, head, in.kv_len, in.head_dim),
-            matrix(from.value, in.value, batch, head, in.kv_len, in.value_dim)};
+    return {matrix(from.key, in.key, of.index, head, of.key, of.kv_len, in.head_dim),
+            matrix(from.value, in.value, of.index, head, of.key, of.kv_len, in.value_dim)};
   }
 };
 
@@ -64,12 +64,8 @@ struct SideTiles {
   }
   // Takes what is not finite for 0.
   __device__ void clean() const {
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * Rows * Dim;
-         i += static_cast<int>(blockDim.x)) {
-      T& element = scored.memory[i];
-      if (!isfinite(static_cast<float>(element))) element = T(0.0f);
-    }
+    cuda::clean(scored.memory, 2 * Rows * Dim, static_cast<int>(threadIdx.x),
+                static_cast<int>(blockDim.x));
   }
 };
 
@@ -78,11 +74,11 @@ struct SideTiles {
 struct Band {
   int shift, before, after, rows, others;
 
-  __device__ static Band queries(const AttentionScalars& in) {
-    return {in.offset, in.left, in.right, in.q_len, in.kv_len};
+  __device__ static Band queries(const AttentionScalars& in, const Sequence& of) {
+    return {of.offset, in.left, in.right, of.q_len, of.kv_len};
   }
-  __device__ static Band keys(const AttentionScalars& in) {
-    return {-in.offset, in.right, in.left, in.kv_len, in.q_len};
+  __device__ static Band keys(const AttentionScalars& in, const Sequence& of) {
+    return {-of.offset, in.right, in.left, of.kv_len, of.q_len};
   }
   // The others [begin, end) are all that meet any of the rows [first, first + count).
   __device__ int begin(int first) const { return max(first + shift - before, 0); }
@@ -103,8 +99,8 @@ struct Band {
 // those of a query.
 template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
-                              int batch, int head, int first, int other, uint32_t bits, bool whole,
-                              const Statistic& statistic) {
+                              const Sequence& sequence, int head, int first, int other,
+                              uint32_t bits, bool whole, const Statistic& statistic) {
   const AttentionScalars& in = from.all.in;
   const int lane = lane_index(), r = lane / 4, q = lane % 4;
   if (in.threshold != 0) drop<N>(grads, bits, in.kept);
@@ -125,7 +121,7 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, co
   if (whole && from.plain()) {
     each([&](float product, int, int, float&) { return product * in.scale; });
   } else {
-    const Scores<T> scores(in, from.terms, batch, head);
+    const Scores<T> scores(in, sequence, from.terms, head);
     each([&](float product, int row, int col, float& steepness) {
       return scores.template operator()<true>(product, OfKeys ? col : row, OfKeys ? row : col,
                                               OfProducts ? &steepness : nullptr);

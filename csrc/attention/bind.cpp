@@ -8,13 +8,18 @@
 namespace fastattn {
 namespace {
 
-// The numbers of a tensor of int32 or int64 with `dims` dimensions, row by row.
-std::vector<int64_t> integers(const char* name, const Tensor& tensor, int64_t dims = 1) {
+void check_integers(const char* name, const Tensor& tensor, int64_t dims) {
   const auto type = tensor.scalar_type();
-  const bool narrow = type == torch::headeronly::ScalarType::Int;
-  FASTATTN_CHECK(tensor.dim() == dims && (narrow || type == torch::headeronly::ScalarType::Long),
+  FASTATTN_CHECK(tensor.dim() == dims && (type == torch::headeronly::ScalarType::Int ||
+                                          type == torch::headeronly::ScalarType::Long),
                  name, " must be int32 or int64 of ", dims,
                  dims == 1 ? " dimension" : " dimensions");
+}
+
+// The numbers of a tensor of int32 or int64 with `dims` dimensions, row by row.
+std::vector<int64_t> integers(const char* name, const Tensor& tensor, int64_t dims = 1) {
+  check_integers(name, tensor, dims);
+  const bool narrow = tensor.scalar_type() == torch::headeronly::ScalarType::Int;
   const int64_t rows = dims == 1 ? 1 : tensor.size(0), cols = tensor.size(dims - 1);
   const int64_t row_stride = dims == 1 ? 0 : tensor.stride(0), stride = tensor.stride(dims - 1);
   std::vector<int64_t> numbers;
@@ -27,6 +32,15 @@ std::vector<int64_t> integers(const char* name, const Tensor& tensor, int64_t di
                                : static_cast<const int64_t*>(data)[from]);
     }
   return numbers;
+}
+
+// The same numbers where they are, for a kernel to read and check.
+Integers unread(const char* name, const Tensor& tensor, int64_t dims = 1) {
+  const auto type = tensor.scalar_type();
+  check_integers(name, tensor, dims);
+  return {tensor.const_data_ptr(),
+          {dims == 1 ? 0 : tensor.stride(0), tensor.stride(dims - 1)},
+          type == torch::headeronly::ScalarType::Long};
 }
 
 // Where the sequences of a packed batch begin, and where the last ends.
@@ -82,12 +96,26 @@ struct Inputs {
 
   // Packed sequences, which are the rows of a batch of one, become a batch.
   void unpack(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, bool bottom_right,
-              std::optional<int64_t> longest_query, std::optional<int64_t> longest_key) {
+              std::optional<int64_t> longest_query, std::optional<int64_t> longest_key,
+              bool unread) {
+    FASTATTN_CHECK(in.batch == 1 && in.mask.data == nullptr && in.bias.data == nullptr,
+                   "packed sequences have a batch of one and neither mask nor bias");
+    in.row_stride[0] = 0;
+    if (unread) {
+      in.query_starts = {fastattn::unread("cu_seqlens_q", cu_seqlens_q),
+                         longest_query.value_or(in.q_len)};
+      in.key_starts = {fastattn::unread("cu_seqlens_k", cu_seqlens_k),
+                       longest_key.value_or(in.kv_len)};
+      FASTATTN_CHECK(cu_seqlens_q.numel() > 1, "cu_seqlens_q must have two numbers or more");
+      FASTATTN_CHECK(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+                     "cu_seqlens_k has not cu_seqlens_q's batch");
+      in.batch = cu_seqlens_q.numel() - 1;
+      in.bottom_right = bottom_right;
+      return;
+    }
     const auto query = boundaries("cu_seqlens_q", cu_seqlens_q, in.q_len, longest_query);
     const auto key = boundaries("cu_seqlens_k", cu_seqlens_k, in.kv_len, longest_key);
     FASTATTN_CHECK(query.size() == key.size(), "cu_seqlens_k has not cu_seqlens_q's batch");
-    FASTATTN_CHECK(in.batch == 1 && in.mask.data == nullptr && in.bias.data == nullptr,
-                   "packed sequences have a batch of one and neither mask nor bias");
     in.batch = static_cast<int64_t>(query.size()) - 1;
     for (size_t n = 0; n + 1 < query.size(); n++) {
       const int64_t q_len = query[n + 1] - query[n], kv_len = key[n + 1] - key[n];
@@ -96,7 +124,6 @@ struct Inputs {
     }
     sort(sequences);
     in.sequences = sequences.data();
-    in.row_stride[0] = 0;
   }
 
   Inputs(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
@@ -143,7 +170,8 @@ struct Inputs {
                    "cu_seqlens_q and cu_seqlens_k come together");
     in.offset = bottom_right ? kv_len - q_len : 0;
     if (cu_seqlens_q.has_value())
-      unpack(*cu_seqlens_q, *cu_seqlens_k, bottom_right, max_seqlen_q, max_seqlen_k);
+      unpack(*cu_seqlens_q, *cu_seqlens_k, bottom_right, max_seqlen_q, max_seqlen_k,
+             on_gpu(place_of(query)));
     set_terms_of_heads(in, alibi_slopes, sinks);
     set_bounds(in, left, right);
     in.scale = scale;
@@ -156,12 +184,10 @@ struct Inputs {
 };
 
 // Refuses what the CUDA kernels do not know.
-void check_place(Place place, const Attention& in) {
-  FASTATTN_CHECK(!on_gpu(place) ||
-                     (in.dtype != Dtype::f64 && in.sequences == nullptr &&
-                      std::max(in.head_dim, in.value_dim) <= (in.dtype == Dtype::f32 ? 128 : 256)),
-                 "no CUDA kernel takes fp64, packed sequences, or heads wider than 256, in fp32 "
-                 "than 128");
+void check_place(Place place, Dtype dtype, int64_t widest) {
+  FASTATTN_CHECK(
+      !on_gpu(place) || (dtype != Dtype::f64 && widest <= (dtype == Dtype::f32 ? 128 : 256)),
+      "no CUDA kernel takes fp64, or heads wider than 256, in fp32 than 128");
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(
@@ -176,7 +202,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Attention& in = inputs.in;
   const int64_t batch = query.size(0);
   const Place place = place_of(query);
-  check_place(place, in);
+  check_place(place, in.dtype, std::max(in.head_dim, in.value_dim));
   Tensor out = rows_first(batch, in.heads, in.q_len, in.value_dim, in.dtype, place);
   Tensor lse =
       empty({batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype), place);
@@ -199,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const int64_t batch = query.size(0);
   const Dtype dtype = in.dtype;
   const Place place = place_of(query);
-  check_place(place, in);
+  check_place(place, in.dtype, std::max(in.head_dim, in.value_dim));
   static const double zero = 0;  // reads as zero in any dtype, on the CPU
   AttentionBackward args{};
   args.in = in;
@@ -248,14 +274,15 @@ struct Cached {
   std::vector<int64_t> lengths, pages;
   Paging paging;
 
-  // Sequences of cache_seqlens + appended positions, all of them in the cache.
+  // Sequences of cache_seqlens + appended positions, all of them in the cache. On a GPU the kernel
+  // finds out whether they are.
   Cached(const Tensor& key_cache, const Tensor& value_cache, const Tensor& cache_seqlens,
-         int64_t appended, const OptionalTensor& block_table)
-      : lengths(integers("cache_seqlens", cache_seqlens)) {
+         int64_t appended, const OptionalTensor& block_table) {
     FASTATTN_CHECK(key_cache.dim() == 4 && value_cache.dim() == 4 && key_cache.numel() > 0 &&
                        value_cache.numel() > 0,
                    "key_cache and value_cache must have four dimensions and not be empty");
-    batch = static_cast<int64_t>(lengths.size());
+    check_integers("cache_seqlens", cache_seqlens, 1);
+    batch = cache_seqlens.numel();
     FASTATTN_CHECK(batch > 0, "cache_seqlens must not be empty");
     kv_heads = key_cache.size(1);
     head_dim = key_cache.size(3);
@@ -265,20 +292,31 @@ struct Cached {
       FASTATTN_CHECK(value_cache.size(dim) == key_cache.size(dim),
                      "value_cache has not key_cache's shape");
     check_dtype("value_cache", value_cache, dtype_of(key_cache));
-    paging = {nullptr, 1, key_cache.size(2)};
+    paging = {nullptr, 1, key_cache.size(2), blocks, {}, {}};
     if (block_table.has_value()) {
-      pages = integers("block_table", *block_table, 2);
+      check_integers("block_table", *block_table, 2);
       paging.columns = block_table->size(1);
       FASTATTN_CHECK(block_table->size(0) == batch, "block_table has not cache_seqlens' batch");
     } else {
       FASTATTN_CHECK(blocks == batch, "key_cache has not cache_seqlens' batch");
+    }
+    FASTATTN_CHECK(appended >= 0 && appended <= room(), "no cache has room for ", appended,
+                   " keys");
+    if (on_gpu(place_of(key_cache))) {
+      paging.lengths = unread("cache_seqlens", cache_seqlens);
+      if (block_table.has_value()) paging.table = unread("block_table", *block_table, 2);
+      return;
+    }
+    lengths = integers("cache_seqlens", cache_seqlens);
+    if (block_table.has_value()) {
+      pages = integers("block_table", *block_table, 2);
+    } else {
       for (int64_t b = 0; b < batch; b++) pages.push_back(b);
     }
     paging.pages = pages.data();
     for (int64_t b = 0; b < batch; b++) {
       const int64_t length = lengths[static_cast<size_t>(b)];
-      FASTATTN_CHECK(appended >= 0 && length >= 0 && length <= paging.columns * paging.size &&
-                         appended <= paging.columns * paging.size - length,
+      FASTATTN_CHECK(length >= 0 && length <= room() - appended,
                      "cache_seqlens must leave every sequence within its cache");
       for (int64_t page = 0; page * paging.size < length + appended; page++) {
         const int64_t block = pages[static_cast<size_t>(b * paging.columns + page)];
@@ -287,7 +325,11 @@ struct Cached {
     }
   }
 
-  int64_t longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
+  int64_t room() const { return paging.columns * paging.size; }
+  // The positions in use once so many are appended, where the host knows them.
+  int64_t positions(int64_t appended) const {
+    return lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end()) + appended;
+  }
 };
 
 Rotary rotary_of(const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved,
@@ -306,6 +348,7 @@ Rotary rotary_of(const OptionalTensor& cos, const OptionalTensor& sin, bool inte
   FASTATTN_CHECK(cos->size(0) >= positions, "rotary_cos has not a row for every position");
   rotary.cos = {cos->const_data_ptr(), {0, 0, cos->stride(0), cos->stride(1)}};
   rotary.sin = {sin->const_data_ptr(), {0, 0, sin->stride(0), sin->stride(1)}};
+  rotary.positions = cos->size(0);
   rotary.pairs = cos->size(1);
   rotary.interleaved = interleaved;
   return rotary;
@@ -326,6 +369,7 @@ std::tuple<Tensor, Tensor> attention_cached(
   in.heads = query.size(1);
   in.kv_heads = cached.kv_heads;
   in.q_len = query.size(2);
+  in.kv_len = cached.room();
   in.head_dim = cached.head_dim;
   in.value_dim = cached.value_dim;
   in.rows = in.batch * in.heads * in.q_len;
@@ -334,12 +378,14 @@ std::tuple<Tensor, Tensor> attention_cached(
   FASTATTN_CHECK(in.heads % in.kv_heads == 0, "key_cache's heads must divide query's");
   check_dtype("key_cache", key_cache, in.dtype);
   in.query = exact("query", query, {in.batch, in.heads, in.q_len, in.head_dim});
+  const Place place = place_of(query);
+  check_place(place, in.dtype, std::max(in.head_dim, in.value_dim));
   set_terms_of_heads(in, alibi_slopes, sinks);
   set_bounds(in, left, right);
   in.scale = scale;
   in.softcap = softcap;
   std::vector<Sequence> sequences;
-  for (int64_t b = 0; b < in.batch; b++) {
+  for (int64_t b = 0; b < static_cast<int64_t>(cached.lengths.size()); b++) {
     const int64_t length = cached.lengths[static_cast<size_t>(b)] + appended;
     FASTATTN_CHECK(!rotary_cos.has_value() || length >= in.q_len,
                    "cache_seqlens must leave the queries at positions >= 0");
@@ -351,13 +397,14 @@ std::tuple<Tensor, Tensor> attention_cached(
   args.value_cache = source(value_cache);
   args.paging = cached.paging;
   args.rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, in.head_dim,
-                          cached.longest() + appended, in.dtype);
-  Tensor out = rows_first(in.batch, in.heads, in.q_len, in.value_dim, in.dtype);
-  Tensor lse =
-      empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1}, wide(in.dtype));
+                          cached.positions(appended), in.dtype);
+  args.appended = appended;
+  Tensor out = rows_first(in.batch, in.heads, in.q_len, in.value_dim, in.dtype, place);
+  Tensor lse = empty({in.batch, in.heads, in.q_len}, {in.heads * in.q_len, in.q_len, 1},
+                     wide(in.dtype), place);
   args.out = target(out);
   args.lse = lse.mutable_data_ptr();
-  attention_decode(args);
+  run(place, args, attention_decode, cuda::attention_decode);
   return {out, lse};
 }
 
@@ -368,6 +415,7 @@ void append_to_cache(Tensor key_cache, Tensor value_cache, Tensor key, Tensor va
                  "key and value must have four dimensions and not be empty");
   AttentionAppend args{};
   args.dtype = dtype_of(key_cache);
+  check_place(place_of(key_cache), args.dtype, 0);
   args.new_len = key.size(2);
   const Cached cached(key_cache, value_cache, cache_seqlens, args.new_len, block_table);
   args.batch = cached.batch;
@@ -382,8 +430,8 @@ void append_to_cache(Tensor key_cache, Tensor value_cache, Tensor key, Tensor va
   args.paging = cached.paging;
   args.lengths = cached.lengths.data();
   args.rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, args.head_dim,
-                          cached.longest() + args.new_len, args.dtype);
-  attention_append(args);
+                          cached.positions(args.new_len), args.dtype);
+  run(place_of(key_cache), args, attention_append, cuda::attention_append);
 }
 
 }  // namespace
@@ -391,6 +439,8 @@ void append_to_cache(Tensor key_cache, Tensor value_cache, Tensor key, Tensor va
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) {
   library.impl("attention_fwd", TORCH_BOX(&attention_fwd));
   library.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  library.impl("attention_decode", TORCH_BOX(&attention_cached));
+  library.impl("attention_append", TORCH_BOX(&append_to_cache));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {

@@ -18,6 +18,8 @@ Memory memory(const View<Pointer>& view, std::initializer_list<int64_t> sizes, i
   return {view.data, (last + 1) * bytes, written, written};
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Whether rows can be moved 16 bytes at a time.
 template <class Pointer>
 bool aligned(const View<Pointer>& view, int64_t bytes) {
@@ -41,8 +43,22 @@ Layout written(const Target& view, int64_t bytes, int64_t cols) {
   return to;
 }
 
-// With blocks of so many queries.
-AttentionScalars scalars(const Attention& in, int64_t queries) {
+Integers layout(const fastattn::Integers& numbers) {
+  return {{numbers.stride[0], numbers.stride[1]}, numbers.wide};
+}
+
+// [rows, cols] as an argument.
+Memory memory(const fastattn::Integers& numbers, int64_t rows, int64_t cols) {
+  const int64_t last = (rows - 1) * numbers.stride[0] + (cols - 1) * numbers.stride[1];
+  return reads(numbers.data, (last + 1) * (numbers.wide ? 8 : 4));
+}
+
+Boundaries boundaries(const Starts& starts, int64_t total) {
+  return {layout(starts.numbers), static_cast<int32_t>(std::min(starts.longest, total))};
+}
+
+// With blocks of so many queries or keys.
+AttentionScalars scalars(const Attention& in, int64_t rows) {
   constexpr double log2e = 1.44269504088896340736;
   AttentionScalars to{};
   const int64_t bytes = size_of(in.dtype);
@@ -50,7 +66,18 @@ AttentionScalars scalars(const Attention& in, int64_t queries) {
   to.group = static_cast<int32_t>(in.heads / in.kv_heads);
   to.q_len = static_cast<int32_t>(in.q_len);
   to.kv_len = static_cast<int32_t>(in.kv_len);
-  to.query_blocks = static_cast<int32_t>((in.q_len + queries - 1) / queries);
+  const bool packed = in.query_starts.numbers.data != nullptr;
+  to.batch = packed ? 1 : static_cast<int32_t>(in.batch);
+  to.sequences = packed ? static_cast<int32_t>(in.batch) : 0;
+  to.bottom_right = in.bottom_right;
+  to.query_starts = boundaries(in.query_starts, in.q_len);
+  to.key_starts = boundaries(in.key_starts, in.kv_len);
+  // Every packed sequence may have a block that is not full.
+  const auto blocks_of = [&](int64_t length) {
+    return static_cast<int32_t>(packed ? length / rows + in.batch : ceil_div(length, rows));
+  };
+  to.query_blocks = blocks_of(in.q_len);
+  to.key_blocks = blocks_of(in.kv_len);
   to.head_dim = static_cast<int32_t>(in.head_dim);
   to.value_dim = static_cast<int32_t>(in.value_dim);
   to.query = layout(in.query, bytes);
@@ -98,9 +125,10 @@ struct Tensors {
   Memory alibi_slopes() const { return reads(in.alibi_slopes, in.batch * in.heads * 4); }
   Memory sinks() const { return reads(in.sinks, in.heads * 8); }
   Memory seed() const { return reads(in.device_seed, 8); }
+  Memory query_starts() const { return memory(in.query_starts.numbers, 1, in.batch + 1); }
+  Memory key_starts() const { return memory(in.key_starts.numbers, 1, in.batch + 1); }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 uint32_t blocks(int64_t count) { return static_cast<uint32_t>(count); }
 
 // The name of the kernel for heads of up to `dim` elements.
@@ -122,11 +150,12 @@ void launch_forward(const AttentionForward& args, Device& device) {
                      in.bias.data != nullptr || in.alibi_slopes != nullptr || in.softcap != 0 ||
                      in.dropout_p > 0;
   launch(device, "attention", name("forward", in, Dim, extra ? "_extra" : ""),
-         {{blocks(numbers.query_blocks * in.heads * in.batch), 1, 1},
+         {{blocks(int64_t{numbers.query_blocks} * in.heads * numbers.batch), 1, 1},
           {Tiles::kWarps * 32, 1, 1},
           Tiles::kShared},
          of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
-         of.seed(), of.queries(args.out, in.value_dim), writes(args.lse, in.rows * 4), numbers);
+         of.seed(), of.query_starts(), of.key_starts(), of.queries(args.out, in.value_dim),
+         writes(args.lse, in.rows * 4), numbers);
 }
 
 // What all kernels of a backward take: `statistics` are of every row, see the kernels.
@@ -146,19 +175,17 @@ struct Backward {
     to.grad_query = written(args.grad_query, bytes, in.head_dim);
     to.grad_key = written(args.grad_key, bytes, in.head_dim);
     to.grad_value = written(args.grad_value, bytes, in.value_dim);
-    to.batch = static_cast<int32_t>(in.batch);
-    to.key_blocks = static_cast<int32_t>(ceil_div(in.kv_len, rows));
     std::copy(args.bias_sizes, args.bias_sizes + 4, to.bias_sizes);
     to.scale = static_cast<float>(in.scale);
     return to;
   }
   Memory grad_out() const { return of.queries(args.grad_out, in.value_dim); }
-  // Launches one kernel, which writes to `grads`.
+  // Launches one kernel, which takes `more` besides.
   template <class... Memories>
   void run(Device& device, const char* file, const std::string& kernel, const Shape& shape,
-           const AttentionBackwardScalars& numbers, const Memories&... grads) const {
+           const AttentionBackwardScalars& numbers, const Memories&... more) const {
     launch(device, file, kernel, shape, of.query(), of.key(), of.value(), grad_out(), of.mask(),
-           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), grads...,
+           of.bias(), of.alibi_slopes(), of.seed(), reads(statistics, statistics_bytes), more...,
            numbers);
   }
 };
@@ -186,11 +213,13 @@ void launch_backward(const AttentionBackward& args, Device& device) {
     return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
   };
   of.run(device, "attention_backward", name("backward_queries", in, Dim),
-         shape(numbers.in.query_blocks * in.heads * in.batch), numbers,
-         of.of.queries(args.grad_query, in.head_dim));
-  of.run(device, "attention_backward", name("backward_keys", in, Dim),
-         shape(numbers.key_blocks * in.kv_heads * in.batch, Tiles::kApart ? 2 : 1), numbers,
-         of.of.keys(args.grad_key, in.head_dim), of.of.keys(args.grad_value, in.value_dim));
+         shape(int64_t{numbers.in.query_blocks} * in.heads * numbers.in.batch), numbers,
+         of.of.query_starts(), of.of.key_starts(), of.of.queries(args.grad_query, in.head_dim));
+  of.run(
+      device, "attention_backward", name("backward_keys", in, Dim),
+      shape(int64_t{numbers.in.key_blocks} * in.kv_heads * numbers.in.batch, Tiles::kApart ? 2 : 1),
+      numbers, of.of.query_starts(), of.of.key_starts(), of.of.keys(args.grad_key, in.head_dim),
+      of.of.keys(args.grad_value, in.value_dim));
   if (args.grad_bias == nullptr) return;
   const int64_t (&sizes)[4] = args.bias_sizes;
   const int64_t count =
@@ -198,6 +227,95 @@ void launch_backward(const AttentionBackward& args, Device& device) {
   const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(in.bias_dtype);
   of.run(device, "attention_bias", name("backward_bias", in, Dim), shape(count), numbers,
          writes(args.grad_bias, bytes));
+}
+
+// What the host knows of a cache of keys and values, which the kernels may write to.
+template <class Pointer>
+struct Caches {
+  const View<Pointer>&key, &value;
+  const Paging& paging;
+  int64_t batch, kv_heads, head_dim, value_dim, bytes;
+
+  CacheScalars scalars() const {
+    CacheScalars to{};
+    to.lengths = layout(paging.lengths);
+    to.table = layout(paging.table);
+    to.pages = static_cast<int32_t>(paging.count);
+    to.size = static_cast<int32_t>(paging.size);
+    to.most = static_cast<int32_t>(std::min<int64_t>(paging.columns * paging.size, kFar));
+    to.key = layout(key, bytes);
+    to.value = layout(value, bytes);
+    return to;
+  }
+  Memory keys() const { return all(key, head_dim); }
+  Memory values() const { return all(value, value_dim); }
+  Memory lengths() const { return memory(paging.lengths, 1, batch); }
+  Memory table() const { return memory(paging.table, batch, paging.columns); }
+
+ private:
+  Memory all(const View<Pointer>& view, int64_t cols) const {
+    Memory to = memory(view, {paging.count, kv_heads, paging.size, cols}, bytes);
+    to.written = std::is_same_v<Pointer, void*>;
+    return to;
+  }
+};
+
+RotaryScalars scalars(const Rotary& rotary) {
+  RotaryScalars to{};
+  for (int dim = 0; dim < 2; dim++) {
+    to.cos[dim] = rotary.cos.stride[2 + dim];
+    to.sin[dim] = rotary.sin.stride[2 + dim];
+  }
+  to.positions = static_cast<int32_t>(rotary.positions);
+  to.pairs = static_cast<int32_t>(rotary.pairs);
+  to.interleaved = rotary.interleaved;
+  to.wide = rotary.dtype == Dtype::f32;
+  return to;
+}
+
+Memory angles(const Rotary& rotary, const Source& table) {
+  return memory(table, {1, 1, rotary.positions, rotary.pairs}, size_of(rotary.dtype));
+}
+
+// Splits of the keys: enough blocks to fill any GPU, whichever it is, so that the result does not
+// depend on it; but none of few keys, and not so many that adding them up takes long.
+int64_t splits(int64_t blocks, int64_t room) {
+  constexpr int64_t wanted = 512, least = 256, most = 128;
+  return std::clamp<int64_t>(wanted / blocks, 1, std::min(ceil_div(room, least), most));
+}
+
+template <int Bytes, int Dim>
+void launch_decode(const AttentionDecode& args, Device& device) {
+  using Tiles = DecodeTiles<Bytes, Dim>;
+  static_assert(Tiles::kShared <= kMostShared);
+  const Attention& in = args.in;
+  const Tensors of{in};
+  const Caches<const void*> caches{args.key_cache, args.value_cache, args.paging,  in.batch,
+                                   in.kv_heads,    in.head_dim,      in.value_dim, Bytes};
+  AttentionDecodeScalars numbers{};
+  numbers.in = scalars(in, Tiles::kRows);
+  numbers.in.out = written(args.out, Bytes, in.value_dim);
+  numbers.cache = caches.scalars();
+  numbers.rotary = scalars(args.rotary);
+  numbers.appended = static_cast<int32_t>(args.appended);
+  const int64_t row_blocks = ceil_div(in.heads / in.kv_heads * in.q_len, Tiles::kRows);
+  const int64_t count = in.batch * in.kv_heads * row_blocks, split = splits(count, in.kv_len);
+  const int64_t width = ceil_div(in.value_dim, 4) * 4;
+  numbers.row_blocks = static_cast<int32_t>(row_blocks);
+  numbers.splits = static_cast<int32_t>(split);
+  numbers.width = static_cast<int32_t>(width);
+  const int64_t part_bytes = in.rows * split * width * 4, statistics_bytes = in.rows * split * 8;
+  void *parts = device.scratch(part_bytes), *statistics = device.scratch(statistics_bytes);
+  launch(device, "attention_decode", name("decode", in, Dim),
+         {{blocks(count * split), 1, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared}, of.query(),
+         caches.keys(), caches.values(), caches.lengths(), caches.table(),
+         angles(args.rotary, args.rotary.cos), angles(args.rotary, args.rotary.sin),
+         of.alibi_slopes(), writes(parts, part_bytes), writes(statistics, statistics_bytes),
+         numbers);
+  launch(device, "attention_decode", "attention_combine_" + name_of(in.dtype),
+         {{blocks(ceil_div(in.rows, kRowWarps)), 1, 1}, {kRowWarps * 32, 1, 1}},
+         reads(parts, part_bytes), reads(statistics, statistics_bytes), of.sinks(),
+         of.queries(args.out, in.value_dim), writes(args.lse, in.rows * 4), numbers);
 }
 
 }  // namespace
@@ -224,6 +342,42 @@ void attention_backward(const AttentionBackward& args, Device& device) {
     : dim <= 128 ? launch_backward<2, 128>(args, device)
                  : launch_backward<2, 256>(args, device);
   }
+}
+
+void attention_decode(const AttentionDecode& args, Device& device) {
+  const int64_t dim = std::max(args.in.head_dim, args.in.value_dim);
+  if (args.in.dtype == Dtype::f32) {
+    dim <= 64 ? launch_decode<4, 64>(args, device) : launch_decode<4, 128>(args, device);
+  } else {
+    dim <= 64    ? launch_decode<2, 64>(args, device)
+    : dim <= 128 ? launch_decode<2, 128>(args, device)
+                 : launch_decode<2, 256>(args, device);
+  }
+}
+
+void attention_append(const AttentionAppend& args, Device& device) {
+  const int64_t bytes = size_of(args.dtype);
+  const Caches<void*> caches{args.key_cache, args.value_cache, args.paging,    args.batch,
+                             args.kv_heads,  args.head_dim,    args.value_dim, bytes};
+  AttentionAppendScalars numbers{};
+  numbers.cache = caches.scalars();
+  numbers.rotary = scalars(args.rotary);
+  numbers.key = layout(args.key, bytes);
+  numbers.value = layout(args.value, bytes);
+  numbers.batch = static_cast<int32_t>(args.batch);
+  numbers.kv_heads = static_cast<int32_t>(args.kv_heads);
+  numbers.new_len = static_cast<int32_t>(args.new_len);
+  numbers.head_dim = static_cast<int32_t>(args.head_dim);
+  numbers.value_dim = static_cast<int32_t>(args.value_dim);
+  const int64_t rows = args.batch * args.kv_heads * args.new_len;
+  const auto all = [&](const Source& view, int64_t cols) {
+    return memory(view, {args.batch, args.kv_heads, args.new_len, cols}, bytes);
+  };
+  launch(device, "attention_decode", "attention_append_" + name_of(args.dtype),
+         {{blocks(ceil_div(rows, kRowWarps)), 1, 1}, {kRowWarps * 32, 1, 1}},
+         all(args.key, args.head_dim), all(args.value, args.value_dim), caches.keys(),
+         caches.values(), caches.lengths(), caches.table(), angles(args.rotary, args.rotary.cos),
+         angles(args.rotary, args.rotary.sin), numbers);
 }
 
 }  // namespace fastattn::cuda

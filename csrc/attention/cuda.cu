@@ -4,27 +4,17 @@
 namespace fastattn::cuda {
 namespace {
 
-// The head of a batch that a block works on, and the first of its queries.
-struct Work {
-  int batch, head, first;
-
-  __device__ Work(const AttentionScalars& in, int queries) {
-    // Blocks with the most keys under a causal mask come first.
-    const int block = static_cast<int>(blockIdx.x);
-    first = (in.query_blocks - 1 - block % in.query_blocks) * queries;
-    head = block / in.query_blocks % in.heads;
-    batch = block / in.query_blocks / in.heads;
-  }
-};
-
 template <class T, int Dim, bool Extras>
 __device__ void forward(const T* query, const T* key, const T* value, const uint8_t* mask,
                         const void* bias, const float* alibi_slopes, const double* sinks,
-                        const uint64_t* seed_at, T* out, float* lse, const AttentionScalars& in) {
+                        const uint64_t* seed_at, const Starts& starts, T* out, float* lse,
+                        const AttentionScalars& in) {
   using Tiles = AttentionTiles<sizeof(T), Dim>;
   using Values = Tile<T, Dim, sizeof(T) == 2>;  // fp32 reads one row at a time
   constexpr int keys = Tiles::kKeys;
-  const Work work(in, Tiles::kQueries);
+  __shared__ Sequence sequence;
+  const Work work(sequence, in, starts, false, Tiles::kQueries);
+  if (work.none(false)) return;
   const int own = work.head / in.group;  // head of keys
   const int lane = lane_index(), q = lane % 4;
   const int row = static_cast<int>(threadIdx.x / kWarp) * 16,
@@ -36,23 +26,29 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     return Tile<T, Dim>{memory + (Tiles::kQueries + parity * 2 * keys) * Dim};
   };
   const auto value_tile = [&](int parity) { return Values{key_tile(parity).memory + keys * Dim}; };
-  const auto all_queries = matrix(query, in.query, work.batch, work.head, in.q_len, in.head_dim);
-  const auto all_keys = matrix(key, in.key, work.batch, own, in.kv_len, in.head_dim);
-  const auto all_values = matrix(value, in.value, work.batch, own, in.kv_len, in.value_dim);
+  const auto all_queries = matrix(query, in.query, sequence.index, work.head, sequence.query,
+                                  sequence.q_len, in.head_dim);
+  const auto all_keys =
+      matrix(key, in.key, sequence.index, own, sequence.key, sequence.kv_len, in.head_dim);
+  const auto all_values =
+      matrix(value, in.value, sequence.index, own, sequence.key, sequence.kv_len, in.value_dim);
 
   const Terms terms = {mask, bias, alibi_slopes};
-  const Scores<T> scores = Extras ? Scores<T>(in, terms, work.batch, work.head) : Scores<T>(in);
+  const Scores<T> scores =
+      Extras ? Scores<T>(in, sequence, terms, work.head) : Scores<T>(in, sequence);
   const uint64_t seed = Extras && in.threshold != 0 ? *seed_at : 0;
 
   // Keys [begin, end) are all that these queries can see, from a whole block on.
-  const int begin = max(work.first + in.offset - in.left, 0) / keys * keys;
+  const int begin = max(work.first + sequence.offset - in.left, 0) / keys * keys;
   const int end =
-      min(min(work.first + Tiles::kQueries, in.q_len) + in.offset + in.right, in.kv_len);
+      min(min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset + in.right,
+          sequence.kv_len);
 
   // And [nearest, last) are all that this warp's can.
-  const int upper = work.first + row, lower = min(upper + 16, in.q_len);
-  const int nearest = upper + in.offset - in.left;
-  const int last = upper < in.q_len ? min(lower + in.offset + in.right, in.kv_len) : 0;
+  const int upper = work.first + row, lower = min(upper + 16, sequence.q_len);
+  const int nearest = upper + sequence.offset - in.left;
+  const int last =
+      upper < sequence.q_len ? min(lower + sequence.offset + in.right, sequence.kv_len) : 0;
 
   Accumulator<Dim> sum;
   float highest[2], total[2];  // of the two rows
@@ -98,55 +94,17 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
           weights[n][e] = scores.template operator()<Extras>(weights[n][e], first_row + e / 2 * 8,
                                                              j + n * 8 + 2 * q + e % 2);
       if (careful) {
-        // Every warp looks at the values that it reads, and takes NaN for 0 from here on.
-#pragma unroll 1
-        for (int k = 0; k < keys; k++) {
-          bool bad = false;
-          for (int c = lane; c < in.value_dim; c += static_cast<int>(kWarp))
-            bad = bad || !isfinite(static_cast<float>(*tile.at(k, c)));
-          if (__ballot_sync(kAllLanes, bad) == 0) continue;
-#pragma unroll
-          for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-              if (n * 8 + 2 * q + e % 2 == k && weights[n][e] != -kInfinity) spoilt[e / 2] = true;
-        }
+        find_strange<keys>(tile, in.value_dim, weights, spoilt);
         __syncthreads();
-        for (int i = static_cast<int>(threadIdx.x); i < keys * Dim;
-             i += static_cast<int>(blockDim.x)) {
-          T* at = tile.at(i / Dim, i % Dim);
-          if (!isfinite(static_cast<float>(*at))) *at = T(0.0f);
-        }
+        clean(tile.memory, keys * Dim, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
         __syncthreads();
       }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float now = highest[half];
-#pragma unroll
-        for (int n = 0; n < keys / 8; n++)
-          now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
-        now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
-        now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
-        const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
-        const float rescale = ptx::exp2(highest[half] - base);
-        highest[half] = now;
-        total[half] *= rescale;
-#pragma unroll
-        for (int n = 0; n < Dim / 8; n++)
-          sum[n][2 * half] *= rescale, sum[n][2 * half + 1] *= rescale;
-#pragma unroll
-        for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; e++) {
-            weights[n][e] = ptx::exp2(weights[n][e] - base);
-            total[half] += weights[n][e];
-          }
-      }
+      weigh<keys, Dim>(weights, highest, total, sum);
       if (Extras && in.threshold != 0)
         drop<keys>(
             weights,
-            kept<keys>(in.threshold, seed, static_cast<uint32_t>(work.batch * in.heads + work.head),
-                       first_row, j),
+            kept<keys>(in.threshold, seed,
+                       static_cast<uint32_t>(sequence.index * in.heads + work.head), first_row, j),
             in.kept);
       multiply<keys>(sum, weights, tile);
     }
@@ -175,11 +133,12 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
 #pragma unroll
     for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
     const int i = first_row + 8 * half;
-    if (q == 0 && i < in.q_len)
-      lse[(int64_t{work.batch} * in.heads + work.head) * in.q_len + i] =
+    if (q == 0 && i < sequence.q_len)
+      lse[sequence.row(in, work.head) + i] =
           total[half] == 0 ? -kInfinity : (highest[half] + log2f(total[half])) * kLn2;
   }
-  const auto to = matrix(out, in.out, work.batch, work.head, in.q_len, in.value_dim);
+  const auto to =
+      matrix(out, in.out, sequence.index, work.head, sequence.query, sequence.q_len, in.value_dim);
   store(to, work.first, sum, queries, row);
 }
 
@@ -192,10 +151,11 @@ using namespace fastattn::cuda;
   extern "C" __global__ void __launch_bounds__(AttentionTiles<sizeof(T), Dim>::kWarps* kWarp, 1) \
       attention_forward_##name##_##Dim(                                                          \
           const T* query, const T* key, const T* value, const uint8_t* mask, const void* bias,   \
-          const float* alibi_slopes, const double* sinks, const uint64_t* seed, T* out,          \
-          float* lse, const __grid_constant__ AttentionScalars in) {                             \
-    forward<T, Dim, Extras>(query, key, value, mask, bias, alibi_slopes, sinks, seed, out, lse,  \
-                            in);                                                                 \
+          const float* alibi_slopes, const double* sinks, const uint64_t* seed,                  \
+          const void* query_starts, const void* key_starts, T* out, float* lse,                  \
+          const __grid_constant__ AttentionScalars in) {                                         \
+    forward<T, Dim, Extras>(query, key, value, mask, bias, alibi_slopes, sinks, seed,            \
+                            {query_starts, key_starts}, out, lse, in);                           \
   }
 
 FASTATTN_ATTENTION(f32_extra, float, 32, true)

@@ -8,18 +8,17 @@ namespace {
 // The gradients of 64 queries or, if OfKeys, of 64 keys and values: `grad_scored` and
 // `grad_weighed`, of which one is null where a block has one of them only.
 template <class T, int Dim, bool OfKeys>
-__device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_weighed) {
+__device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* grad_scored,
+                              T* grad_weighed) {
   using Tiles = BackwardTiles<sizeof(T), Dim>;
   constexpr int rows = Tiles::kRows, others = Tiles::kOthers;
   constexpr int sums = OfKeys && !Tiles::kApart ? 2 : 1;
   const AttentionBackwardScalars& all = from.all;
   const AttentionScalars& in = all.in;
-  const int blocks = OfKeys ? all.key_blocks : in.query_blocks;
-  const int heads = OfKeys ? in.heads / in.group : in.heads;
-  const int block = static_cast<int>(blockIdx.x);
-  // Blocks that meet the most under a causal mask come first.
-  const int first = (OfKeys ? block % blocks : blocks - 1 - block % blocks) * rows;
-  const int head = block / blocks % heads, batch = block / blocks / heads;
+  __shared__ Sequence sequence;
+  const Work work(sequence, in, starts, OfKeys, rows);
+  if (work.none(OfKeys)) return;
+  const int head = work.head, first = work.first;
   const int lane = lane_index(), q = lane % 4, warp = static_cast<int>(threadIdx.x / kWarp);
   const int row = warp * 16;
   // If apart, every other block has the values' gradient.
@@ -34,8 +33,8 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
   __shared__ uint16_t bits_of_keys[OfKeys ? others : 1][Tiles::kWarps];
 
   const auto own_side =
-      OfKeys ? Side<T>::keys(from, batch, head) : Side<T>::queries(from, batch, head);
-  const Band band = OfKeys ? Band::keys(in) : Band::queries(in);
+      OfKeys ? Side<T>::keys(from, sequence, head) : Side<T>::queries(from, sequence, head);
+  const Band band = OfKeys ? Band::keys(in, sequence) : Band::queries(in, sequence);
   const int begin = band.begin(first) / others * others, end = band.end(first, rows);
   const int nearest = band.begin(first + row), last = band.end(first + row, 16);
 
@@ -50,15 +49,16 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
                                      : Step{step.head + 1, begin};
   };
   const auto fetch = [&](const Step& step, int parity) {
-    const auto side =
-        OfKeys ? Side<T>::queries(from, batch, step.head) : Side<T>::keys(from, batch, step.head);
+    const auto side = OfKeys ? Side<T>::queries(from, sequence, step.head)
+                             : Side<T>::keys(from, sequence, step.head);
     other_tiles(parity).fetch(side, step.first);
     if constexpr (OfKeys) {
       const int i = step.first + static_cast<int>(threadIdx.x);
-      const float2* statistics = from.statistics_of(batch, step.head);
+      const float2* statistics = from.statistics_of(sequence, step.head);
       if (threadIdx.x < others)
         ptx::copy_pair_async(&others_statistics[parity][threadIdx.x],
-                             i < in.q_len ? statistics + i : from.statistics, i < in.q_len ? 8 : 0);
+                             i < sequence.q_len ? statistics + i : from.statistics,
+                             i < sequence.q_len ? 8 : 0);
     }
   };
 
@@ -67,7 +67,7 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int i = first + row + lane / 4 + 8 * half;
-      if (i < in.q_len) own_statistics[half] = from.statistics_of(batch, head)[i];
+      if (i < sequence.q_len) own_statistics[half] = from.statistics_of(sequence, head)[i];
     }
   const uint64_t seed = in.threshold == 0 ? 0 : *from.seed;
 
@@ -108,7 +108,7 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
         for (int i = 2 * warp + lane / 16; i < others; i += 2 * Tiles::kWarps) {
           const uint4 words =
               philox(seed, first / 4 + lane % 16, static_cast<uint32_t>(step.first + i),
-                     from.head_number(batch, step.head));
+                     from.head_number(sequence, step.head));
           for (int w = 0; w < 4; w++) {
             const uint32_t votes = __ballot_sync(kAllLanes, word(words, w) >= in.threshold);
             if (lane % 16 == w)
@@ -125,7 +125,7 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
         multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
       if constexpr (!OfKeys) {
         if (in.threshold != 0)
-          bits = kept<others>(in.threshold, seed, from.head_number(batch, head),
+          bits = kept<others>(in.threshold, seed, from.head_number(sequence, head),
                               first + row + lane / 4, step.first);
       } else if (in.threshold != 0) {
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
                     << (4 * n + e);
       }
       differentiate<T, OfKeys, true, others>(
-          weights, grads, from, batch, OfKeys ? step.head : head, first + row, step.first, bits,
+          weights, grads, from, sequence, OfKeys ? step.head : head, first + row, step.first, bits,
           band.whole(first + row, 16, step.first, others),
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });
       if constexpr (sums == 2) {
@@ -174,7 +174,9 @@ __device__ void rows_gradient(const Inputs<T>& from, T* grad_scored, T* grad_wei
       for (int e = 0; e < 4; e++) sum[0][n][e] *= all.scale;
   const auto leave = [&](T* grad, const Layout& layout, int cols, const Accumulator<Dim>& of,
                          const Tile<T, Dim>& tile) {
-    store(matrix(grad, layout, batch, head, band.rows, cols), first, of, tile, row);
+    store(matrix(grad, layout, sequence.index, head, OfKeys ? sequence.key : sequence.query,
+                 band.rows, cols),
+          first, of, tile, row);
   };
   if (of_values) {
     leave(grad_weighed, all.grad_value, in.value_dim, sum[0], own.weighed);
@@ -193,15 +195,15 @@ __device__ void row_statistics(const T* grad_out, const T* out, const float* lse
   constexpr int team = kStatisticsTeam, each = 16 / sizeof(T);
   const AttentionScalars& in = all.in;
   const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / team;
-  const int64_t count = int64_t{all.batch} * in.heads * in.q_len;
+  const int64_t count = int64_t{in.batch} * in.heads * in.q_len;
   const int own = static_cast<int>(threadIdx.x) % team;
   const int i = static_cast<int>(row % in.q_len),
             head = static_cast<int>(row / in.q_len % in.heads);
   const int batch = static_cast<int>(row / in.q_len / in.heads);
   float total = 0;
   if (row < count && grad_out != nullptr) {
-    const auto grads = matrix(grad_out, all.grad_out, batch, head, in.q_len, in.value_dim);
-    const auto outs = matrix(out, in.out, batch, head, in.q_len, in.value_dim);
+    const auto grads = matrix(grad_out, all.grad_out, batch, head, 0, in.q_len, in.value_dim);
+    const auto outs = matrix(out, in.out, batch, head, 0, in.q_len, in.value_dim);
     const T* grad = grads.data + i * grads.row_stride;
     const T* from = outs.data + i * outs.row_stride;
     const int whole = grads.aligned && outs.aligned ? in.value_dim / each * each : 0;
@@ -247,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
   const int head = static_cast<int>(blockIdx.x), own = static_cast<int>(threadIdx.x);
   const float sink = static_cast<float>(sinks[head]) * kLog2e;
   double total = 0;
-  for (int batch = 0; batch < all.batch; batch++)
+  for (int batch = 0; batch < all.in.batch; batch++)
     for (int i = own; i < all.in.q_len; i += kStatisticsThreads) {
       const float2 of_row = statistics[(int64_t{batch} * all.in.heads + head) * all.in.q_len + i];
       if (of_row.x != -kInfinity) total -= ptx::exp2(sink - of_row.x) * of_row.y;
@@ -260,17 +262,19 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
   if (own == 0) grad_sinks[head] = parts[0];
 }
 
-#define FASTATTN_BACKWARD(name, T, Dim)                                                          \
-  using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
-  attention_backward_queries_##name##_##Dim(                                                     \
-      FASTATTN_INPUTS(T), T* grad_query, const __grid_constant__ AttentionBackwardScalars all) { \
-    rows_gradient<T, Dim, false>(FASTATTN_FROM, grad_query, nullptr);                            \
-  }                                                                                              \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
-  attention_backward_keys_##name##_##Dim(FASTATTN_INPUTS(T), T* grad_key, T* grad_value,         \
-                                         const __grid_constant__ AttentionBackwardScalars all) { \
-    rows_gradient<T, Dim, true>(FASTATTN_FROM, grad_key, grad_value);                            \
+#define FASTATTN_BACKWARD(name, T, Dim)                                                           \
+  using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                     \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                           \
+  attention_backward_queries_##name##_##Dim(                                                      \
+      FASTATTN_INPUTS(T), const void* query_starts, const void* key_starts, T* grad_query,        \
+      const __grid_constant__ AttentionBackwardScalars all) {                                     \
+    rows_gradient<T, Dim, false>(FASTATTN_FROM, {query_starts, key_starts}, grad_query, nullptr); \
+  }                                                                                               \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                           \
+  attention_backward_keys_##name##_##Dim(FASTATTN_INPUTS(T), const void* query_starts,            \
+                                         const void* key_starts, T* grad_key, T* grad_value,      \
+                                         const __grid_constant__ AttentionBackwardScalars all) {  \
+    rows_gradient<T, Dim, true>(FASTATTN_FROM, {query_starts, key_starts}, grad_key, grad_value); \
   }
 
 FASTATTN_FOREACH_TILES(FASTATTN_BACKWARD)

@@ -22,37 +22,38 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
     return int2{own, min(own + each, length)};
   };
   const int2 keys = range(sizes[3], in.kv_len, others), queries = range(sizes[2], in.q_len, rows);
-  const int2 heads = range(sizes[1], in.heads, 1), batches = range(sizes[0], all.batch, 1);
+  const int2 heads = range(sizes[1], in.heads, 1), batches = range(sizes[0], in.batch, 1);
   const int lane = lane_index(), q = lane % 4, row = static_cast<int>(threadIdx.x / kWarp) * 16;
 
   T* memory = reinterpret_cast<T*>(shared_memory);
   const SideTiles<T, Dim, rows> own(memory);
   const SideTiles<T, Dim, others> tiles(memory + 2 * Dim * rows);
-  const Band band = Band::queries(in);
   const uint64_t seed = in.threshold == 0 ? 0 : *from.seed;
   Accumulator<others> sum = {};
-  for (int batch = batches.x; batch < batches.y; batch++)
+  for (int batch = batches.x; batch < batches.y; batch++) {
+    const Sequence sequence = {batch, 0, in.q_len, 0, in.kv_len, in.offset};
+    const Band band = Band::queries(in, sequence);
     for (int head = heads.x; head < heads.y; head++)
       for (int first = queries.x; first < queries.y; first += rows)
         for (int other = keys.x; other < keys.y; other += others) {
           if (other >= band.end(first, rows) || other + others <= band.begin(first)) continue;
-          own.fetch(Side<T>::queries(from, batch, head), first);
-          tiles.fetch(Side<T>::keys(from, batch, head / in.group), other);
+          own.fetch(Side<T>::queries(from, sequence, head), first);
+          tiles.fetch(Side<T>::keys(from, sequence, head / in.group), other);
           ptx::wait_for_copies();
           __syncthreads();
           Accumulator<others> weights = {}, grads = {};
           multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
           multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
           const int i = first + row + lane / 4;
-          const float2* statistics = from.statistics_of(batch, head);
+          const float2* statistics = from.statistics_of(sequence, head);
           const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
                                      i + 8 < in.q_len ? statistics[i + 8] : float2{}};
           const uint32_t bits =
               in.threshold == 0
                   ? 0
-                  : kept<others>(in.threshold, seed, from.head_number(batch, head), i, other);
+                  : kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
           differentiate<T, false, false, others>(
-              weights, grads, from, batch, head, first + row, other, bits,
+              weights, grads, from, sequence, head, first + row, other, bits,
               band.whole(first + row, 16, other, others), [&](int r) { return of_rows[r / 8]; });
 #pragma unroll
           for (int n = 0; n < others / 8; n++)
@@ -60,6 +61,7 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
             for (int e = 0; e < 4; e++) sum[n][e] += grads[n][e];
           __syncthreads();
         }
+  }
 
   float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others]
   static_assert(rows * others * sizeof(float) <= Tiles::kShared);

@@ -34,28 +34,91 @@ struct Layout {
   int32_t aligned;
 };
 
+// Numbers of int32 or int64.
+struct Integers {
+  int64_t stride[2];
+  int32_t wide;
+};
+
+// Where the sequences of a packed batch begin, and where the last ends.
+struct Boundaries {
+  Integers numbers;
+  int32_t longest;  // no sequence has more rows
+};
+
+// A batch of packed sequences is one of 1 whose rows are theirs, one sequence after the other.
 struct AttentionScalars {
-  int32_t heads, group;  // query heads that share a head of keys
-  int32_t q_len, kv_len, head_dim, value_dim, query_blocks;
+  int32_t batch, heads, group;  // group: query heads that share a head of keys
+  int32_t q_len, kv_len, head_dim, value_dim;
+  int32_t query_blocks, key_blocks;  // of a sequence; of all packed ones, at most
+  int32_t sequences;                 // packed, or 0
+  int32_t bottom_right;              // of packed sequences
+  Boundaries query_starts, key_starts;
   Layout query, key, value, out;
   int64_t mask[4], bias[4];
-  int32_t wide_bias;            // fp32, whatever query is
-  int32_t offset, left, right;  // query i sees the keys i + offset - left ... i + offset + right
-  int32_t hides;                // whether some keys may be invisible
-  float scale;                  // of products, to logits in base 2, or to softcap's argument
-  float softcap;                // in base 2, 0 for none
-  uint32_t threshold;           // of dropout, 0 without
+  int32_t wide_bias;    // fp32, whatever query is
+  int32_t offset;       // where sequences are not packed
+  int32_t left, right;  // query i sees the keys i + offset - left ... i + offset + right
+  int32_t hides;        // whether some keys may be invisible
+  float scale;          // of products, to logits in base 2, or to softcap's argument
+  float softcap;        // in base 2, 0 for none
+  uint32_t threshold;   // of dropout, 0 without
   float kept;
 };
 
 struct AttentionBackwardScalars {
   AttentionScalars in;
   Layout grad_out, grad_query, grad_key, grad_value;
-  int32_t batch, key_blocks;
   int32_t bias_sizes[4];  // 1 where the bias broadcasts
   float scale;            // of products, to logits
 };
 
+// A warp has 16 rows of queries, those of all heads that share a head of keys, and tiles of keys of
+// its own, which are there twice, one being copied while the other is worked on. In the end it has
+// room there for its sums.
+template <int Bytes, int Dim>
+struct DecodeTiles {
+  static constexpr int kWidth = Bytes * Dim;
+  static constexpr int kWarps = kWidth <= 256 ? 4 : 2, kRows = 16, kKeys = 16;
+  static constexpr int kEach = 2 * 2 * kKeys * kWidth;  // of a warp
+  static constexpr int kPitch = Dim + 8;  // of a row of sums, so that rows lie in different banks
+  static constexpr int kShared = kRows * kWidth + kWarps * kEach;
+  static_assert(kRows * kPitch * 4 <= kEach);
+};
+
+// A cache [pages, Hkv, size, D] in which sequence b has the pages of row b of a table; without a
+// table it has page b.
+struct CacheScalars {
+  Integers lengths, table;
+  int32_t pages, size;
+  int32_t most;  // positions of a sequence
+  Layout key, value;
+};
+
+struct RotaryScalars {
+  int64_t cos[2], sin[2];
+  int32_t positions, pairs, interleaved;
+  int32_t wide;  // fp32, whatever query is
+};
+
+struct AttentionDecodeScalars {
+  AttentionScalars in;
+  CacheScalars cache;
+  RotaryScalars rotary;
+  int32_t appended;    // to the lengths
+  int32_t splits;      // of the keys
+  int32_t row_blocks;  // of the queries that share a head of keys
+  int32_t width;       // of a row of a split's sums, a multiple of 4
+};
+
+struct AttentionAppendScalars {
+  CacheScalars cache;
+  RotaryScalars rotary;
+  Layout key, value;
+  int32_t batch, kv_heads, new_len, head_dim, value_dim;
+};
+
+constexpr int kRowWarps = 4;             // of a block, in which each warp has one row
 constexpr int kStatisticsTeam = 8;       // threads for each row
 constexpr int kStatisticsThreads = 256;  // of a block
 constexpr int32_t kFar = 1 << 29;        // no bound of a window

@@ -13,12 +13,106 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 extern __shared__ uint4 shared_memory[];
 
-// The rows of one head of a tensor [B, H, rows, cols].
+__device__ inline int64_t integer(const void* from, const Integers& layout, int row, int col) {
+  const int64_t at = row * layout.stride[0] + col * layout.stride[1];
+  return layout.wide ? static_cast<const int64_t*>(from)[at]
+                     : static_cast<const int32_t*>(from)[at];
+}
+
+// The boundaries of packed sequences, of queries and of keys; null where they are not packed.
+struct Starts {
+  const void *query, *key;
+};
+
+// One sequence of a batch. In a packed one, `query` and `key` of its rows lie in front of it.
+struct Sequence {
+  int index, query, q_len, key, kv_len, offset;
+
+  // The number of its first query among the rows of all heads.
+  __device__ int64_t row(const AttentionScalars& in, int head) const {
+    return (int64_t{in.sequences > 0 ? 0 : index} * in.heads + head) * in.q_len + query;
+  }
+};
+
+// What a block works on: rows of one head of one sequence, from `first` on. Without rows it is one
+// too many.
+struct Work {
+  const Sequence& sequence;
+  int head, first;
+
+  // `rows` of queries or of keys, in the order in which most work comes first under a causal mask.
+  // The sequence is kept in shared memory, for registers are few.
+  __device__ Work(Sequence& kept, const AttentionScalars& in, const Starts& starts, bool of_keys,
+                  int rows)
+      : sequence(kept) {
+    const int heads = of_keys ? in.heads / in.group : in.heads;
+    const int blocks = of_keys ? in.key_blocks : in.query_blocks;
+    const int block = static_cast<int>(blockIdx.x);
+    int own = block % blocks;
+    head = block / blocks % heads;
+    const Sequence found =
+        in.sequences > 0 ? find(in, starts, of_keys, rows, own)
+                         : Sequence{block / blocks / heads, 0, in.q_len, 0, in.kv_len, in.offset};
+    if (threadIdx.x == 0) kept = found;
+    __syncthreads();
+    const int own_blocks = (length(of_keys) + rows - 1) / rows;
+    first = (of_keys ? own : own_blocks - 1 - own) * rows;
+  }
+  __device__ int length(bool of_keys) const { return of_keys ? sequence.kv_len : sequence.q_len; }
+  __device__ bool none(bool of_keys) const { return length(of_keys) == 0; }
+
+ private:
+  // Boundaries which are none stop the kernel, for the host has not read them.
+  __device__ static int2 rows_of(const void* starts, const Boundaries& boundaries, int n, int count,
+                                 int total) {
+    const int64_t begin = integer(starts, boundaries.numbers, 0, n);
+    const int64_t end = integer(starts, boundaries.numbers, 0, n + 1);
+    if (begin < 0 || end < begin || end > total || end - begin > boundaries.longest ||
+        (n == 0 && begin != 0) || (n + 1 == count && end != total))
+      __trap();
+    return {static_cast<int>(begin), static_cast<int>(end - begin)};
+  }
+
+  // The sequence that holds block `own` of all packed ones, which becomes the block's number in it.
+  // Every warp looks for itself, at 32 sequences at a time.
+  __device__ static Sequence find(const AttentionScalars& in, const Starts& starts, bool of_keys,
+                                  int rows, int& own) {
+    const int lane = lane_index();
+    for (int n = lane; n - lane < in.sequences; n += static_cast<int>(kWarp)) {
+      int2 queries{}, keys{};
+      if (n < in.sequences) {
+        queries = rows_of(starts.query, in.query_starts, n, in.sequences, in.q_len);
+        keys = rows_of(starts.key, in.key_starts, n, in.sequences, in.kv_len);
+      }
+      const int count = ((of_keys ? keys.y : queries.y) + rows - 1) / rows;
+      int behind = count;  // blocks up to this sequence's last
+#pragma unroll
+      for (int apart = 1; apart < static_cast<int>(kWarp); apart *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, behind, apart);
+        if (lane >= apart) behind += other;
+      }
+      const unsigned found = __ballot_sync(kAllLanes, behind > own);
+      if (found != 0) {
+        const int from = __ffs(static_cast<int>(found)) - 1;
+        const auto of_lane = [&](int value) { return __shfl_sync(kAllLanes, value, from); };
+        own -= of_lane(behind - count);
+        Sequence sequence = {of_lane(n),      of_lane(queries.x), of_lane(queries.y),
+                             of_lane(keys.x), of_lane(keys.y),    0};
+        if (in.bottom_right) sequence.offset = sequence.kv_len - sequence.q_len;
+        return sequence;
+      }
+      own -= __shfl_sync(kAllLanes, behind, kWarp - 1);
+    }
+    return {};
+  }
+};
+
+// The rows of one head of a sequence in a tensor [B, H, rows, cols], behind `before` rows.
 template <class T>
-__device__ Matrix<T> matrix(T* tensor, const Layout& layout, int batch, int head, int rows,
-                            int cols) {
+__device__ Matrix<T> matrix(T* tensor, const Layout& layout, int batch, int head, int before,
+                            int rows, int cols) {
   const int64_t* stride = layout.stride;
-  return {tensor + batch * stride[0] + head * stride[1],
+  return {tensor + batch * stride[0] + head * stride[1] + before * stride[2],
           stride[2],
           stride[3],
           rows,
@@ -36,16 +130,22 @@ struct Terms {
 // To within an eps or so of 1, which is what matters for a logit of that size.
 __device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
 
-// Products of queries and keys of one head become logits in base 2, -inf where a key is invisible.
+// Products of queries and keys of one head of a sequence become logits in base 2, -inf where a key
+// is invisible.
 template <class T>
 struct Scores {
   const AttentionScalars& in;
+  const Sequence& sequence;
   const uint8_t* mask = nullptr;
   const void* bias = nullptr;
   float slope = 0;  // of ALiBi, in base 2
 
-  __device__ explicit Scores(const AttentionScalars& in) : in(in) {}
-  __device__ Scores(const AttentionScalars& in, const Terms& terms, int batch, int head) : in(in) {
+  __device__ Scores(const AttentionScalars& in, const Sequence& sequence)
+      : in(in), sequence(sequence) {}
+  __device__ Scores(const AttentionScalars& in, const Sequence& sequence, const Terms& terms,
+                    int head)
+      : in(in), sequence(sequence) {
+    const int batch = sequence.index;
     if (terms.mask != nullptr) mask = terms.mask + batch * in.mask[0] + head * in.mask[1];
     if (terms.bias != nullptr)
       bias = static_cast<const char*>(terms.bias) +
@@ -56,8 +156,9 @@ struct Scores {
   // Of query i and key j. `steepness` receives the derivative of softcap, where there is one.
   template <bool Extras>
   __device__ float operator()(float product, int i, int j, float* steepness = nullptr) const {
-    const int apart = i + in.offset - j;
-    if (j >= in.kv_len || i >= in.q_len || apart > in.left || -apart > in.right) return -kInfinity;
+    const int apart = i + sequence.offset - j;
+    if (j >= sequence.kv_len || i >= sequence.q_len || apart > in.left || -apart > in.right)
+      return -kInfinity;
     // What is infinite is visible all the same, and no number.
     float logit = (product - product + product) * in.scale;
     if constexpr (Extras) {
@@ -79,6 +180,62 @@ struct Scores {
     return logit;
   }
 };
+
+// Logits become weights relative to the highest of their row so far, to which the sums of what came
+// before are scaled anew (Milakov & Gimelshein 2018, arXiv:1805.02867).
+template <int Keys, int Dim>
+__device__ void weigh(Accumulator<Keys>& weights, float (&highest)[2], float (&total)[2],
+                      Accumulator<Dim>& sum) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float now = highest[half];
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+      now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+    const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
+    const float rescale = ptx::exp2(highest[half] - base);
+    highest[half] = now;
+    total[half] *= rescale;
+#pragma unroll
+    for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= rescale, sum[n][2 * half + 1] *= rescale;
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; e++) {
+        weights[n][e] = ptx::exp2(weights[n][e] - base);
+        total[half] += weights[n][e];
+      }
+  }
+}
+
+// Notes which of its two rows see a value that is not finite, by their logits. All lanes look.
+template <int Keys, class Values>
+__device__ void find_strange(const Values& tile, int cols, const Accumulator<Keys>& logits,
+                             bool (&spoilt)[2]) {
+  const int lane = lane_index(), q = lane % 4;
+#pragma unroll 1
+  for (int k = 0; k < Keys; k++) {
+    bool bad = false;
+    for (int c = lane; c < cols; c += static_cast<int>(kWarp))
+      bad = bad || !isfinite(static_cast<float>(*tile.at(k, c)));
+    if (__ballot_sync(kAllLanes, bad) == 0) continue;
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (n * 8 + 2 * q + e % 2 == k && logits[n][e] != -kInfinity) spoilt[e / 2] = true;
+  }
+}
+
+// Takes what is not finite for 0, of elements that so many threads share out among them.
+template <class T>
+__device__ void clean(T* memory, int count, int thread, int threads) {
+#pragma unroll 1
+  for (int i = thread; i < count; i += threads)
+    if (!isfinite(static_cast<float>(memory[i]))) memory[i] = T(0.0f);
+}
 
 // The weights that dropout keeps of queries i and i + 8 and the keys from j on, as this lane holds
 // them in an Accumulator: bit 4 n + e for its element [n][e].

@@ -39,6 +39,17 @@ struct Matrix {
   bool aligned;
 };
 
+// Begins to copy a chunk: `count` elements from `at` on, of a row of the matrix, and zeros behind.
+template <class T>
+__device__ void copy_chunk(T* to, const Matrix<const T>& from, const T* at, int count) {
+  if (from.aligned) {
+    ptx::copy_async(to, count > 0 ? at : from.data, count * static_cast<int>(sizeof(T)));
+  } else {
+    for (int k = 0; k < static_cast<int>(16 / sizeof(T)); k++)
+      to[k] = k < count ? at[k * from.col_stride] : T(0.0f);
+  }
+}
+
 // Begins to copy the rows first ... first + Rows to a tile, with zeros where the matrix ends; all
 // threads of the block take part.
 template <int Rows, class T, int Cols, bool Permuted>
@@ -50,13 +61,7 @@ __device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& f
     const int row = i / chunks, chunk = i % chunks, col = chunk * each;
     const int count = first + row < from.rows ? min(max(from.cols - col, 0), each) : 0;
     const T* at = from.data + (first + row) * from.row_stride + col * from.col_stride;
-    if (from.aligned) {
-      ptx::copy_async(to.chunk(row, chunk), count > 0 ? at : from.data,
-                      count * static_cast<int>(sizeof(T)));
-    } else {
-      for (int k = 0; k < each; k++)
-        to.chunk(row, chunk)[k] = k < count ? at[k * from.col_stride] : T(0.0f);
-    }
+    copy_chunk(to.chunk(row, chunk), from, at, count);
   }
 }
 

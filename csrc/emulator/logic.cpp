@@ -257,6 +257,14 @@ void add_logic(Table& table) {
   table.function<U32, S32>("bfind.s32", bfind);
   table.function<U32, U64>("bfind.u64", bfind);
   table.function<U32, S64>("bfind.s64", bfind);
+  auto shift_of = [](auto a) {  // that moves the bit to the highest
+    const uint32_t at = find_high(a);
+    return at == ~0u ? at : uint32_t{8 * sizeof(a) - 1} - at;
+  };
+  table.function<U32, U32>("bfind.shiftamt.u32", shift_of);
+  table.function<U32, S32>("bfind.shiftamt.s32", shift_of);
+  table.function<U32, U64>("bfind.shiftamt.u64", shift_of);
+  table.function<U32, S64>("bfind.shiftamt.s64", shift_of);
 
   add_ordered<S16, U16, S32, U32, S64, U64, B16, B32, B64, F32, F64, F16, BF16>(table);
   add_unordered<F32, F64, F16, BF16>(table);

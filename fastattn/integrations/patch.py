@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from fastattn.integrations import huggingface
+from fastattn.integrations import huggingface, logits
 
 TORCH = {  # torch.nn's own layer -> the one that takes its place, with its parameters
     nn.LayerNorm: fastattn.nn.LayerNorm,
@@ -57,7 +57,12 @@ class Report:
 
 
 def patch(
-    model: nn.Module, *, attention: bool = True, norms: bool = True, mlps: bool = True
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    mlps: bool = True,
+    loss: bool = False,
 ) -> Report:
     """Let a model of transformers, or of torch.nn's layers, run on fused kernels, in place.
 
@@ -71,6 +76,9 @@ def patch(
         attention: of torch.nn, and of transformers models that use its AttentionInterface.
         norms: LayerNorm, and RMSNorm as in torch, LLaMA, T5 and Gemma.
         mlps: linear, activation, linear; the same with a gate; linear and activation.
+        loss: of a language model of transformers. Its logits are then not computed before
+            something other than a cross-entropy asks for them, which must be before the weights
+            change; they cannot be written to, and torch.compile computes them always.
 
     Returns:
         What was replaced and what was left, and why; `print` it.
@@ -112,6 +120,8 @@ def patch(
                 rows[kind.__name__, True, found_name] += 1
             elif found is not None:
                 rows[kind.__name__, False, found] += 1
+    if loss:
+        rows[_patch_loss(model, undo)] += 1
     return Report([Row(count, *row) for row, count in rows.items()])
 
 
@@ -150,6 +160,21 @@ def _patch_interface(model: nn.Module, undo: list[tuple]) -> tuple[str, bool, st
         return what, False, str(error)
     undo.append((model, "attention", before))
     return what, True, f"attn_implementation {before!r} -> 'fastattn'"
+
+
+# the loss of transformers
+
+
+def _patch_loss(model: nn.Module, undo: list[tuple]) -> tuple[str, bool, str]:
+    what = f"loss of {type(model).__name__}"
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return what, False, "it has no output embeddings"
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return what, False, "its output embeddings are no torch.nn.Linear"
+    head.forward = partial(logits.lazy_linear, head)
+    undo.append((head, "forward", None))
+    return what, True, "fastattn.linear_cross_entropy"
 
 
 # layers of torch.nn

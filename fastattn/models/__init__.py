@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.ops.loss.reference import wide
 
 
 class EagerOps:
@@ -71,6 +72,11 @@ class EagerOps:
     def linear(input, weight, bias=None, activation=None):
         out = F.linear(input, weight, bias)
         return out if activation is None else EagerOps.activations[activation](out)
+
+    @staticmethod
+    def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
+        logits = F.linear(input, linear_weight, linear_bias).flatten(0, -2)
+        return F.cross_entropy(wide(logits), target.flatten(), **options)
 
     @staticmethod
     def ffn(
@@ -200,9 +206,22 @@ class LanguageModel(nn.Module):
     def tie_weights(self) -> None:
         """Lets the layers that share a tensor share it."""
 
+    def head(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The linear layer that gives logits: its input (..., E), weight (vocab_size, E), bias."""
+        return states, self.lm_head.weight, None
+
     def logits(self, states: Tensor) -> Tensor:
         """Logits (..., vocab_size) of states (..., E)."""
-        return ops(self.kernels).linear(states, self.lm_head.weight)
+        return ops(self.kernels).linear(*self.head(states))
+
+    def loss(self, states: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+        """The mean cross-entropy of target (...) int64 given states (..., E), a scalar in fp32.
+
+        Targets that are ignore_index do not count. Fused ops do not keep the logits.
+        """
+        states, weight, bias = self.head(states)
+        options = {"linear_bias": bias, "ignore_index": ignore_index}
+        return ops(self.kernels).linear_cross_entropy(states, weight, target, **options)
 
 
 def read_config(cls: type, path: str | Path, needed: dict[str, Any], **translated: Any) -> Any:

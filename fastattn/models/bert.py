@@ -206,9 +206,15 @@ class PredictionHead(nn.Module):
         self.activation = parts.ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor, ops: Any) -> Tensor:
+        return parts.linear(ops, self._transformed(x, ops), self.decoder)  # [B, S, vocab]
+
+    def loss(self, x: Tensor, target: Tensor, ops: Any) -> Tensor:
+        weight, bias = self.decoder.weight, self.decoder.bias
+        return ops.linear_cross_entropy(self._transformed(x, ops), weight, target, linear_bias=bias)
+
+    def _transformed(self, x: Tensor, ops: Any) -> Tensor:
         dense, norm = self.transform.values()
-        x = parts.norm(ops, parts.linear(ops, x, dense, self.activation), norm)  # [B, S, E]
-        return parts.linear(ops, x, self.decoder)  # [B, S, vocab]
+        return parts.norm(ops, parts.linear(ops, x, dense, self.activation), norm)  # [B, S, E]
 
 
 class BertForMaskedLM(nn.Module):
@@ -251,8 +257,19 @@ class BertForMaskedLM(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, S, vocab_size) of every token; the arguments are Bert.forward's."""
-        x = self.bert(input_ids, attention_mask, token_type_ids, position_ids).last_hidden_state
-        return self.cls["predictions"](x, models.ops(self.bert.kernels))
+        args = attention_mask, token_type_ids, position_ids
+        return self.logits(self.bert(input_ids, *args).last_hidden_state)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of the encoder's states (..., E)."""
+        return self.cls["predictions"](states, models.ops(self.bert.kernels))
+
+    def loss(self, states: Tensor, target: Tensor) -> Tensor:
+        """The mean cross-entropy of target (...) int64 given the encoder's states (..., E).
+
+        Targets that are -100 do not count. Fused ops compute no logits for them, and keep none.
+        """
+        return self.cls["predictions"].loss(states, target, models.ops(self.bert.kernels))
 
 
 def sentence_embeddings(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -173,25 +173,12 @@ def ffn(
 class CausalLM(models.LanguageModel):
     """A decoder that predicts what follows each token."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: kv_cache.Cache | None = None,
-    ) -> Tensor:
-        """Logits (B, S, vocab_size) of what follows each token.
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, S, vocab_size) of what follows each token; those at padding mean nothing.
 
-        Args:
-            input_ids: (B, S) integers.
-            attention_mask: (B, S) bool or integer, 1 at tokens and 0 at padding; None: no padding.
-            position_ids: (S,) or (B, S) integers; None: 0 .. S - 1, after what the cache holds.
-            cache: keys and values of the tokens before, to which those of these are added; padding
-                must then follow the tokens.
-
-        The logits at padding mean nothing. Raises ValueError naming the argument.
+        The arguments are those of `states`.
         """
-        return self.logits(self.states(input_ids, attention_mask, position_ids, cache))
+        return self.logits(self.states(*args, **kwargs))
 
     def states(
         self,
@@ -200,7 +187,17 @@ class CausalLM(models.LanguageModel):
         position_ids: Tensor | None = None,
         cache: kv_cache.Cache | None = None,
     ) -> Tensor:
-        """The last hidden state (B, S, E), after the norm; the arguments are forward's."""
+        """The last hidden state (B, S, E), after the norm, which `logits` and `loss` take.
+
+        Args:
+            input_ids: (B, S) integers.
+            attention_mask: (B, S) bool or integer, 1 at tokens and 0 at padding; None: no padding.
+            position_ids: (S,) or (B, S) integers; None: 0 .. S - 1, after what the cache holds.
+            cache: keys and values of the tokens before, to which those of these are added; padding
+                must then follow the tokens.
+
+        Raises ValueError naming the argument.
+        """
         mask = visible(input_ids, attention_mask, self.cache_shape.positions)
         if cache is None:
             attend = self_attention(self.kernels, mask, causal=True)

@@ -236,13 +236,12 @@ class T5(parts.Seq2SeqLM):
     ) -> Tensor:
         return self.decoder(input_ids, attend, models.ops(self.kernels), across, memory)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of states (..., E)."""
+    def head(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         config = self.config
         scaled = config.scale_decoder_outputs
         if config.tie_word_embeddings if scaled is None else scaled:
             states = states * config.d_model**-0.5
-        return super().logits(states)
+        return super().head(states)
 
 
 def _bucket(distance: Tensor, config: T5Config, both_sides: bool) -> Tensor:

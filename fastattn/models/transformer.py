@@ -257,10 +257,8 @@ class Transformer(parts.Seq2SeqLM):
         ops, positions = models.ops(self.kernels), parts.positions(attend, input_ids)
         return self.model["decoder"](input_ids, positions, attend, ops, across, memory)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of states (..., E)."""
-        bias = self.final_logits_bias[0]
-        return models.ops(self.kernels).linear(states, self.lm_head.weight, bias)
+    def head(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return states, self.lm_head.weight, self.final_logits_bias[0]
 
 
 def _sinusoids(config: TransformerConfig) -> Tensor:

@@ -39,12 +39,7 @@ def _cuda_refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
-    widest = 128 if query.dtype == torch.float32 else 256
-    if max(query.shape[3], value.shape[3]) > widest:
-        reasons.append(f"heads are wider than {widest}")
-    if args[SEQUENCES] is not None:
-        reasons.append("sequences are packed")
-    return reasons
+    return reasons + arguments.too_wide(128, 256, query, value)
 
 
 def _triton_refusals(*args: Any) -> list[str]:
@@ -54,9 +49,7 @@ def _triton_refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
-    widest = 64 if query.dtype == torch.float32 else 128
-    if max(query.shape[3], value.shape[3]) > widest:
-        reasons.append(f"heads are wider than {widest}")
+    reasons += arguments.too_wide(64, 128, query, value)
     if args[SEQUENCES] is not None:
         reasons.append("sequences are packed")
     return reasons

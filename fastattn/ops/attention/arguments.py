@@ -74,6 +74,13 @@ def terms_of_heads(
     return alibi_slopes, sinks
 
 
+def too_wide(in_fp32: int, in_others: int, *tensors: Tensor) -> list[str]:
+    """The refusal of a kernel whose heads have at most so many elements, where it is due."""
+    widest = in_fp32 if tensors[0].dtype == torch.float32 else in_others
+    wide = any(tensor.shape[3] > widest for tensor in tensors)
+    return [f"heads are wider than {widest}"] if wide else []
+
+
 def scale_and_softcap(
     width: int, scale: float | None, softcap: float | None
 ) -> tuple[float, float]:

@@ -23,6 +23,15 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
+def _cuda_refusals(*args: Any) -> list[str]:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    of_heads = [tensor for tensor in tensors if tensor.dim() == 4]
+    reasons = dispatch.cuda_refusals(*of_heads)
+    if any(0 in tensor.shape for tensor in tensors):
+        reasons.append("a tensor is empty")
+    return reasons + arguments.too_wide(128, 256, *of_heads)
+
+
 def _decode_fake(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +49,7 @@ APPEND = registry.inference_op(
     f" Tensor cache_seqlens, {PAGES}) -> ()",
     reference=reference.append,
     fake=_append_fake,
-    kernels={"cpu": _refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
 )
 DECODE = registry.inference_op(
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,"
@@ -48,7 +57,7 @@ DECODE = registry.inference_op(
     " float scale, float softcap) -> (Tensor out, Tensor lse)",
     reference=reference.decode,
     fake=_decode_fake,
-    kernels={"cpu": _refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
 )
 
 
@@ -300,7 +309,8 @@ def attention_decode(
     Raises:
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, device, head count,
         number or position does not fit, or a gradient is asked for. What `cache_seqlens` and
-        `block_table` hold raises RuntimeError inside torch.compile, when the graph runs.
+        `block_table` hold raises RuntimeError inside torch.compile, when the graph runs, and stops
+        the kernel on a GPU.
     """
     append, attend = _split_args(
         query,

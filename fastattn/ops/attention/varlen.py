@@ -137,7 +137,7 @@ def attention_varlen(
     Raises:
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, device, head count
         or number does not fit; so for what `cu_seqlens_q` and `cu_seqlens_k` hold, which inside
-        torch.compile raises RuntimeError when the graph runs.
+        torch.compile raises RuntimeError when the graph runs, and on a GPU stops the kernel.
     """
     args = _varlen_args(
         query,
