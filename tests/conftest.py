@@ -105,3 +105,24 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def peak_growth(python: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., int]:
+    """By how many bytes code raises the highest memory use of a fresh process after other code."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process's own memory is read from /proc, which is not here")
+    # Not ru_maxrss: that begins with what the parent process had.
+    peak = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+"""
+
+    def grown(before: str, code: str, **environment: str) -> int:
+        measured = f"{peak}{before}\nlow = peak()\n{code}\nprint(peak() - low)"
+        done = python("-c", measured, **environment)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    return grown

@@ -33,13 +33,13 @@ FASTATTN_INLINE Point<V> activate(V x) {
     return {x * below, below + x * density};
   }
   if constexpr (kind == Activation::gelu_tanh) {
-    const V s = sigmoid(tanh_inner(x));
+    const V t = tanh_inner(x), s = sigmoid(t), rest = sigmoid(-t);  // 1 - s would cancel
     const V slope = static_cast<A>(1.5957691216057307) + static_cast<A>(0.2140644488178) * (x * x);
-    return {x * s, s + x * s * (1 - s) * slope};
+    return {x * s, s + x * s * rest * slope};
   }
   if constexpr (kind == Activation::silu) {
-    const V s = sigmoid(x);
-    return {x * s, s * (1 + x * (1 - s))};
+    const V s = sigmoid(x), rest = sigmoid(-x);
+    return {x * s, s * (1 + x * rest)};
   }
   return {x, V{} + 1};
 }
