@@ -1,6 +1,6 @@
 // Linear layers and feed-forward blocks on the CPU: blocked products with the rest in the epilogue.
 #include "ffn/ffn.h"
-#include "simd/gemm.h"
+#include "gemm/gemm.h"
 #include "simd/philox.h"
 
 namespace fastattn::FASTATTN_ISA {

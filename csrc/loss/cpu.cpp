@@ -1,7 +1,7 @@
 // The cross-entropy of a linear layer on the CPU. All products of a chunk of rows are done while
 // its logits are there, so that none is computed twice and most never exist at once.
+#include "gemm/gemm.h"
 #include "loss/loss.h"
-#include "simd/gemm.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

@@ -19,7 +19,8 @@
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
-// Internal linkage: nothing that is compiled with wide flags may be linked into another object.
+// Internal linkage: nothing that is compiled with wide flags may be linked into an object of another
+// ISA.
 namespace fastattn::FASTATTN_ISA {
 namespace {
 

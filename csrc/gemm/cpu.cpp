@@ -1,59 +1,13 @@
-// Blocked matrix products C = A B^T with an epilogue, where B is a weight and A holds activations.
+// The blocked matrix products of all rooms, compiled once for each ISA and type.
 //
 // A tile reads panels of one operand, which is turned as it is packed, and single elements of the
 // other, whose rows are copied as they are, a group at a time. Packing costs more than copying, so
 // the smaller operand is packed; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
-#pragma once
-
-#include <initializer_list>
-
-#include "simd/tile.h"
+#include "gemm/gemm.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
-
-// A matrix whose element (i, k) is data[i * outer + k * inner]; k runs along the summed dimension.
-template <class T>
-struct Operand {
-  const T* data;
-  int64_t outer, inner;
-
-  Operand from(int64_t i, int64_t k) const { return {data + i * outer + k * inner, outer, inner}; }
-};
-
-// What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
-// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`
-// and may use the blocks, up to whole vectors of whole rows, on its way there.
-template <class A>
-struct Finish {
-  struct Place {
-    int64_t row, col, rows, cols, width;
-  };
-  void (*call)(const void* body, const Place& place, A* const* blocks);
-  const void* body;
-  const char* out;
-  int64_t out_row, size;  // bytes of a row and of an element
-
-  template <class F, class T>
-  Finish(const F& f, const T* to, int64_t to_row)
-      : call([](const void* self, const Place& place, A* const* blocks) {
-          (*static_cast<const F*>(self))(place, blocks);
-        }),
-        body(&f),
-        out(reinterpret_cast<const char*>(to)),
-        out_row(to_row * static_cast<int64_t>(sizeof(T))),
-        size(sizeof(T)) {}
-};
-
-// Visits a finished block in vectors: f(row, col, index in the block, count).
-template <class A, class F>
-FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
-  for (int64_t i = 0; i < place.rows; i++)
-    each_vector<A>(place.cols, [&](int64_t j, auto n) {
-      f(place.row + i, place.col + j, i * place.width + j, n);
-    });
-}
 
 template <class A, class T>
 struct Product {
@@ -357,8 +311,8 @@ class DotProduct {
   int64_t padded_, groups_, ranges_;
 };
 
-// C_w[rows, cols] = a b_w^T over `depth` for one or two b of equal shape, block by block to
-// `finish`. A sum runs over depth in the same order whatever the number of threads.
+}  // namespace
+
 template <class A, class T>
 void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
               std::initializer_list<Operand<T>> weights, Finish<A> finish) {
@@ -373,5 +327,13 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
   return DotProduct<A, T, 1>(product).run();
 }
 
-}  // namespace
+#define FASTATTN_PRODUCT(A, T)                                        \
+  template void multiply<A, T>(int64_t, int64_t, int64_t, Operand<T>, \
+                               std::initializer_list<Operand<T>>, Finish<A>);
+FASTATTN_PRODUCT(float, float)
+FASTATTN_PRODUCT(float, bf16)
+FASTATTN_PRODUCT(float, f16)
+FASTATTN_PRODUCT(double, double)
+#undef FASTATTN_PRODUCT
+
 }  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,61 @@
+// Blocked matrix products C = A B^T with an epilogue, where B is a weight and A holds activations.
+#pragma once
+
+#include <initializer_list>
+
+#include "simd/tile.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// A matrix whose element (i, k) is data[i * outer + k * inner]; k runs along the summed dimension.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t outer, inner;
+
+  Operand from(int64_t i, int64_t k) const { return {data + i * outer + k * inner, outer, inner}; }
+};
+
+// What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
+// product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`
+// and may use the blocks, up to whole vectors of whole rows, on its way there.
+template <class A>
+struct Finish {
+  struct Place {
+    int64_t row, col, rows, cols, width;
+  };
+  void (*call)(const void* body, const Place& place, A* const* blocks);
+  const void* body;
+  const char* out;
+  int64_t out_row, size;  // bytes of a row and of an element
+
+  template <class F, class T>
+  Finish(const F& f, const T* to, int64_t to_row)
+      : call([](const void* self, const Place& place, A* const* blocks) {
+          (*static_cast<const F*>(self))(place, blocks);
+        }),
+        body(&f),
+        out(reinterpret_cast<const char*>(to)),
+        out_row(to_row * static_cast<int64_t>(sizeof(T))),
+        size(sizeof(T)) {}
+};
+
+// C_w[rows, cols] = a b_w^T over `depth` for one or two b of equal shape, block by block to
+// `finish`. A sum runs over depth in the same order whatever the number of threads.
+template <class A, class T>
+void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
+              std::initializer_list<Operand<T>> weights, Finish<A> finish);
+
+namespace {
+
+// Visits a finished block in vectors: f(row, col, index in the block, count).
+template <class A, class F>
+FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
+  for (int64_t i = 0; i < place.rows; i++)
+    each_vector<A>(place.cols, [&](int64_t j, auto n) {
+      f(place.row + i, place.col + j, i * place.width + j, n);
+    });
+}
+
+}  // namespace
+}  // namespace fastattn::FASTATTN_ISA
