@@ -19,8 +19,7 @@
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 
-// Internal linkage: nothing that is compiled with wide flags may be linked into an object of another
-// ISA.
+// Internal linkage: nothing compiled with wide flags may be linked into an object of another ISA.
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
