@@ -148,12 +148,12 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """`cross_entropy(linear(input, linear_weight, linear_bias), target)`, a few logits at a time.
+    """`cross_entropy(linear(input, linear_weight, linear_bias), target)`, some logits at a time.
 
     The loss of a language model, whose logits are its largest tensor by far. The kernel computes
-    them for some rows at once, and not at all for those that are ignored; with reduction "mean" or
-    "sum" forward finds the gradients while the logits are there. The arguments are those of
-    `torch.nn.functional.linear_cross_entropy`, the idea that of Liger Kernel (arXiv:2410.10989).
+    them for 256 rows or more at once, and not at all for those that are ignored; with reduction
+    "mean" or "sum" forward finds the gradients while the logits are there. The arguments are those
+    of `torch.nn.functional.linear_cross_entropy`, the idea that of Liger Kernel (arXiv:2410.10989).
 
     Args:
         input: [..., features], fp32, bf16, fp16 or fp64; products are summed in at least fp32.
