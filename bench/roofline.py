@@ -1,15 +1,15 @@
 """How busy a kernel's main loop can keep the tensor cores at best, from its machine code alone.
 
-The loop is the smallest that holds nine tenths of a kernel's tensor instructions. For each unit of
-a quarter of a multiprocessor, this adds up the cycles that one warp's instructions take there. The
-unit with the most sets the pace, and the bound is the part of its time that tensor cores work. No
-latency is counted: a kernel is slower by as much as its warps fail to hide.
+The loop is the smallest that holds nine tenths of a kernel's tensor instructions, and the way
+through it the shortest that takes all of these and all copies: jumps pass over what serves masks,
+ragged edges, rows that are not aligned and values that are not finite. For each unit of a quarter
+of a multiprocessor, this adds up the cycles that one warp's instructions take there. The unit with
+the most sets the pace, and the bound is the part of its time that tensor cores work. No latency is
+counted: a kernel is slower by as much as its warps fail to hide.
 
 Rates are those of the CUDA programming guide's table of arithmetic throughput, where an instruction
 on 16 lanes a cycle takes a warp two. From sm_90 on none is published for `mma.sync`, beside which
-there are newer instructions, and there is no bound. A loop inside the main one that neither
-multiplies nor copies serves an exception (rows that are not aligned, values that are not finite)
-and is left out; one that copies counts once.
+there are newer instructions, and there is no bound. A loop inside the main one counts once.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ UNITS = {
 
 
 class Instruction(NamedTuple):
-    """A line of machine code; `target` is the label that it jumps to."""
+    """A line of machine code; `target` is the label that it jumps to, if a condition holds."""
 
     opcode: str
-    target: str
+    target: str = ""
+    conditional: bool = False
 
 
 class Roof(NamedTuple):
@@ -75,9 +76,14 @@ def functions(cubin: Path) -> dict[str, list[Instruction | str]]:
             body = found.setdefault(section[1], [])
         elif label := re.match(r"(\.L_x_\d+):", line):
             body.append(label[1])
-        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            target = re.search(r"\.L_x_\d+", code[2]) if code[1].startswith("BRA") else None
-            body.append(Instruction(code[1], target[0] if target else ""))
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*)", line):
+            jump = re.match(r"BRA.*? (.*)`\((\.L_x_\d+)\)", code[2] + code[3])
+            if code[1] == "@!PT ":  # never done, and takes no more than its issue
+                body.append(Instruction("NOP"))
+            elif jump:
+                body.append(Instruction(code[2], jump[2], bool(code[1] or jump[1])))
+            else:
+                body.append(Instruction(code[2], "", bool(code[1])))
     return found
 
 
@@ -94,21 +100,43 @@ def loops(code: Sequence[Instruction | str]) -> list[tuple[int, int]]:
 def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
     """The opcodes of one round of the main loop; None where there is no tensor instruction."""
 
-    def has(part: Sequence[Instruction | str], *opcodes: str) -> int:
-        return sum(isinstance(x, Instruction) and x.opcode.startswith(opcodes) for x in part)
+    def products(part: Sequence[Instruction | str]) -> int:
+        return sum(isinstance(x, Instruction) and x.opcode.startswith("HMMA") for x in part)
 
-    found = loops(code)
-    most = [(b, e) for b, e in found if 0.9 * has(code, "HMMA") <= has(code[b:e], "HMMA") > 0]
+    least = 0.9 * products(code)
+    most = [(b, e) for b, e in loops(code) if least <= products(code[b:e]) > 0]
     if not most:
         return None
-    begin, end = min(most, key=lambda span: span[1] - span[0])
-    exceptions: set[int] = set()
-    for b, e in found:
-        inside = begin < b and e < end
-        if inside and not has(code[b : e + 1], "HMMA", "LDGSTS"):
-            exceptions.update(range(b, e + 1))
-    rest = (x for i, x in enumerate(code[begin : end + 1], begin) if i not in exceptions)
-    return Counter(x.opcode for x in rest if isinstance(x, Instruction))
+    return Counter(shortest_way(code, *min(most, key=lambda span: span[1] - span[0])))
+
+
+def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> list[str]:
+    """The opcodes on the way down from one line to another that has most products and copies and,
+    of such ways, the fewest other instructions.
+    """
+    labels = {each: i for i, each in enumerate(code) if isinstance(each, str)}
+    best: dict[int, tuple[int, int, int]] = {}  # by line: minus those, the others, the next line
+    for i in range(end, begin - 1, -1):
+        here, next_lines, wanted, others = code[i], [i + 1], 0, 0
+        if isinstance(here, Instruction):
+            wanted = here.opcode.startswith(("HMMA", "LDGSTS"))
+            others = not wanted
+            if not here.conditional and re.match("BRA|EXIT|RET", here.opcode):
+                next_lines = []
+            next_lines.append(labels.get(here.target, begin))
+        onward = [(*best[at][:2], at) for at in next_lines if at > i and at in best]
+        if i == end:
+            onward = [(0, 0, end + 1)]
+        if onward:
+            most, fewest, at = min(onward)
+            best[i] = most - wanted, fewest + others, at
+    found, i = [], begin
+    while i <= end:
+        here = code[i]
+        if isinstance(here, Instruction):
+            found.append(here.opcode)
+        i = best[i][2]
+    return found
 
 
 def roof(opcodes: Counter[str], architecture: str) -> Roof:

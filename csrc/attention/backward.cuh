@@ -26,10 +26,6 @@ struct Inputs {
   __device__ const float2* statistics_of(const Sequence& sequence, int head) const {
     return statistics + sequence.row(all.in, head);
   }
-  __device__ bool plain() const {
-    return terms.mask == nullptr && terms.bias == nullptr && terms.alibi_slopes == nullptr &&
-           all.in.softcap == 0;
-  }
 };
 
 // One head's rows on one side of the products: scored * scored^T are the scores, and
@@ -59,8 +55,8 @@ struct SideTiles {
 
   __device__ explicit SideTiles(T* memory) : scored{memory}, weighed{memory + Rows * Dim} {}
   __device__ void fetch(const Side<T>& from, int first) const {
-    copy<Rows>(scored, from.scored, first);
-    copy<Rows>(weighed, from.weighed, first);
+    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads>(scored, from.scored, first);
+    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads>(weighed, from.weighed, first);
   }
   // Takes what is not finite for 0.
   __device__ void clean() const {
@@ -104,27 +100,29 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, co
   const AttentionScalars& in = from.all.in;
   const int lane = lane_index(), r = lane / 4, q = lane % 4;
   if (in.threshold != 0) drop<N>(grads, bits, in.kept);
-  const auto each = [&](const auto& logit_of) {
+  const auto each = [&](const auto& gradient_of) {
 #pragma unroll
     for (int n = 0; n < N / 8; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = r + e / 2 * 8, col = n * 8 + 2 * q + e % 2;
-        const float2 of_query = statistic(OfKeys ? col : row);
-        float steepness = 1;
-        const float logit = logit_of(weights[n][e], first + row, other + col, steepness);
-        const float weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
-        weights[n][e] = weight;
-        grads[n][e] = weight == 0 ? 0 : weight * (grads[n][e] - of_query.y) * steepness;
+        gradient_of(weights[n][e], grads[n][e], row, col, statistic(OfKeys ? col : row));
       }
   };
-  if (whole && from.plain()) {
-    each([&](float product, int, int, float&) { return product * in.scale; });
+  if (whole && in.plain) {
+    each([&](float& weight, float& grad, int, int, const float2& of_query) {
+      weight = ptx::exp2(fmaf(weight, in.scale, -of_query.x));
+      grad = weight * (grad - of_query.y);
+    });
   } else {
     const Scores<T> scores(in, sequence, from.terms, head);
-    each([&](float product, int row, int col, float& steepness) {
-      return scores.template operator()<true>(product, OfKeys ? col : row, OfKeys ? row : col,
-                                              OfProducts ? &steepness : nullptr);
+    each([&](float& weight, float& grad, int row, int col, const float2& of_query) {
+      const int i = OfKeys ? other + col : first + row, j = OfKeys ? first + row : other + col;
+      float steepness = 1;
+      const float logit =
+          scores.template operator()<true>(weight, i, j, OfProducts ? &steepness : nullptr);
+      weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
+      grad = weight == 0 ? 0 : weight * (grad - of_query.y) * steepness;
     });
   }
   if (in.threshold != 0) drop<N>(weights, bits, in.kept);
@@ -137,7 +135,8 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, co
   const T *query, const T *key, const T *value, const T *grad_out, const uint8_t *mask, \
       const void *bias, const float *alibi_slopes, const uint64_t *seed, const float2 *statistics
 
-#define FASTATTN_KERNEL(Tiles) extern "C" __global__ void __launch_bounds__(Tiles::kWarps* kWarp, 1)
+#define FASTATTN_KERNEL(Tiles, blocks) \
+  extern "C" __global__ void __launch_bounds__(Tiles::kThreads, blocks)
 
 #define FASTATTN_FROM \
   {query, key, value, grad_out, {mask, bias, alibi_slopes}, seed, statistics, all}

@@ -91,6 +91,8 @@ AttentionScalars scalars(const Attention& in, int64_t rows) {
   to.right = static_cast<int32_t>(std::min<int64_t>(in.right, kFar));
   to.hides =
       in.mask.data != nullptr || in.bias.data != nullptr || to.left < kFar || to.right < kFar;
+  to.plain = in.mask.data == nullptr && in.bias.data == nullptr && in.alibi_slopes == nullptr &&
+             in.softcap == 0 && in.scale > 0;
   to.scale = static_cast<float>(in.softcap == 0 ? in.scale * log2e : in.scale / in.softcap);
   to.softcap = static_cast<float>(in.softcap * log2e);
   to.threshold = dropout_threshold(in.dropout_p);
@@ -146,12 +148,10 @@ void launch_forward(const AttentionForward& args, Device& device) {
   AttentionScalars numbers = scalars(in, Tiles::kQueries);
   numbers.out = written(args.out, Bytes, in.value_dim);
   // Kernels of their own for what needs no more than products, bounds and sinks, where it pays.
-  const bool extra = Bytes == 4 || Dim == 256 || in.mask.data != nullptr ||
-                     in.bias.data != nullptr || in.alibi_slopes != nullptr || in.softcap != 0 ||
-                     in.dropout_p > 0;
+  const bool extra = Bytes == 4 || Dim == 256 || !numbers.plain || in.dropout_p > 0;
   launch(device, "attention", name("forward", in, Dim, extra ? "_extra" : ""),
          {{blocks(int64_t{numbers.query_blocks} * in.heads * numbers.batch), 1, 1},
-          {Tiles::kWarps * 32, 1, 1},
+          {Tiles::kThreads, 1, 1},
           Tiles::kShared},
          of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
          of.seed(), of.query_starts(), of.key_starts(), of.queries(args.out, in.value_dim),

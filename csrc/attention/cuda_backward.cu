@@ -13,10 +13,12 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   using Tiles = BackwardTiles<sizeof(T), Dim>;
   constexpr int rows = Tiles::kRows, others = Tiles::kOthers;
   constexpr int sums = OfKeys && !Tiles::kApart ? 2 : 1;
+  using Rows = Left<T, Dim, sizeof(T) == 2 && sums * Dim <= 128>;  // beside the sums
   const AttentionBackwardScalars& all = from.all;
   const AttentionScalars& in = all.in;
-  __shared__ Sequence sequence;
-  const Work work(sequence, in, starts, OfKeys, rows);
+  __shared__ Work work;
+  work.find(in, starts, OfKeys, rows);
+  const Sequence& sequence = work.sequence;
   if (work.none(OfKeys)) return;
   const int head = work.head, first = work.first;
   const int lane = lane_index(), q = lane % 4, warp = static_cast<int>(threadIdx.x / kWarp);
@@ -78,26 +80,34 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   __shared__ int strange;
   if (threadIdx.x == 0) strange = 0;
   bool careful = false;
+  // What has been fetched is there, and nobody reads what will be overwritten.
+  const auto take_turns = [] {
+    ptx::wait_for_copies();
+    __syncthreads();
+  };
+  own.fetch(own_side, first);
   while (true) {
+    if (begin < end) fetch(start, 0);
+    take_turns();
+    if (careful) {
+      own.clean();
+      __syncthreads();
+    }
+    const Rows scored(own.scored, row), weighed(own.weighed, row);
 #pragma unroll
     for (int s = 0; s < sums; s++)
 #pragma unroll
       for (int n = 0; n < Dim / 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[s][n][e] = 0;
-    own.fetch(own_side, first);
-    if (begin < end) fetch(start, 0);
     int parity = 0;
 #pragma unroll 1
-    for (Step now = start; begin < end && now.head < last_head; parity ^= 1) {
+    for (Step now = start; begin < end && now.head < last_head; parity ^= 1, take_turns()) {
       const Step step = now;
       now = behind(now);
-      ptx::wait_for_copies();
-      __syncthreads();
       if (now.head < last_head) fetch(now, parity ^ 1);
       const auto tiles = other_tiles(parity);
       if (careful) {
-        own.clean();
         tiles.clean();
         __syncthreads();
       }
@@ -120,9 +130,8 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
       if (!(step.first < last && step.first + others > nearest)) continue;
 
       Accumulator<others> weights = {}, grads = {};
-      multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
-      if (!of_values)
-        multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
+      multiply_transposed<others>(weights, scored, tiles.scored, in.head_dim);
+      if (!of_values) multiply_transposed<others>(grads, weighed, tiles.weighed, in.value_dim);
       if constexpr (!OfKeys) {
         if (in.threshold != 0)
           bits = kept<others>(in.threshold, seed, from.head_number(sequence, head),
@@ -151,8 +160,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
           multiply<others>(sum[0], grads, tiles.scored);
       }
     }
-    ptx::wait_for_copies();
-    __syncthreads();
+    __syncthreads();  // all have read their rows
     if (careful || !in.hides) break;
     bool finite = true;
 #pragma unroll
@@ -264,13 +272,13 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
 
 #define FASTATTN_BACKWARD(name, T, Dim)                                                           \
   using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                     \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                           \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim, Tiles_##name##_##Dim::kWidth == 128 ? 3 : 1)              \
   attention_backward_queries_##name##_##Dim(                                                      \
       FASTATTN_INPUTS(T), const void* query_starts, const void* key_starts, T* grad_query,        \
       const __grid_constant__ AttentionBackwardScalars all) {                                     \
     rows_gradient<T, Dim, false>(FASTATTN_FROM, {query_starts, key_starts}, grad_query, nullptr); \
   }                                                                                               \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                           \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim, 1)                                                        \
   attention_backward_keys_##name##_##Dim(FASTATTN_INPUTS(T), const void* query_starts,            \
                                          const void* key_starts, T* grad_key, T* grad_value,      \
                                          const __grid_constant__ AttentionBackwardScalars all) {  \

@@ -42,8 +42,9 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
           ptx::wait_for_copies();
           __syncthreads();
           Accumulator<others> weights = {}, grads = {};
-          multiply_transposed<others>(weights, own.scored, row, tiles.scored, in.head_dim);
-          multiply_transposed<others>(grads, own.weighed, row, tiles.weighed, in.value_dim);
+          using Rows = Left<T, Dim, false>;
+          multiply_transposed<others>(weights, Rows(own.scored, row), tiles.scored, in.head_dim);
+          multiply_transposed<others>(grads, Rows(own.weighed, row), tiles.weighed, in.value_dim);
           const int i = first + row + lane / 4;
           const float2* statistics = from.statistics_of(sequence, head);
           const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
@@ -100,7 +101,7 @@ using namespace fastattn::cuda;
 
 #define FASTATTN_BIAS(name, T, Dim)                                                              \
   using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim)                                                          \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim, 1)                                                       \
   attention_backward_bias_##name##_##Dim(FASTATTN_INPUTS(T), void* grad_bias,                    \
                                          const __grid_constant__ AttentionBackwardScalars all) { \
     bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                                             \

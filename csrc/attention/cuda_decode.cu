@@ -125,8 +125,11 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
       const Cache::Place at = {__shfl_sync(kAllLanes, place.page, row),
                                __shfl_sync(kAllLanes, place.slot, row)};
       const int count = at.page >= 0 ? min(max(from.cols - col, 0), each) : 0;
-      copy_chunk(to.chunk(row, chunk), from, row_of(from, layout, at) + col * from.col_stride,
-                 count);
+      const T* source = row_of(from, layout, at) + col * from.col_stride;
+      if (from.aligned)
+        ptx::copy_async(to.chunk(row, chunk), source, count * static_cast<int>(sizeof(T)));
+      else
+        copy_elements(to.chunk(row, chunk), source, from.col_stride, count);
     }
   };
   // Each lane knows where one of the keys from j on lies; past the end there is none.
@@ -160,7 +163,6 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
                                Scores<T>(in, sequence, terms, head_of_row(lane / 4 + 8))};
   Accumulator<Dim> sum = {};
   float highest[2] = {-kInfinity, -kInfinity}, total[2] = {};
-  bool spoilt[2] = {};
 #pragma unroll 1
   for (int parity = 0; j < end; j += step, parity ^= 1) {
     ptx::wait_for_copies();
@@ -169,7 +171,8 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
     place = find(j + 2 * step);
     const Values tile = value_tile(parity);
     Accumulator<keys> weights = {};
-    multiply_transposed<keys>(weights, queries, 0, key_tile(parity), in.head_dim);
+    multiply_transposed<keys>(weights, Left<T, Dim, false>(queries, 0), key_tile(parity),
+                              in.head_dim);
 #pragma unroll
     for (int n = 0; n < keys / 8; n++)
 #pragma unroll
@@ -179,12 +182,12 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
     // Nothing times NaN is NaN, so that values which some of the rows do not see are looked at.
     if (j < last / in.group + offset - in.left ||
         min(j + keys, end) > query_of(0) + offset + in.right + 1) {
-      find_strange<keys>(tile, in.value_dim, weights, spoilt);
+      find_strange<keys, Dim>(tile, in.value_dim, weights, sum);
       __syncwarp();
       clean(tile.memory, keys * Dim, lane, static_cast<int>(kWarp));
       __syncwarp();
     }
-    weigh<keys, Dim>(weights, highest, total, sum);
+    weigh<keys, Dim>(weights, 1, highest, total, sum);
     multiply<keys>(sum, weights, tile);
   }
   ptx::wait_for_copies();
@@ -195,22 +198,15 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
     return reinterpret_cast<float*>(memory + rows * Dim + w * Tiles::kEach / sizeof(T));
   };
   __syncwarp();
+  add_up(total);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    for (int apart = 1; apart < 4; apart *= 2) {
-      total[half] += __shfl_xor_sync(kAllLanes, total[half], apart);
-      spoilt[half] =
-          __shfl_xor_sync(kAllLanes, static_cast<int>(spoilt[half]), apart) || spoilt[half];
-    }
     const int r = lane / 4 + 8 * half;
     if (q == 0) of_warps[warp][r] = {highest[half], total[half]};
-    const float more = spoilt[half] ? kNan : 0;
 #pragma unroll
-    for (int n = 0; n < Dim / 8; n++) {
-      const float* pair = sum[n] + 2 * half;
-      ptx::store_shared(sums_of(warp) + r * Tiles::kPitch + n * 8 + 2 * q, pair[0] + more,
-                        pair[1] + more);
-    }
+    for (int n = 0; n < Dim / 8; n++)
+      ptx::store_shared(sums_of(warp) + r * Tiles::kPitch + n * 8 + 2 * q, sum[n][2 * half],
+                        sum[n][2 * half + 1]);
   }
   __syncthreads();
   const int chunks = all.width / 4;

@@ -11,8 +11,9 @@ template <int Bytes, int Dim>
 struct AttentionTiles {
   static constexpr int kWidth = Bytes * Dim;  // of a row
   static_assert(kWidth <= 512);               // more does not fit into registers
-  static constexpr int kWarps = 4, kQueries = 16 * kWarps;
-  static constexpr int kKeys = Bytes == 4 || kWidth == 512 ? 32 : 64;
+  static constexpr bool kNarrow = Bytes == 2 && kWidth <= 256;
+  static constexpr int kWarps = kNarrow ? 8 : 4, kThreads = 32 * kWarps, kQueries = 16 * kWarps;
+  static constexpr int kKeys = kNarrow ? 64 : 32;
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
@@ -21,7 +22,7 @@ struct AttentionTiles {
 template <int Bytes, int Dim>
 struct BackwardTiles {
   static constexpr int kWidth = Bytes * Dim;
-  static constexpr int kWarps = 4, kRows = 16 * kWarps;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kWarps;
   static constexpr int kOthers = kWidth <= 256 ? 32 : 16;
   static constexpr int kShared = 2 * kWidth * (kRows + 2 * kOthers);
   // Where the sums of both do not fit into registers, keys and values have blocks of their own.
@@ -60,6 +61,7 @@ struct AttentionScalars {
   int32_t offset;       // where sequences are not packed
   int32_t left, right;  // query i sees the keys i + offset - left ... i + offset + right
   int32_t hides;        // whether some keys may be invisible
+  int32_t plain;        // whether logits are no more than products times a positive scale
   float scale;          // of products, to logits in base 2, or to softcap's argument
   float softcap;        // in base 2, 0 for none
   uint32_t threshold;   // of dropout, 0 without

@@ -11,7 +11,7 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-extern __shared__ uint4 shared_memory[];
+extern __shared__ __align__(128) uint4 shared_memory[];  // see Tile
 
 __device__ inline int64_t integer(const void* from, const Integers& layout, int row, int col) {
   const int64_t at = row * layout.stride[0] + col * layout.stride[1];
@@ -35,31 +35,28 @@ struct Sequence {
 };
 
 // What a block works on: rows of one head of one sequence, from `first` on. Without rows it is one
-// too many.
+// too many. It is kept in shared memory, for registers are few.
 struct Work {
-  const Sequence& sequence;
+  Sequence sequence;
   int head, first;
 
   // `rows` of queries or of keys, in the order in which most work comes first under a causal mask.
-  // The sequence is kept in shared memory, for registers are few.
-  __device__ Work(Sequence& kept, const AttentionScalars& in, const Starts& starts, bool of_keys,
-                  int rows)
-      : sequence(kept) {
+  __device__ void find(const AttentionScalars& in, const Starts& starts, bool of_keys, int rows) {
     const int heads = of_keys ? in.heads / in.group : in.heads;
     const int blocks = of_keys ? in.key_blocks : in.query_blocks;
     const int block = static_cast<int>(blockIdx.x);
     int own = block % blocks;
-    head = block / blocks % heads;
     const Sequence found =
-        in.sequences > 0 ? find(in, starts, of_keys, rows, own)
+        in.sequences > 0 ? packed(in, starts, of_keys, rows, own)
                          : Sequence{block / blocks / heads, 0, in.q_len, 0, in.kv_len, in.offset};
-    if (threadIdx.x == 0) kept = found;
+    const int own_blocks = ((of_keys ? found.kv_len : found.q_len) + rows - 1) / rows;
+    if (threadIdx.x == 0)
+      *this = {found, block / blocks % heads, (of_keys ? own : own_blocks - 1 - own) * rows};
     __syncthreads();
-    const int own_blocks = (length(of_keys) + rows - 1) / rows;
-    first = (of_keys ? own : own_blocks - 1 - own) * rows;
   }
-  __device__ int length(bool of_keys) const { return of_keys ? sequence.kv_len : sequence.q_len; }
-  __device__ bool none(bool of_keys) const { return length(of_keys) == 0; }
+  __device__ bool none(bool of_keys) const {
+    return (of_keys ? sequence.kv_len : sequence.q_len) == 0;
+  }
 
  private:
   // Boundaries which are none stop the kernel, for the host has not read them.
@@ -75,8 +72,8 @@ struct Work {
 
   // The sequence that holds block `own` of all packed ones, which becomes the block's number in it.
   // Every warp looks for itself, at 32 sequences at a time.
-  __device__ static Sequence find(const AttentionScalars& in, const Starts& starts, bool of_keys,
-                                  int rows, int& own) {
+  __device__ static Sequence packed(const AttentionScalars& in, const Starts& starts, bool of_keys,
+                                    int rows, int& own) {
     const int lane = lane_index();
     for (int n = lane; n - lane < in.sequences; n += static_cast<int>(kWarp)) {
       int2 queries{}, keys{};
@@ -107,17 +104,20 @@ struct Work {
   }
 };
 
-// The rows of one head of a sequence in a tensor [B, H, rows, cols], behind `before` rows.
+// A row of one head in a tensor [B, H, rows, cols], and the matrix that begins with one.
+template <class T>
+__device__ T* row_at(T* tensor, const Layout& layout, int batch, int head, int row) {
+  return tensor + batch * layout.stride[0] + head * layout.stride[1] + row * layout.stride[2];
+}
+template <class T>
+__device__ Matrix<T> matrix(T* first, const Layout& layout, int rows, int cols) {
+  return {first, layout.stride[2], layout.stride[3], rows, cols, layout.aligned != 0};
+}
+// The rows of one head of a sequence, behind `before` rows.
 template <class T>
 __device__ Matrix<T> matrix(T* tensor, const Layout& layout, int batch, int head, int before,
                             int rows, int cols) {
-  const int64_t* stride = layout.stride;
-  return {tensor + batch * stride[0] + head * stride[1] + before * stride[2],
-          stride[2],
-          stride[3],
-          rows,
-          cols,
-          layout.aligned != 0};
+  return matrix(row_at(tensor, layout, batch, head, before), layout, rows, cols);
 }
 
 // The optional terms of the logits, for all heads.
@@ -181,19 +181,21 @@ struct Scores {
   }
 };
 
-// Logits become weights relative to the highest of their row so far, to which the sums of what came
-// before are scaled anew (Milakov & Gimelshein 2018, arXiv:1805.02867).
+// Logits, which are `scale` times what `weights` holds, become weights relative to the highest of
+// their row so far, to which the sums of what came before are scaled anew (Milakov & Gimelshein
+// 2018, arXiv:1805.02867).
 template <int Keys, int Dim>
-__device__ void weigh(Accumulator<Keys>& weights, float (&highest)[2], float (&total)[2],
-                      Accumulator<Dim>& sum) {
+__device__ void weigh(Accumulator<Keys>& weights, float scale, float (&highest)[2],
+                      float (&total)[2], Accumulator<Dim>& sum) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float now = highest[half];
+    float now = -kInfinity;
 #pragma unroll
     for (int n = 0; n < Keys / 8; n++)
       now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
     now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
     now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+    now = fmaxf(now * scale, highest[half]);
     const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
     const float rescale = ptx::exp2(highest[half] - base);
     highest[half] = now;
@@ -204,17 +206,28 @@ __device__ void weigh(Accumulator<Keys>& weights, float (&highest)[2], float (&t
     for (int n = 0; n < Keys / 8; n++)
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; e++) {
-        weights[n][e] = ptx::exp2(weights[n][e] - base);
+        weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base));
         total[half] += weights[n][e];
       }
   }
 }
 
-// Notes which of its two rows see a value that is not finite, by their logits. All lanes look.
-template <int Keys, class Values>
+// The parts that the four lanes of a row have of its total become this.
+__device__ void add_up(float (&total)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int apart = 1; apart < 4; apart *= 2)
+      total[half] += __shfl_xor_sync(kAllLanes, total[half], apart);
+}
+
+// The sums of rows which see a value that is not finite, by their logits, become NaN. All lanes
+// look.
+template <int Keys, int Dim, class Values>
 __device__ void find_strange(const Values& tile, int cols, const Accumulator<Keys>& logits,
-                             bool (&spoilt)[2]) {
+                             Accumulator<Dim>& sum) {
   const int lane = lane_index(), q = lane % 4;
+  bool spoilt[2] = {};
 #pragma unroll 1
   for (int k = 0; k < Keys; k++) {
     bool bad = false;
@@ -227,6 +240,11 @@ __device__ void find_strange(const Values& tile, int cols, const Accumulator<Key
       for (int e = 0; e < 4; e++)
         if (n * 8 + 2 * q + e % 2 == k && logits[n][e] != -kInfinity) spoilt[e / 2] = true;
   }
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    if (__ballot_sync(kAllLanes, spoilt[half]) >> lane / 4 * 4 & 15)
+#pragma unroll
+      for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] = sum[n][2 * half + 1] = kNan;
 }
 
 // Takes what is not finite for 0, of elements that so many threads share out among them.

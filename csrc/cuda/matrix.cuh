@@ -28,6 +28,13 @@ struct Tile {
     return memory + (row * kChunks + (Permuted ? chunk ^ permutation : chunk)) * kEach;
   }
   __device__ T* at(int row, int col) const { return chunk(row, col / kEach) + col % kEach; }
+
+  // From the address of chunk(row, 0 or 1) that of the one `down` and `right` of it, by constants
+  // where these are, in a tile that begins at a multiple of 128 bytes.
+  __device__ static uint32_t moved(uint32_t address, int down, int right) {
+    static_assert(Permuted && kChunks % 8 == 0);
+    return (address ^ right % 8 * 16) + (down * kChunks + right / 8 * 8) * 16;  // by 8 n and 2 n
+  }
 };
 
 // A matrix in global memory. `aligned` says that 16 bytes of a row can be moved at once.
@@ -39,45 +46,75 @@ struct Matrix {
   bool aligned;
 };
 
-// Begins to copy a chunk: `count` elements from `at` on, of a row of the matrix, and zeros behind.
+// Copies a chunk which is not aligned: `count` elements from `from` on, and zeros behind.
 template <class T>
-__device__ void copy_chunk(T* to, const Matrix<const T>& from, const T* at, int count) {
-  if (from.aligned) {
-    ptx::copy_async(to, count > 0 ? at : from.data, count * static_cast<int>(sizeof(T)));
-  } else {
-    for (int k = 0; k < static_cast<int>(16 / sizeof(T)); k++)
-      to[k] = k < count ? at[k * from.col_stride] : T(0.0f);
-  }
+__device__ void copy_elements(T* to, const T* from, int64_t stride, int count) {
+#pragma unroll 1
+  for (int k = 0; k < static_cast<int>(16 / sizeof(T)); k++, from += stride)
+    to[k] = k < count ? *from : T(0.0f);
 }
 
-// Begins to copy the rows first ... first + Rows to a tile, with zeros where the matrix ends; all
-// threads of the block take part.
-template <int Rows, class T, int Cols, bool Permuted>
+// Begins to copy the rows first ... first + Rows to a tile, with zeros where the matrix ends. All
+// Threads of the block take part, each in a column of chunks.
+template <int Rows, int Threads, class T, int Cols, bool Permuted>
 __device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& from, int first) {
   constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
+  constexpr int step = Threads / chunks;
+  static_assert(Threads % chunks == 0 && Rows % step == 0);
+  const int thread = ptx::thread_index(), row = thread / chunks, chunk = thread % chunks;
+  const int cols = min(max(from.cols - chunk * each, 0), each);
+  const T* at = from.data + (first + row) * from.row_stride + chunk * each * from.col_stride;
+  const auto count = [&](int r) { return first + row + r < from.rows ? cols : 0; };
+  if (from.aligned) {
+#pragma unroll
+    for (int r = 0; r < Rows; r += step, at += step * from.row_stride)
+      ptx::copy_async(to.chunk(row + r, chunk), at, count(r) * static_cast<int>(sizeof(T)));
+  } else {
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < Rows * chunks;
-       i += static_cast<int>(blockDim.x)) {
-    const int row = i / chunks, chunk = i % chunks, col = chunk * each;
-    const int count = first + row < from.rows ? min(max(from.cols - col, 0), each) : 0;
-    const T* at = from.data + (first + row) * from.row_stride + col * from.col_stride;
-    copy_chunk(to.chunk(row, chunk), from, at, count);
+    for (int r = 0; r < Rows; r += step, at += step * from.row_stride)
+      copy_elements(to.chunk(row + r, chunk), at, from.col_stride, count(r));
   }
 }
 
-// sum += a b^T: 16 rows of a, which begin at `row`, with all rows of b. All columns past `cols` are
-// zeros.
-template <int N, class T, int Cols>
-__device__ void multiply_transposed(Accumulator<N>& sum, const Tile<T, Cols>& a, int row,
+// 16 rows of a tile, which begin at `row`, as the left side of products. If Held, what tensor cores
+// take of them is read once, and stays in registers.
+template <class T, int Cols, bool Held>
+struct Left {
+  Tile<T, Cols> tile;
+  int row;
+  uint32_t held[Held ? Cols / 16 : 1][4];
+
+  __device__ Left(const Tile<T, Cols>& tile, int row) : tile(tile), row(row) {
+    if constexpr (Held)
+#pragma unroll
+      for (int k = 0; k < Cols / 16; k++) read(held[k], k);
+  }
+  __device__ void read(uint32_t (&to)[4], int k) const {
+    const int lane = lane_index();
+    const uint32_t own = ptx::shared_address(tile.chunk(row + lane % 16, lane / 16));
+    ptx::load_matrices(to, tile.moved(own, 0, 2 * k));
+  }
+  // 16 columns, from 16 k on.
+  __device__ void step(uint32_t (&to)[4], int k) const {
+    if constexpr (Held)
+      for (int i = 0; i < 4; i++) to[i] = held[k][i];
+    else
+      read(to, k);
+  }
+};
+
+// sum += a b^T, with all rows of b. All columns past `cols` are zeros.
+template <int N, class T, int Cols, bool Held>
+__device__ void multiply_transposed(Accumulator<N>& sum, const Left<T, Cols, Held>& a,
                                     const Tile<T, Cols>& b, int cols) {
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
-    const int r = row + lane / 4, q = lane % 4;
+    const int r = a.row + lane / 4, q = lane % 4;
 #pragma unroll 1
     for (int c = 0; c < cols; c += 4) {
       float left[2][4];
-      load(left[0], a.at(r, c));
-      load(left[1], a.at(r + 8, c));
+      load(left[0], a.tile.at(r, c));
+      load(left[1], a.tile.at(r + 8, c));
 #pragma unroll
       for (int n = 0; n < N / 8; n++)
 #pragma unroll
@@ -92,14 +129,15 @@ __device__ void multiply_transposed(Accumulator<N>& sum, const Tile<T, Cols>& a,
         }
     }
   } else {
+    const uint32_t own = ptx::shared_address(b.chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2));
 #pragma unroll
     for (int k = 0; k < Cols / 16; k++) {
       uint32_t left[4];
-      ptx::load_matrices(left, a.chunk(row + lane % 16, 2 * k + lane / 16));
+      a.step(left, k);
 #pragma unroll
       for (int n = 0; n < N / 16; n++) {
         uint32_t right[4];
-        ptx::load_matrices(right, b.chunk(n * 16 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        ptx::load_matrices(right, b.moved(own, n * 16, 2 * k));
         ptx::multiply<T>(sum[2 * n], left, right[0], right[1]);
         ptx::multiply<T>(sum[2 * n + 1], left, right[2], right[3]);
       }
@@ -126,6 +164,7 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
       }
     }
   } else {
+    const uint32_t own = ptx::shared_address(b.chunk(lane / 8 % 2 * 8 + lane % 8, lane / 16));
 #pragma unroll
     for (int k = 0; k < K / 16; k++) {
       const uint32_t left[4] = {packed<T>(a[2 * k]), packed<T>(a[2 * k] + 2),
@@ -133,8 +172,7 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
 #pragma unroll
       for (int n = 0; n < Cols / 16; n++) {
         uint32_t right[4];
-        ptx::load_transposed(right,
-                             b.chunk(k * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * n + lane / 16));
+        ptx::load_transposed(right, b.moved(own, k * 16, 2 * n));
         ptx::multiply<T>(sum[2 * n], left, right[0], right[1]);
         ptx::multiply<T>(sum[2 * n + 1], left, right[2], right[3]);
       }
@@ -148,7 +186,7 @@ template <class T, int Cols>
 __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
                       const Tile<T, Cols>& tile, int row) {
   constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
-  const int lane = lane_index(), r = row + lane / 4, q = lane % 4;
+  const int lane = ptx::thread_index() % static_cast<int>(kWarp), r = row + lane / 4, q = lane % 4;
 #pragma unroll
   for (int n = 0; n < Cols / 8; n++)
 #pragma unroll

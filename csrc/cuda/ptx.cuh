@@ -20,6 +20,13 @@ __device__ inline void store_global(void* to, const uint4& words) {
                : "memory");
 }
 
+// threadIdx.x, read anew each time, so that nothing which follows from it is kept in registers.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
@@ -53,17 +60,23 @@ __device__ void wait_for_groups() {
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four matrices of 8 x 8 elements of 16 bits; lane l names row l % 8 of matrix l / 8.
-__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-__device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
+__device__ inline void load_transposed(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  load_matrices(to, shared_address(row));
+}
+__device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  load_transposed(to, shared_address(row));
 }
 
 // sum += a b: 16 x 16 times 16 x 8 on a tensor core.
