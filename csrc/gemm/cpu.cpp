@@ -1,8 +1,9 @@
 // The blocked matrix products of all rooms, compiled once for each ISA and type.
 //
-// A tile reads panels of one operand, which is turned as it is packed, and single elements of the
-// other, whose rows are copied as they are, a group at a time. Packing costs more than copying, so
-// the smaller operand is packed; where that is A, a tile is a piece of C^T.
+// A tile reads vectors of one operand and single elements of the other. Both are packed, depth by
+// depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
+// at a time. Each thread packs the blocks anew, so these are of the smaller operand, the one that
+// is cheaper to pack; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
 #include "gemm/gemm.h"
 
@@ -33,9 +34,12 @@ class TiledProduct {
   explicit TiledProduct(const Product<A, T>& product) : in_(product) {
     const Side activations{in_.rows, 1, {in_.a}},
         weights{in_.cols, in_.count, {in_.weights[0], in_.weights[1]}};
-    // Turning an element costs about half as much as packing one.
-    turned_ = in_.rows * (in_.depth + weights.rows * in_.count / 2) <=
-              weights.rows * in_.count * in_.depth;
+    // Turning a tile costs about half as much an element as packing, and rows that lie along the
+    // depth are turned as they are packed.
+    const auto packing = [&](const Side& side) {
+      return side.rows * side.count * in_.depth * (side.matrices[0].inner == 1 ? 2 : 1);
+    };
+    turned_ = packing(activations) + in_.rows * weights.rows * in_.count / 2 <= packing(weights);
     packed_ = turned_ ? activations : weights;
     placed_ = turned_ ? weights : activations;
     const int64_t row_bytes =
@@ -54,7 +58,7 @@ class TiledProduct {
       const int64_t kept = in_.depth > kSpan ? ceil_div(groups_, ranges_) : 1;
       const Memory memory{
           scratch.take<A>(packed_.count * block_rows_ * in_.depth + kSlack),
-          scratch.take<A>(placed_.count * kGroup * apart(smaller(in_.depth, kSpan))),
+          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
           scratch.take<A>(kept * in_.count * kGroup * block_rows_),
           scratch.take<A>(2 * kGroup * kWidth)};
       int64_t packed = -1;
@@ -82,7 +86,7 @@ class TiledProduct {
  private:
   static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
-  static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 128 : 64;  // no chain of sums is longer
+  static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
   static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
@@ -98,7 +102,7 @@ class TiledProduct {
   using Place = typename Finish<A>::Place;
   struct Memory {
     A* panels;  // [matrices, spans, panels, depths of a span, kWidth]
-    A* copied;  // [matrices, kGroup, apart(depths of a span)]
+    A* group;   // [matrices, depths of a span, kGroup]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
@@ -107,10 +111,6 @@ class TiledProduct {
   Block span_at(int64_t start) const {
     return {start, larger(0, smaller(kSpan, in_.depth - start))};
   }
-
-  // From one copied row to the next: by a line more than a round number, or few rows would fit into
-  // the sets of the cache that they share.
-  static int64_t apart(int64_t depth) { return round_up(depth, lanes<A>) + 64 / sizeof(A); }
 
   static int64_t width_at(int64_t row, Block rows) {
     return smaller(kWidth, round_up(rows.count - row, lanes<A>));
@@ -129,20 +129,6 @@ class TiledProduct {
         pack_panel(panel_at(memory, m, rows, span, row), width, from.data, from.outer, from.inner,
                    smaller(width, rows.count - row), span.count);
       }
-  }
-
-  // Copies a group of rows; those past the end are 0.
-  static void copy_group(Operand<T> matrix, int64_t count, int64_t depth, A* to) {
-    const int64_t row = apart(depth);
-    if (matrix.inner != 1) {  // depths are packed as if they were rows
-      pack_panel(to, row, matrix.data, matrix.inner, matrix.outer, depth, count);
-    } else {
-      for (int64_t i = 0; i < count; i++)
-        each_vector<A>(depth, [&](int64_t k, auto n) {
-          store_count<A>(to + i * row + k, load_count<A>(matrix.data + i * matrix.outer + k, n), n);
-        });
-    }
-    for (int64_t i = count * row; i < kGroup * row; i += lanes<A>) store(to + i, Vec<A>{});
   }
 
   Place place_at(Block rows, Block others, int64_t row) const {
@@ -168,10 +154,11 @@ class TiledProduct {
   void add(const Memory& memory, Block rows, Block others, Block span, Block next, Block then,
            A* tiles) const {
     const bool last = span.first + span.count == in_.depth;
-    const int64_t group_row = apart(span.count);
-    for (int64_t m = 0; m < placed_.count; m++)
-      copy_group(placed_.matrices[m].from(others.first, span.first), others.count, span.count,
-                 memory.copied + m * kGroup * group_row);
+    for (int64_t m = 0; m < placed_.count; m++) {
+      const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
+      pack_panel(memory.group + m * span.count * kGroup, kGroup, from.data, from.outer, from.inner,
+                 others.count, span.count);
+    }
     const int64_t steps =
         in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
     Fetch<false> reads[2];
@@ -188,16 +175,16 @@ class TiledProduct {
         constexpr int count = Tile<A>::sums / vecs;
         for (int64_t w = 0; w < in_.count; w++) {
           const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
-          const A* group = memory.copied + (turned_ ? w : 0) * kGroup * group_row;
+          const A* group = memory.group + (turned_ ? w : 0) * span.count * kGroup;
           A* tile = to + w * block_rows_ * kGroup;
           for (int64_t start = 0; start == 0 || start < span.count; start += kDepth) {
             const int64_t length = smaller(kDepth, span.count - start);
             for (int64_t i = 0; i < others.count; i += count) {
               for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
               writes.step();
-              multiply_tile<A, count, vecs, 1>(group + i * group_row + start, group_row,
-                                               panel + start * width, length, tile + i * width,
-                                               width, span.first + start > 0);
+              multiply_tile<A, count, vecs, kGroup>(group + start * kGroup + i, 1,
+                                                    panel + start * width, length, tile + i * width,
+                                                    width, span.first + start > 0);
             }
           }
         }
