@@ -2,8 +2,8 @@
 //
 // A tile reads vectors of one operand and single elements of the other. Both are packed, depth by
 // depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
-// at a time. Each thread packs the blocks anew, so these are of the smaller operand, the one that
-// is cheaper to pack; where that is A, a tile is a piece of C^T.
+// at a time, once for each block. So blocks are of the smaller operand, or of the one that is
+// cheaper to pack; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
 #include "gemm/gemm.h"
 
@@ -47,38 +47,41 @@ class TiledProduct {
     const int64_t fitting = larger(2, cache_bytes() / kShare / (row_bytes * kWidth)) * kWidth;
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
+    spans_ = larger(1, ceil_div(in_.depth, kSpan));
     groups_ = ceil_div(placed_.rows, kGroup);
     ranges_ = smaller(groups_, ceil_div(in_.tasks(groups_ * blocks_), blocks_));
     ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
   }
 
   void run() const {
+    Scratch shared;
+    A* panels = shared.take<A>(packed_.count * blocks_ * block_rows_ * in_.depth);
+    SharedTasks* packing = shared.take<SharedTasks>(blocks_ * spans_);
+    for (int64_t block = 0; block < blocks_; block++)
+      for (int64_t span = 0; span < spans_; span++)
+        packing[block * spans_ + span] = SharedTasks(ceil_div(block_at(block).count, kWidth));
     workers(blocks_ * ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
-      const int64_t kept = in_.depth > kSpan ? ceil_div(groups_, ranges_) : 1;
-      const Memory memory{
-          scratch.take<A>(packed_.count * block_rows_ * in_.depth + kSlack),
-          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
-          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
-          scratch.take<A>(2 * kGroup * kWidth)};
-      int64_t packed = -1;
+      const int64_t kept = spans_ > 1 ? ceil_div(groups_, ranges_) : 1;
+      const Memory memory{panels,
+                          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan)),
+                          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
+                          scratch.take<A>(2 * kGroup * kWidth)};
       for (int64_t task; queue.next(task);) {
         const int64_t block = task / ranges_, range = task % ranges_;
-        const Block rows{block * block_rows_,
-                         smaller(block_rows_, packed_.rows - block * block_rows_)};
+        const Block rows = block_at(block);
         const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
-        for (int64_t start = 0; start == 0 || start < in_.depth; start += kSpan) {
-          const Block span = span_at(start);
-          if (packed != block) pack(memory, rows, span);
+        for (int64_t n = 0; n < spans_; n++) {
+          const Block span = span_at(n);
+          pack(memory, rows, span, packing[block * spans_ + n]);
           A* tiles = memory.tiles;
           for (int64_t group = first; group < end; group++) {
             const bool more = group + 1 < end;
             add(memory, rows, group_at(group), span, group_at(more ? group + 1 : first),
-                more ? span : span_at(start + kSpan), tiles);
+                more ? span : span_at(n + 1), tiles);
             if (kept > 1) tiles += in_.count * kGroup * block_rows_;
           }
         }
-        packed = block;
       }
     });
   }
@@ -101,15 +104,19 @@ class TiledProduct {
   };
   using Place = typename Finish<A>::Place;
   struct Memory {
-    A* panels;  // [matrices, spans, panels, depths of a span, kWidth]
+    A* panels;  // [matrices, blocks, spans, panels, depths of a span, kWidth], for all threads
     A* group;   // [matrices, depths of a span, kGroup]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
 
-  // The depths from `start` on that a block's panels are packed for at once; none past the end.
-  Block span_at(int64_t start) const {
-    return {start, larger(0, smaller(kSpan, in_.depth - start))};
+  Block block_at(int64_t block) const {
+    return {block * block_rows_, smaller(block_rows_, packed_.rows - block * block_rows_)};
+  }
+
+  // The depths that a block's panels are packed for at once; none past the end.
+  Block span_at(int64_t span) const {
+    return {span * kSpan, larger(0, smaller(kSpan, in_.depth - span * kSpan))};
   }
 
   static int64_t width_at(int64_t row, Block rows) {
@@ -117,18 +124,20 @@ class TiledProduct {
   }
 
   A* panel_at(const Memory& memory, int64_t matrix, Block rows, Block span, int64_t row) const {
-    return memory.panels + matrix * block_rows_ * in_.depth +
+    return memory.panels + (matrix * blocks_ * block_rows_ + rows.first) * in_.depth +
            span.first * round_up(rows.count, lanes<A>) + row * span.count;
   }
 
-  void pack(const Memory& memory, Block rows, Block span) const {
-    for (int64_t m = 0; m < packed_.count; m++)
-      for (int64_t row = 0; row < rows.count; row += kWidth) {
+  // Packs the panels of a span that no other thread packs, and waits for those of the others.
+  void pack(const Memory& memory, Block rows, Block span, SharedTasks& panels) const {
+    for (int64_t panel; panels.next(panel); panels.done())
+      for (int64_t m = 0; m < packed_.count; m++) {
+        const int64_t row = panel * kWidth, width = width_at(row, rows);
         const Operand<T> from = packed_.matrices[m].from(rows.first + row, span.first);
-        const int64_t width = width_at(row, rows);
         pack_panel(panel_at(memory, m, rows, span, row), width, from.data, from.outer, from.inner,
                    smaller(width, rows.count - row), span.count);
       }
+    panels.wait();
   }
 
   Place place_at(Block rows, Block others, int64_t row) const {
@@ -215,7 +224,7 @@ class TiledProduct {
   const Product<A, T>& in_;
   bool turned_;
   Side packed_, placed_;
-  int64_t block_rows_, blocks_, groups_, ranges_;
+  int64_t block_rows_, blocks_, spans_, groups_, ranges_;
 };
 
 // Up to Count rows of A against rows of a weight that are vectors along depth: the weight streams
