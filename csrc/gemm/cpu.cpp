@@ -228,7 +228,7 @@ class TiledProduct {
 };
 
 // Up to Count rows of A against rows of a weight that are vectors along depth: the weight streams
-// through once. Sums over kChain are added in fp64: their error grows with the length of a chain.
+// through once.
 template <class A, class T, int Count>
 class DotProduct {
  public:
@@ -264,9 +264,8 @@ class DotProduct {
 
  private:
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;
-  static constexpr int kSums = FASTATTN_LANES == 16 ? 16 : 8;  // accumulators that fit in registers
-  static constexpr int kWeights = kSums / Count > 8 ? 8 : kSums / Count;
-  static constexpr int64_t kChain = FASTATTN_LANES == 1 ? 32 : 64 * lanes<A>;
+  static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
+  static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
 
   void widen(A* to) const {
     for (int64_t i = 0; i < Count; i++)
@@ -278,29 +277,37 @@ class DotProduct {
       }
   }
 
-  // to[i * kGroup + j] = row i of A times row j of the weight, for j < Weights.
+  // to[i * kGroup + j] = row i of A times row j of the weight, for j < Weights. What was summed
+  // over kChain is added to the sum of the others: an error grows with the length of a chain.
   template <int Weights>
   void dot(const A* rows, Operand<T> weight, A* to) const {
-    double total[Count][Weights] = {};
+    Vec<A> total[Count][Weights] = {};
     for (int64_t start = 0; start < in_.depth; start += kChain) {
       Vec<A> sums[Count][Weights] = {};
       each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
         const int64_t k = start + offset;
-        Vec<A> x[Count];
-#pragma GCC unroll 8
-        for (int i = 0; i < Count; i++) x[i] = load<A>(rows + i * padded_ + k);
-#pragma GCC unroll 8
+        Vec<A> factor[Weights];
+#pragma GCC unroll 16
         for (int j = 0; j < Weights; j++) {
-          const Vec<A> factor = load_count<A>(weight.data + j * weight.outer + k, n);
-#pragma GCC unroll 8
-          for (int i = 0; i < Count; i++) sums[i][j] += factor * x[i];
+          factor[j] = load_count<A>(weight.data + j * weight.outer + k, n);
+          __builtin_prefetch(weight.data + (j + Weights) * weight.outer + k);  // the next rows
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Count; i++) {
+          const Vec<A> x = load<A>(rows + i * padded_ + k);
+#pragma GCC unroll 16
+          for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
         }
       });
+#pragma GCC unroll 16
       for (int i = 0; i < Count; i++)
-        for (int j = 0; j < Weights; j++) total[i][j] += sum<A>(sums[i][j]);
+#pragma GCC unroll 16
+        for (int j = 0; j < Weights; j++) total[i][j] += sums[i][j];
     }
+#pragma GCC unroll 16
     for (int i = 0; i < Count; i++)
-      for (int j = 0; j < Weights; j++) to[i * kGroup + j] = static_cast<A>(total[i][j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < Weights; j++) to[i * kGroup + j] = sum<A>(total[i][j]);
   }
 
   const Product<A, T>& in_;
