@@ -66,6 +66,18 @@ def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
     return call
 
 
+def _rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key = _leaves(*torch.zeros(2, 2, 8, 64, 128, dtype=dtype))
+        cos = torch.zeros(64, 48)
+        positions = torch.arange(64)
+        options = {"positions": positions, "interleaved": interleaved}
+        query, key = fastattn.apply_rope(query, key, cos, cos, **options)
+        (query.sum() + key.sum()).backward()
+
+    return call
+
+
 CALLS = (
     {
         f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
@@ -81,6 +93,11 @@ CALLS = (
         f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for cols in (1024, 4096, 8192)
+    }
+    | {
+        f"rope_{SHORT[dtype]}{'_interleaved' * interleaved}": _rope(dtype, interleaved)
+        for dtype in (torch.float32, torch.bfloat16)
+        for interleaved in (False, True)
     }
 )
 

@@ -55,7 +55,8 @@ def launch(
     Args:
         grid: how many programs there are in each dimension; where one is 0 nothing runs.
         arguments: every argument by its name, None for a tensor that is not there.
-        writes: the tensors that the kernel writes to, and does not read.
+        writes: the tensors that the kernel writes to, and does not read unless they are given
+            under another name too.
         fuse: let the compiler make one instruction of a product and a sum. Not where products are
             summed across threads: there two threads would add the same numbers, but each round
             the other's alone, and all of them write their result to one place.
