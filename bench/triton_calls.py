@@ -78,6 +78,17 @@ def _rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
     return call
 
 
+def _loss(dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        x, weight = _leaves(torch.zeros(2, 64, dtype=dtype), torch.zeros(32000, 64, dtype=dtype))
+        target, options = torch.zeros(2).long(), {"label_smoothing": 0.1, "softcap": 30.0}
+        for reduction in ("mean", "none"):
+            loss = fastattn.linear_cross_entropy(x, weight, target, reduction=reduction, **options)
+            loss.sum().backward()
+
+    return call
+
+
 CALLS = (
     {
         f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
@@ -94,6 +105,7 @@ CALLS = (
         for dtype in (torch.float32, torch.bfloat16)
         for cols in (1024, 4096, 8192)
     }
+    | {f"loss_{SHORT[dtype]}": _loss(dtype) for dtype in (torch.float32, torch.bfloat16)}
     | {
         f"rope_{SHORT[dtype]}{'_interleaved' * interleaved}": _rope(dtype, interleaved)
         for dtype in (torch.float32, torch.bfloat16)

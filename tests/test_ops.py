@@ -109,6 +109,10 @@ QUICK_IN_TRITON = {
     "attention": ("odd_sizes", "causal_tall", "sinks", "everything"),
     "linear": ("odd_sizes", "gelu_tanh", "no_features", "no_outputs", "no_rows"),
     "ffn": ("gelu", "relu_gated", "everything", "no_hidden"),
+    "linear_cross_entropy": (
+        *("plain", "ignored", "all_ignored", "sum", "none", "smoothing", "softcap", "vector"),
+        *("one_class", "chunks", "everything", "no_rows", "no_features"),
+    ),
     "apply_rope": (
         *("plain", "partial_interleaved", "odd_sizes", "one_row", "query_alone"),
         *("positions", "shared_positions", "no_angles", "no_rows"),
