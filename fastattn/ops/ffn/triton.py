@@ -26,6 +26,11 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _sigmoid_slope(x):
+    return _sigmoid(x) * _sigmoid(-x)  # without 1 - sigmoid(x), of which little is left
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """The activation of fp32 x, and its slope there."""
     if ACTIVATION == "relu":
@@ -36,13 +41,14 @@ def _activate(x, ACTIVATION: tl.constexpr):
         found = x * share
         slope = share + x * NORMAL * tl.exp2(-0.5 * LOG2E * x * x)
     elif ACTIVATION == "gelu_tanh":
-        share = _sigmoid(x * (LINEAR + CUBIC * x * x))
+        inner = x * (LINEAR + CUBIC * x * x)
+        share = _sigmoid(inner)
         found = x * share
-        slope = share + x * share * (1 - share) * (LINEAR + 3 * CUBIC * x * x)
+        slope = share + x * _sigmoid_slope(inner) * (LINEAR + 3 * CUBIC * x * x)
     elif ACTIVATION == "silu":
         share = _sigmoid(x)
         found = x * share
-        slope = share + x * share * (1 - share)
+        slope = share + x * _sigmoid_slope(x)
     else:
         tl.static_assert(ACTIVATION == "identity")
         found = x
