@@ -26,11 +26,6 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _sigmoid_slope(x):
-    return _sigmoid(x) * _sigmoid(-x)  # without 1 - sigmoid(x), of which little is left
-
-
-@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """The activation of fp32 x, and its slope there."""
     if ACTIVATION == "relu":
@@ -44,11 +39,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
         inner = x * (LINEAR + CUBIC * x * x)
         share = _sigmoid(inner)
         found = x * share
-        slope = share + x * _sigmoid_slope(inner) * (LINEAR + 3 * CUBIC * x * x)
+        rest = _sigmoid(-inner)  # 1 - share would cancel
+        slope = share + x * share * rest * (LINEAR + 3 * CUBIC * x * x)
     elif ACTIVATION == "silu":
         share = _sigmoid(x)
         found = x * share
-        slope = share + x * _sigmoid_slope(x)
+        slope = share + x * share * _sigmoid(-x)
     else:
         tl.static_assert(ACTIVATION == "identity")
         found = x
