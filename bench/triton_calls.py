@@ -66,6 +66,29 @@ def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
     return call
 
 
+def _rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key = _leaves(*torch.zeros(2, 2, 8, 64, 128, dtype=dtype))
+        cos = torch.zeros(64, 48)
+        positions = torch.arange(64)
+        options = {"positions": positions, "interleaved": interleaved}
+        query, key = fastattn.apply_rope(query, key, cos, cos, **options)
+        (query.sum() + key.sum()).backward()
+
+    return call
+
+
+def _loss(dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        x, weight = _leaves(torch.zeros(2, 64, dtype=dtype), torch.zeros(32000, 64, dtype=dtype))
+        target, options = torch.zeros(2).long(), {"label_smoothing": 0.1, "softcap": 30.0}
+        for reduction in ("mean", "none"):
+            loss = fastattn.linear_cross_entropy(x, weight, target, reduction=reduction, **options)
+            loss.sum().backward()
+
+    return call
+
+
 CALLS = (
     {
         f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
@@ -81,6 +104,12 @@ CALLS = (
         f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for cols in (1024, 4096, 8192)
+    }
+    | {f"loss_{SHORT[dtype]}": _loss(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    | {
+        f"rope_{SHORT[dtype]}{'_interleaved' * interleaved}": _rope(dtype, interleaved)
+        for dtype in (torch.float32, torch.bfloat16)
+        for interleaved in (False, True)
     }
 )
 

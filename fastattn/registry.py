@@ -121,7 +121,7 @@ def op(
     if "triton" in kernels:
         module = f"{reference.__module__.rpartition('.')[0]}.triton"
         triton = define(
-            "triton", (_imported(module, f"{name}_fwd"), _imported(module, f"{name}_bwd"))
+            "triton", (imported(module, f"{name}_fwd"), imported(module, f"{name}_bwd"))
         )
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for attribute, value in (
@@ -134,7 +134,7 @@ def op(
     return record
 
 
-def _imported(module: str, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+def imported(module: str, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function of a module that is imported when it is called."""
 
     def call(*args: Any) -> tuple[torch.Tensor, ...]:

@@ -109,6 +109,14 @@ QUICK_IN_TRITON = {
     "attention": ("odd_sizes", "causal_tall", "sinks", "everything"),
     "linear": ("odd_sizes", "gelu_tanh", "no_features", "no_outputs", "no_rows"),
     "ffn": ("gelu", "relu_gated", "everything", "no_hidden"),
+    "linear_cross_entropy": (
+        *("plain", "ignored", "all_ignored", "sum", "none", "smoothing", "softcap", "vector"),
+        *("one_class", "chunks", "everything", "no_rows", "no_features"),
+    ),
+    "apply_rope": (
+        *("plain", "partial_interleaved", "odd_sizes", "one_row", "query_alone"),
+        *("positions", "shared_positions", "no_angles", "no_rows"),
+    ),
 }
 
 
@@ -306,7 +314,7 @@ def test_every_torch_op_is_checked() -> None:
     checked = {registry.FUNCTIONS[CASES[case_id].function][1].name for case_id in CHECKED}
     assert checked | WITHIN == set(registry.OPS)
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
-    expected = {"fastattn::rope_"}  # checked in test_rope.py
+    expected = {"fastattn::rope_", "fastattn::rope_.triton"}  # checked in test_rope.py
     for name, record in registry.OPS.items():
         ways = ("_fwd", "_bwd") if isinstance(record, registry.Op) else ("",)
         expected |= {f"fastattn::{name}{way}" for way in ways}
