@@ -113,6 +113,7 @@ WATCHED = [
     ("add_layer_norm-everything", torch.bfloat16),
     ("add_layer_norm-many_columns", torch.float16),
     ("attention-one_row", torch.bfloat16),
+    ("attention_varlen-no_rows", torch.float16),
 ]
 
 
@@ -230,6 +231,38 @@ def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) ->
     rows = found.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
     assert rows == ([25] if position == 0 else [*range(25, 70)])
     assert bool(found[:, :, :25].isfinite().all())
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
+)
+def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: int) -> None:
+    """Those of queries and those of keys, which the host does not read."""
+    prepare = registry.FUNCTIONS["attention_varlen"][0]
+    good = torch.tensor([0, 4, 9])
+    args = prepare(*torch.randn(3, 9, 2, 16).bfloat16(), good, good, 9, 9)
+    with fastattn.use_kernel("triton-emulator"):
+        torch.ops.fastattn.attention_fwd.triton(*args)
+        for of_keys in (0, 1):
+            bad = list(args)
+            bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
+            with pytest.raises(RuntimeError, match="trap"):
+                torch.ops.fastattn.attention_fwd.triton(*bad)
+
+
+@emulated
+def test_many_sequences_are_found() -> None:
+    """Most of them short, in numbers of either width and any stride."""
+    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tensors = [torch.randn(int(starts[-1]), 1, 16) for _ in range(3)]
+    expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
+    with fastattn.use_kernel("triton-emulator"):
+        for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
+            found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
+            torch.testing.assert_close(found, expected)
 
 
 @emulated

@@ -59,6 +59,15 @@ def finite(x):
 
 
 @triton.jit
+def stop_if(bad):
+    """Stops the kernel, as an illegal access would, where `bad` is true."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred bad; setp.ne.s32 bad, $1, 0; @bad trap; mov.b32 $0, $1; }",
+        "=r,r", [bad.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def tanh(x):
     """To an absolute error of a few roundings of 1."""
     return 2 / (1 + tl.exp2(x * -2.885390081777927)) - 1

@@ -19,7 +19,7 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-SEQUENCES, TENSORS = 8, 10
+TENSORS = 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -49,10 +49,7 @@ def _triton_refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
-    reasons += arguments.too_wide(64, 128, query, value)
-    if args[SEQUENCES] is not None:
-        reasons.append("sequences are packed")
-    return reasons
+    return reasons + arguments.too_wide(64, 128, query, value)
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
