@@ -12,7 +12,7 @@ import torch
 import fastattn
 from fastattn import dispatch, registry
 from fastattn.emulator import device
-from fastattn.testing import all_cases, run
+from fastattn.testing import Case, Draw, all_cases, assert_close_to_oracle, run, widened
 
 CASES = {case.id: case for case in all_cases()}
 WHY_NOT = fastattn.backends()["triton-emulator"]
@@ -231,6 +231,29 @@ def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) ->
     rows = found.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
     assert rows == ([25] if position == 0 else [*range(25, 70)])
     assert bool(found[:, :, :25].isfinite().all())
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [(torch.bfloat16, 256, 40), (torch.float16, 72, 200)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int, dropout_p: float) -> None:
+    """Forward and backward, on tiles of their own; dropout has others in turn."""
+    shapes = {"query": (1, 2, 20, head_dim), "key": (1, 1, 70, head_dim)}
+    tensors = {name: Draw(shape) for name, shape in shapes.items()}
+    tensors["value"] = Draw((1, 1, 70, value_dim))
+    options = {"causal": True, "dropout_p": dropout_p, "seed": 7 if dropout_p else None}
+    case = Case("attention", f"wide_{head_dim}", tensors, options)
+    inputs = case.inputs(dtype)
+    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
+    found = run(case, inputs, "triton-emulator")
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
 
 
 @emulated

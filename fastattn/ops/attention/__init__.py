@@ -49,7 +49,7 @@ def _triton_refusals(*args: Any) -> list[str]:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
-    return reasons + arguments.too_wide(64, 128, query, value)
+    return reasons + arguments.too_wide(64, 256, query, value)
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
