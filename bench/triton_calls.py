@@ -112,7 +112,6 @@ CALLS = (
             width, dtype, packed, extra
         )
         for dtype, width in WIDTHS
-        if (dtype, width) != (torch.float32, 128)
         for packed in (False, True)
         for extra in (False, True)
     }

@@ -237,7 +237,7 @@ def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "value_dim"),
-    [(torch.bfloat16, 256, 40), (torch.float16, 72, 200)],
+    [(torch.bfloat16, 256, 40), (torch.float16, 72, 200), (torch.float32, 128, 72)],
     ids=str,
 )
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

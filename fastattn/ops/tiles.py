@@ -12,9 +12,13 @@ from fastattn.ops import philox
 def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
     """Bool [R, KEYS], which positions dropout keeps: those of `fastattn.ops.philox`.
 
-    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, a multiple of 64.
+    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, which are 16 or a multiple
+    of 64, and so is it.
     """
-    block = tl.arange(0, KEYS // 64)[None, :, None]
+    if KEYS == 16:
+        own = first // 16 % 4
+        first -= 16 * own
+    block = tl.arange(0, max(KEYS // 64, 1))[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
     counter = (first // 4 + block * 16 + lane).to(tl.uint32)
     row = row.to(tl.uint32)[:, None, None] + tl.zeros_like(counter)
@@ -22,9 +26,12 @@ def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
     head = tl.zeros_like(row) + head
     # One call draws the words of four keys, which lie 16 apart.
     a, b, c, d = tl.philox(seed, counter, row, head, tl.zeros_like(row))
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, KEYS / 64, 16, 2, 2]
-    words = words.permute(0, 1, 3, 4, 2).reshape(row.shape[0], KEYS)
-    return words >= threshold
+    if KEYS == 16:
+        words = tl.where(own < 2, tl.where(own == 0, a, b), tl.where(own == 2, c, d))
+    else:
+        words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, KEYS / 64, 16, 2, 2]
+        words = words.permute(0, 1, 3, 4, 2)
+    return words.reshape(row.shape[0], KEYS) >= threshold
 
 
 def threshold_and_factor(dropout_p: float) -> tuple[int, float]:

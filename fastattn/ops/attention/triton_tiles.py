@@ -202,14 +202,14 @@ KNOBS = {
             256: Tiles(64, 64, 8, 1),
             512: Tiles(32, 64, 8, 1),
         },
-        forward_fp32={256: Tiles(16, 64, 8, 1)},
+        forward_fp32={256: Tiles(16, 64, 8, 1), 512: Tiles(16, 16, 8, 1, 255)},
         backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 1)},
         backward_extra={
             128: Tiles(32, 64, 8, 2),
             256: Tiles(32, 64, 8, 1),
             512: Tiles(16, 64, 8, 1),
         },
-        backward_fp32={256: Tiles(16, 64, 8, 1, 255)},
+        backward_fp32={256: Tiles(16, 64, 8, 1, 255), 512: Tiles(16, 16, 8, 1, 255)},
         decode={256: Tiles(16, 64, 4, 2), 512: Tiles(16, 32, 4, 2)},
         decode_fp32={256: Tiles(16, 64, 8, 1), 512: Tiles(16, 16, 8, 1, 255)},
     )
