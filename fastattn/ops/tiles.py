@@ -12,8 +12,8 @@ from fastattn.ops import philox
 def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
     """Bool [R, KEYS], which positions dropout keeps: those of `fastattn.ops.philox`.
 
-    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, which are 16 or a multiple
-    of 64, and so is it.
+    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, a multiple of 16 where
+    these are 16, else of 64.
     """
     if KEYS == 16:
         own = first // 16 % 4
