@@ -13,7 +13,7 @@ import fastattn
 from fastattn import dispatch, registry
 from fastattn.dispatch import CUDA_DTYPES
 from fastattn.emulator import device
-from fastattn.testing import all_cases, assert_close_to_oracle, run, widened
+from fastattn.testing import Case, Draw, all_cases, assert_close_to_oracle, run, widened
 
 CASES = {case.id: case for case in all_cases()}
 WHY_NOT = fastattn.backends()["triton-emulator"]
@@ -114,6 +114,7 @@ WATCHED = [
     ("add_layer_norm-everything", torch.bfloat16),
     ("add_layer_norm-many_columns", torch.float16),
     ("attention-one_row", torch.bfloat16),
+    ("attention_varlen-no_rows", torch.float16),
 ]
 
 
@@ -234,6 +235,61 @@ def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) ->
 
 
 @emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [(torch.bfloat16, 256, 40), (torch.float16, 72, 200), (torch.float32, 128, 72)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int, dropout_p: float) -> None:
+    """Forward and backward, on tiles of their own; dropout has others in turn."""
+    shapes = {"query": (1, 2, 20, head_dim), "key": (1, 1, 70, head_dim)}
+    tensors = {name: Draw(shape) for name, shape in shapes.items()}
+    tensors["value"] = Draw((1, 1, 70, value_dim))
+    options = {"causal": True, "dropout_p": dropout_p, "seed": 7 if dropout_p else None}
+    case = Case("attention", f"wide_{head_dim}", tensors, options)
+    inputs = case.inputs(dtype)
+    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
+    found = run(case, inputs, "triton-emulator")
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
+)
+def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: int) -> None:
+    """Those of queries and those of keys, which the host does not read."""
+    prepare = registry.FUNCTIONS["attention_varlen"][0]
+    good = torch.tensor([0, 4, 9])
+    args = prepare(*torch.randn(3, 9, 2, 16).bfloat16(), good, good, 9, 9)
+    with fastattn.use_kernel("triton-emulator"):
+        torch.ops.fastattn.attention_fwd.triton(*args)
+        for of_keys in (0, 1):
+            bad = list(args)
+            bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
+            with pytest.raises(RuntimeError, match="trap"):
+                torch.ops.fastattn.attention_fwd.triton(*bad)
+
+
+@emulated
+def test_many_sequences_are_found() -> None:
+    """Most of them short, in numbers of either width and any stride."""
+    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tensors = [torch.randn(int(starts[-1]), 1, 16) for _ in range(3)]
+    expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
+    with fastattn.use_kernel("triton-emulator"):
+        for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
+            found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
+            torch.testing.assert_close(found, expected)
+
+
+@emulated
 def test_attention_uses_tensor_cores_and_fetches_ahead() -> None:
     query, key, value = torch.randn(3, 1, 1, 64, 64).bfloat16()
     with device.watching() as reports, fastattn.use_kernel("triton-emulator"):
@@ -286,11 +342,6 @@ def test_for_hopper(case_id: str, dtype: torch.dtype) -> None:
 
 
 @emulated
-@pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="Triton 3.9 fetches the next queries to where wgmma still reads the last ones",
-)
 def test_copies_for_hopper_wait_for_the_products_before() -> None:
     from fastattn.ops import launch
 
