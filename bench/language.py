@@ -135,14 +135,15 @@ def t5_models(case: Generation) -> dict[str, nn.Module]:
     return share(ours, theirs)
 
 
-def losses(ids: Tensor) -> Callable[[nn.Module], Tensor]:
-    """Reads the first tokens and writes what follows; the losses of all that it writes."""
+def loss(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    """Reads the first tokens and writes what follows; the mean loss of all that it writes."""
     read, wanted = ids[:, :-1], ids[:, 1:]
 
     def output(model: nn.Module) -> Tensor:
-        given = {"input_ids": read, "decoder_input_ids": read}
-        logits = model(**given) if isinstance(model, t5.T5) else model(**given).logits
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        if isinstance(model, t5.T5):
+            return model.loss(model.states(read, model.remember(read)), wanted)
+        logits = model(input_ids=read, decoder_input_ids=read).logits
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
     return output
 
@@ -161,5 +162,5 @@ def training_measures(model: t5.T5, batch: int, seq: int) -> dict[str, float]:
 TASKS = {  # the models, their output and its name, what it costs
     "prefill": (gpt2_models, prefill, "logits", prefill_measures),
     "decode": (gpt2_models, decode, "logits", decode_measures),
-    "training": (t5_models, losses, "losses", training_measures),
+    "training": (t5_models, loss, "loss", training_measures),
 }

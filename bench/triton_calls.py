@@ -17,6 +17,13 @@ import fastattn
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
+WIDTHS = (
+    (torch.float32, 64),
+    (torch.float32, 128),
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 128),
+    (torch.bfloat16, 256),
+)
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -35,20 +42,48 @@ def _norm(cols: int, dtype: torch.dtype) -> Callable[[], None]:
     return call
 
 
-def _attention(width: int, dtype: torch.dtype, extra: bool) -> Callable[[], None]:
+def _attention(width: int, dtype: torch.dtype, packed: bool, extra: bool) -> Callable[[], None]:
     def call() -> None:
-        query, key, value = _leaves(*torch.zeros(3, 1, 2, 128, width, dtype=dtype))
         options = {"causal": True}
         if extra:  # everything at once
             options |= {
-                "mask": torch.ones(128, 128, dtype=torch.bool),
-                "bias": torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True),
                 "alibi_slopes": torch.zeros(2),
                 "sinks": torch.zeros(2),
                 "softcap": 20.0,
                 "dropout_p": 0.1,
             }
+        if packed:
+            query, key, value = _leaves(*torch.zeros(3, 128, 2, width, dtype=dtype))
+            starts = torch.tensor([0, 64, 128])
+            fastattn.attention_varlen(query, key, value, starts, starts, **options).sum().backward()
+            return
+        if extra:
+            options["mask"] = torch.ones(128, 128, dtype=torch.bool)
+            options["bias"] = torch.zeros(2, 128, 128, dtype=dtype, requires_grad=True)
+        query, key, value = _leaves(*torch.zeros(3, 1, 2, 128, width, dtype=dtype))
         fastattn.attention(query, key, value, **options).sum().backward()
+
+    return call
+
+
+def _decode(width: int, dtype: torch.dtype, extra: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key, value = torch.zeros(3, 1, 8, 1, width, dtype=dtype)
+        caches = torch.zeros(2, 4, 2, 128, width, dtype=dtype)  # of 4 pages
+        options = {"cache_seqlens": 130, "block_table": torch.arange(4)[None]}
+        if extra:  # everything at once
+            angles = torch.zeros(2, 512, width // 2)
+            options |= {
+                "rotary_cos": angles[0],
+                "rotary_sin": angles[1],
+                "rotary_interleaved": True,
+                "window": (100, 0),
+                "softcap": 20.0,
+                "alibi_slopes": torch.zeros(8),
+                "sinks": torch.zeros(8),
+            }
+        new = {"key": key[:, :2], "value": value[:, :2]}
+        fastattn.attention_decode(query, *caches, **new, **options)
 
     return call
 
@@ -66,6 +101,29 @@ def _ffn(dtype: torch.dtype, gated: bool) -> Callable[[], None]:
     return call
 
 
+def _rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+    def call() -> None:
+        query, key = _leaves(*torch.zeros(2, 2, 8, 64, 128, dtype=dtype))
+        cos = torch.zeros(64, 48)
+        positions = torch.arange(64)
+        options = {"positions": positions, "interleaved": interleaved}
+        query, key = fastattn.apply_rope(query, key, cos, cos, **options)
+        (query.sum() + key.sum()).backward()
+
+    return call
+
+
+def _loss(dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        x, weight = _leaves(torch.zeros(2, 64, dtype=dtype), torch.zeros(32000, 64, dtype=dtype))
+        target, options = torch.zeros(2).long(), {"label_smoothing": 0.1, "softcap": 30.0}
+        for reduction in ("mean", "none"):
+            loss = fastattn.linear_cross_entropy(x, weight, target, reduction=reduction, **options)
+            loss.sum().backward()
+
+    return call
+
+
 CALLS = (
     {
         f"ffn_{SHORT[dtype]}{'_gated' * gated}": _ffn(dtype, gated)
@@ -73,14 +131,28 @@ CALLS = (
         for gated in (False, True)
     }
     | {
-        f"attention_{SHORT[dtype]}_{width}{'_extra' * extra}": _attention(width, dtype, extra)
-        for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128))
+        f"attention_{SHORT[dtype]}_{width}{'_packed' * packed}{'_extra' * extra}": _attention(
+            width, dtype, packed, extra
+        )
+        for dtype, width in WIDTHS
+        for packed in (False, True)
+        for extra in (False, True)
+    }
+    | {
+        f"decode_{SHORT[dtype]}_{width}{'_extra' * extra}": _decode(width, dtype, extra)
+        for dtype, width in WIDTHS
         for extra in (False, True)
     }
     | {
         f"norm_{SHORT[dtype]}_{cols}": _norm(cols, dtype)
         for dtype in (torch.float32, torch.bfloat16)
         for cols in (1024, 4096, 8192)
+    }
+    | {f"loss_{SHORT[dtype]}": _loss(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    | {
+        f"rope_{SHORT[dtype]}{'_interleaved' * interleaved}": _rope(dtype, interleaved)
+        for dtype in (torch.float32, torch.bfloat16)
+        for interleaved in (False, True)
     }
 )
 

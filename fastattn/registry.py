@@ -15,6 +15,8 @@ Tensors = tuple[torch.Tensor | None, ...]
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
+TRITON = "triton", "triton-emulator"
+
 OPS: dict[str, Op | InferenceOp] = {}
 FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op | InferenceOp]] = {}
 
@@ -44,7 +46,7 @@ class Op:
         kernel = dispatch.kernel_for(self, args)
         if kernel == "reference":
             return self.reference(*args)
-        ops = self.triton if kernel in ("triton", "triton-emulator") else self.compiled
+        ops = self.triton if kernel in TRITON else self.compiled
         if torch.is_grad_enabled() and any(
             isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
         ):
@@ -107,21 +109,17 @@ def op(
     schemas = schema, backward_schema
 
     def define(overload: str, bodies: tuple[Callable[..., Any], Callable[..., Any]]) -> TorchOps:
-        ops = []
-        for definition, body, shapes in zip(schemas, bodies, fakes, strict=True):
-            packet, _, signature = definition.partition("(")
-            qualified = f"fastattn::{packet}" + (overload and f".{overload}")
-            torch.library.define(qualified, f"({signature}")
-            torch.library.impl(qualified, "CompositeExplicitAutograd", body)
-            torch.library.register_fake(qualified, shapes)
-            ops.append(getattr(getattr(torch.ops.fastattn, packet), overload or "default"))
+        ops = [
+            _define(definition, overload, body, shapes)
+            for definition, body, shapes in zip(schemas, bodies, fakes, strict=True)
+        ]
         return TorchOps(*ops, _function(record, ops[0]))
 
     triton = None
     if "triton" in kernels:
         module = f"{reference.__module__.rpartition('.')[0]}.triton"
         triton = define(
-            "triton", (_imported(module, f"{name}_fwd"), _imported(module, f"{name}_bwd"))
+            "triton", (imported(module, f"{name}_fwd"), imported(module, f"{name}_bwd"))
         )
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for attribute, value in (
@@ -134,7 +132,19 @@ def op(
     return record
 
 
-def _imported(module: str, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _define(
+    schema: str, overload: str, body: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """One torch op, which runs `body` on any device."""
+    packet, _, signature = schema.partition("(")
+    qualified = f"fastattn::{packet}" + (overload and f".{overload}")
+    torch.library.define(qualified, f"({signature}")
+    torch.library.impl(qualified, "CompositeExplicitAutograd", body)
+    torch.library.register_fake(qualified, fake)
+    return getattr(getattr(torch.ops.fastattn, packet), overload or "default")
+
+
+def imported(module: str, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function of a module that is imported when it is called."""
 
     def call(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -150,14 +160,16 @@ class InferenceOp:
     name: str
     reference: Callable[..., Any]
     kernels: dict[str, Callable[..., list[str]]]
-    forward: Any
+    compiled: Any
+    triton: Any
     written: tuple[int, ...]  # the arguments that the schema marks as written to
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the kernel that dispatch chooses."""
-        if dispatch.choose(self, args).kernel == "reference":
+        kernel = dispatch.choose(self, args).kernel
+        if kernel == "reference":
             return self.reference(*args)
-        outs = self.forward(*args)
+        outs = (self.triton if kernel in TRITON else self.compiled)(*args)
         if not torch.compiler.is_compiling():  # else autograd would miss what a kernel wrote
             for i in self.written:
                 if not args[i].is_inference():
@@ -171,24 +183,27 @@ def inference_op(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     kernels: dict[str, Callable[..., list[str]]],
+    file: str = "triton",
 ) -> InferenceOp:
     """Define `fastattn::<name>`, with the reference as its fallback on any device.
+
+    Where `kernels` has "triton", its overload `.triton` runs the function of this name in
+    `<file>.py` beside the reference, which is imported by the first call.
 
     `fake` computes output shapes. Arguments that the op writes to bear an alias annotation with an
     exclamation mark in the schema.
     """
     name = schema.split("(", 1)[0]
-    qualified = f"fastattn::{name}"
-    torch.library.define(qualified, schema[len(name) :])
-    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
-    torch.library.register_fake(qualified, fake)
-    forward = getattr(torch.ops.fastattn, name).default
+    compiled, triton = _define(schema, "", reference, fake), None
+    if "triton" in kernels:
+        module = f"{reference.__module__.rpartition('.')[0]}.{file}"
+        triton = _define(schema, "triton", imported(module, name), fake)
     written = tuple(
         i
-        for i, argument in enumerate(forward._schema.arguments)
+        for i, argument in enumerate(compiled._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-    record = InferenceOp(name, reference, kernels, forward, written)
+    record = InferenceOp(name, reference, kernels, compiled, triton, written)
     OPS[name] = record
     return record
 

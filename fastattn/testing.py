@@ -217,9 +217,8 @@ class Case:
     """One call of a public function.
 
     `vanishing` names the arguments whose gradient is mathematically zero, `refused` the reason for
-    which the compiled kernels leave the case to the reference and `refused_in_triton` one of the
-    Triton kernels alone, `written` the arguments that the call writes to. An `inference` case has
-    no gradients.
+    which the compiled kernels leave the case to the reference, `written` the arguments that the
+    call writes to. An `inference` case has no gradients.
     """
 
     function: str
@@ -230,7 +229,6 @@ class Case:
     refused: str = ""
     written: tuple[str, ...] = ()
     inference: bool = False
-    refused_in_triton: str = ""
 
     @property
     def id(self) -> str:
@@ -469,14 +467,7 @@ def _varlen_cases(function: str) -> Iterator[Case]:
             "cu_seqlens_q": numbers(0, *accumulate(q_lens)),
             "cu_seqlens_k": numbers(0, *accumulate(kv_lens)),
         }
-        return Case(
-            function,
-            name,
-            drawn | dict(tensors or {}),
-            options,
-            refused=refused,
-            refused_in_triton="packed",
-        )
+        return Case(function, name, drawn | dict(tensors or {}), options, refused=refused)
 
     lengths = (5, 70, 1, 33)
     yield case("plain", lengths, lengths, (3, 3, 16, 16))

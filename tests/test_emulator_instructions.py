@@ -322,6 +322,21 @@ def test_comparisons():
         assert int(out[0]) == (1 if expected else 2) + 4, name
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_comparisons_of_pairs(kind: str):
+    """One predicate is of the low halves, the other of the high ones."""
+    one, two, nan = (int(column([x], kind)[0]) & 0xFFFF for x in (1.0, 2.0, math.nan))
+    for name, expected in (("lt", 1), ("gt", 0), ("ne", 1), ("neu", 3), ("nan", 2)):
+        body = "ld.global.b32 %r1, [%a1]; ld.global.b32 %r2, [%a2];"
+        body += f"setp.{name}.{kind}x2 %p0|%p2, %r1, %r2;"
+        body += "selp.b32 %r3, 1, 0, %p0; selp.b32 %r4, 2, 0, %p2;"
+        body += "or.b32 %r3, %r3, %r4; st.global.b32 [%a0], %r3;"
+        out = torch.zeros(LANES, dtype=torch.int64)
+        pairs = (column([x], "b32") for x in (nan << 16 | one, one << 16 | two))
+        kernel(body, 3).launch(1, 1, out, *pairs).require()
+        assert int(out[0]) == expected, name
+
+
 def test_votes_matches_and_reductions():
     body = """
     and.b32 %r1, %r0, 3; setp.eq.u32 %p0, %r1, 0;

@@ -100,6 +100,25 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype)
         assert_close_to_oracle(*triple, factor, activation)
 
 
+@pytest.mark.parametrize("name", ["cpu", "emulator", "triton-emulator"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
+def test_slopes_of_large_inputs_do_not_cancel(activation: str, name: str) -> None:
+    """What is left of 1 - sigmoid has lost its bits, and is multiplied by the input."""
+    if why_not := fastattn.backends()[name]:
+        pytest.skip(why_not)
+    x = torch.linspace(3, 12, 301)[:, None]
+
+    def slopes(x: Tensor) -> Tensor:
+        leaf, weight = x.requires_grad_(), torch.ones(1, 1, dtype=x.dtype)
+        return torch.autograd.grad(linear(leaf, weight, activation=activation).sum(), leaf)[0]
+
+    with fastattn.use_kernel("reference"):
+        oracle = slopes(x.double())
+    with fastattn.use_kernel(name):
+        error = (slopes(x) - oracle).abs().max()
+    assert error <= 2 * torch.finfo(torch.float32).eps  # eager's tanh-GELU makes 8 eps
+
+
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_of_the_extremes(kernel: str, activation: str, dtype: torch.dtype) -> None:

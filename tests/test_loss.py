@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import linear_cross_entropy
+from fastattn.emulator import device
 
 IGNORED = -100
 
@@ -142,3 +144,100 @@ step(512)
 """
     grown, all_logits = peak_growth(before, "step(8192)", FASTATTN_KERNEL=kernel), 8192 * 4096 * 4
     assert grown > all_logits if kernel == "reference" else grown < all_logits / 8
+
+
+# in Triton
+
+
+WHY_NOT = fastattn.backends()["triton-emulator"]
+in_triton = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+def in_fp32(leaves: list[Tensor]) -> list[Tensor]:
+    return [leaf.detach().float().requires_grad_() for leaf in leaves]
+
+
+def by_triton(leaves: list[Tensor], target: Tensor, **options: Any) -> list[Tensor]:
+    """Loss and gradients, without a report of the emulator under any schedule."""
+    input, weight, bias = leaves
+    with fastattn.use_kernel("triton-emulator"), device.watching(thorough=True):
+        loss = linear_cross_entropy(input, weight, target, linear_bias=bias, **options)
+        return [loss, *torch.autograd.grad(loss.sum(), leaves)]
+
+
+def by_torch(leaves: list[Tensor], target: Tensor, **options: Any) -> list[Tensor]:
+    loss = unfused(*leaves[:2], target, leaves[2], **options)
+    return [loss, *torch.autograd.grad(loss.sum(), leaves)]
+
+
+@pytest.fixture
+def knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of rows and of classes, and tiles, smaller than the calls of these tests."""
+    triton = pytest.importorskip("fastattn.ops.loss.triton")
+    monkeypatch.setitem(triton.KNOBS, 80, triton.Knobs(rows=7, classes=100, elements=256))
+
+
+@in_triton
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_are_a_matter_of_memory(knobs: None, reduction: str) -> None:
+    leaves, target = call(20, classes=600)
+    leaves, options = in_fp32(leaves), {"reduction": reduction, "label_smoothing": 0.1}
+    found, wanted = (by(leaves, target, **options) for by in (by_triton, by_torch))
+    torch.testing.assert_close(found, wanted)
+
+
+@in_triton
+def test_whole_tiles_of_classes_that_are_ruled_out(knobs: None) -> None:
+    leaves, target = in_fp32(call(9, classes=600)[0]), torch.arange(590, 599)
+    with torch.no_grad():
+        leaves[2][:300] = leaves[2][400:450] = -math.inf
+    torch.testing.assert_close(by_triton(leaves, target), by_torch(leaves, target))
+
+
+@in_triton
+def test_a_graph_that_is_captured_takes_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the kernel finds out which do not count."""
+    from fastattn.ops.loss import triton
+
+    leaves, target = call(11)
+    leaves = in_fp32(leaves)
+    wanted = by_triton(leaves, target, label_smoothing=0.2, softcap=3.0)
+    monkeypatch.setattr(triton, "_live", lambda target, _: torch.arange(len(target)))
+    found = by_triton(leaves, target, label_smoothing=0.2, softcap=3.0)
+    torch.testing.assert_close(found, wanted)
+    assert not found[1][target == IGNORED].any()
+
+
+@in_triton
+@pytest.mark.parametrize("wrong", [-1, 9, 2**40])
+def test_a_target_that_is_no_class_spoils_the_loss(wrong: int) -> None:
+    """Where nobody could look before: here the torch op is called itself."""
+    leaves, target = call(6)
+    input, weight, bias = (leaf.detach().float() for leaf in leaves)
+    target[2] = wrong
+    args = input, weight, bias, target, "none", IGNORED, 0.0, 0.0, True, False, False
+    with fastattn.use_kernel("triton-emulator"):
+        loss, grad, _, _ = torch.ops.fastattn.linear_cross_entropy_fwd.triton(*args)
+    assert loss.isnan().equal(torch.arange(6) == 2) and grad.isnan().any(-1).equal(loss.isnan())
+
+
+@in_triton
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_backward_finds_what_forward_keeps(reduction: str) -> None:
+    leaves, target = call(6)
+    tensors, share = [leaf.detach().float() for leaf in leaves], torch.tensor(3.0)
+    rest = target, reduction, IGNORED, 0.1, 2.0, True, True, True
+    with fastattn.use_kernel("triton-emulator"):
+        kept = torch.ops.fastattn.linear_cross_entropy_fwd.triton(*tensors, *rest)[1:]
+        found = torch.ops.fastattn.linear_cross_entropy_bwd.triton(share, *tensors, *rest)
+    torch.testing.assert_close(found, tuple(3 * grad for grad in kept))
+
+
+@in_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_is_asked_for_products_in_fp32(dtype: torch.dtype) -> None:
+    from fastattn.ops.loss import triton
+
+    with FakeTensorMode():
+        left = torch.empty(8, 16, dtype=dtype, device="cuda")
+        assert triton._product(left.T, left).dtype == torch.float32

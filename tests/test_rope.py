@@ -10,9 +10,14 @@ from torch import Tensor
 
 import fastattn
 from fastattn import apply_rope
+from fastattn.emulator import device
 from fastattn.testing import DTYPES, LAYOUTS, assert_close_to_oracle, laid_out
 
 INTERLEAVED = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+
+
+WHY_NOT = fastattn.backends()["triton-emulator"]
+TRITON = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
@@ -168,6 +173,48 @@ def test_in_place_under_torch_compile(kernel: str) -> None:
 def test_opcheck_of_the_op_in_place(key: Tensor | None) -> None:
     args = torch.randn(2, 3, 5, 8), key, *tables(5, 4), None, True
     torch.library.opcheck(torch.ops.fastattn.rope_.default, args)
+    if not WHY_NOT:
+        with fastattn.use_kernel("triton-emulator"):
+            torch.library.opcheck(torch.ops.fastattn.rope_.triton, args)
+
+
+@TRITON
+@INTERLEAVED
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_in_place_in_triton(layout: str, interleaved: bool) -> None:
+    """No two threads of a program meet at an element that one of them writes."""
+    cos, sin = tables(9, 11)
+    given = [laid_out(torch.randn(2, heads, 9, 24).bfloat16(), layout) for heads in (4, 1)]
+    expected = apply_rope(*given, cos, sin, interleaved=interleaved)
+    with fastattn.use_kernel("triton-emulator"), device.watching(thorough=True):
+        apply_rope(*given, cos, sin, interleaved=interleaved, inplace=True)
+    for x, wanted in zip(given, expected, strict=True):
+        torch.testing.assert_close(x, wanted)
+
+
+@TRITON
+def test_gradients_of_what_triton_overwrote() -> None:
+    leaves = [torch.randn(2, heads, 5, 16, requires_grad=True) for heads in (4, 2)]
+    found = []
+    for name in ("triton-emulator", "reference"):
+        with fastattn.use_kernel(name):
+            turned = apply_rope(*(2 * leaf for leaf in leaves), *tables(5, 6), inplace=True)
+            found.append(torch.autograd.grad(sum(x.square().sum() for x in turned), leaves))
+    torch.testing.assert_close(*found)
+
+
+@TRITON
+@pytest.mark.parametrize("position", [-1, 10, 2**40])
+def test_a_position_in_no_table_spoils_its_rows(position: int) -> None:
+    """Where nobody could look before: here the torch op is called itself."""
+    x, positions = torch.randn(2, 3, 5, 16), torch.arange(10).view(2, 5)
+    positions[1, 2] = position
+    with fastattn.use_kernel("triton-emulator"):
+        args = x, None, *tables(10, 6), positions, False, False, False
+        out, _ = torch.ops.fastattn.rope_fwd.triton(*args)
+    spoilt = torch.zeros(2, 3, 5, 12, dtype=torch.bool)
+    spoilt[1, :, 2] = True
+    assert out[..., :12].isnan().equal(spoilt) and out[..., 12:].equal(x[..., 12:])
 
 
 def test_learned_angles_get_a_gradient(kernel: str) -> None:

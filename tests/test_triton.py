@@ -11,8 +11,9 @@ import torch
 
 import fastattn
 from fastattn import dispatch, registry
+from fastattn.dispatch import CUDA_DTYPES
 from fastattn.emulator import device
-from fastattn.testing import all_cases, run
+from fastattn.testing import Case, Draw, all_cases, assert_close_to_oracle, run, widened
 
 CASES = {case.id: case for case in all_cases()}
 WHY_NOT = fastattn.backends()["triton-emulator"]
@@ -113,6 +114,7 @@ WATCHED = [
     ("add_layer_norm-everything", torch.bfloat16),
     ("add_layer_norm-many_columns", torch.float16),
     ("attention-one_row", torch.bfloat16),
+    ("attention_varlen-no_rows", torch.float16),
 ]
 
 
@@ -233,6 +235,61 @@ def test_what_is_not_finite_spoils_who_sees_it(position: int, rubbish: float) ->
 
 
 @emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [(torch.bfloat16, 256, 40), (torch.float16, 72, 200), (torch.float32, 128, 72)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int, dropout_p: float) -> None:
+    """Forward and backward, on tiles of their own; dropout has others in turn."""
+    shapes = {"query": (1, 2, 20, head_dim), "key": (1, 1, 70, head_dim)}
+    tensors = {name: Draw(shape) for name, shape in shapes.items()}
+    tensors["value"] = Draw((1, 1, 70, value_dim))
+    options = {"causal": True, "dropout_p": dropout_p, "seed": 7 if dropout_p else None}
+    case = Case("attention", f"wide_{head_dim}", tensors, options)
+    inputs = case.inputs(dtype)
+    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
+    found = run(case, inputs, "triton-emulator")
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
+)
+def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: int) -> None:
+    """Those of queries and those of keys, which the host does not read."""
+    prepare = registry.FUNCTIONS["attention_varlen"][0]
+    good = torch.tensor([0, 4, 9])
+    args = prepare(*torch.randn(3, 9, 2, 16).bfloat16(), good, good, 9, 9)
+    with fastattn.use_kernel("triton-emulator"):
+        torch.ops.fastattn.attention_fwd.triton(*args)
+        for of_keys in (0, 1):
+            bad = list(args)
+            bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
+            with pytest.raises(RuntimeError, match="trap"):
+                torch.ops.fastattn.attention_fwd.triton(*bad)
+
+
+@emulated
+def test_many_sequences_are_found() -> None:
+    """Most of them short, in numbers of either width and any stride."""
+    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tensors = [torch.randn(int(starts[-1]), 1, 16) for _ in range(3)]
+    expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
+    with fastattn.use_kernel("triton-emulator"):
+        for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
+            found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
+            torch.testing.assert_close(found, expected)
+
+
+@emulated
 def test_attention_uses_tensor_cores_and_fetches_ahead() -> None:
     query, key, value = torch.randn(3, 1, 1, 64, 64).bfloat16()
     with device.watching() as reports, fastattn.use_kernel("triton-emulator"):
@@ -240,6 +297,68 @@ def test_attention_uses_tensor_cores_and_fetches_ahead() -> None:
     mix = reports[0].counters.mix()
     assert mix["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
     assert any(opcode.startswith("cp.async") for opcode in mix)
+
+
+# what Triton makes for sm_90a: other instructions, other layouts, other waits
+
+
+FOR_HOPPER = [
+    ("add_layer_norm-everything", CUDA_DTYPES),
+    ("rms_norm-many_columns", CUDA_DTYPES[:2]),
+    ("apply_rope-partial_interleaved", CUDA_DTYPES),
+    ("linear_cross_entropy-everything", CUDA_DTYPES),
+    ("ffn-everything", CUDA_DTYPES),
+    ("attention-odd_sizes", CUDA_DTYPES),
+    ("attention-everything", CUDA_DTYPES[1:]),
+]
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("case_id", "dtype"),
+    [
+        pytest.param(
+            case_id,
+            dtype,
+            marks=pytest.mark.slow if i and case_id.startswith(("ffn", "attention")) else (),
+        )
+        for case_id, dtypes in FOR_HOPPER
+        for i, dtype in enumerate(sorted(dtypes, key=str))
+    ],
+    ids=str,
+)
+def test_for_hopper(case_id: str, dtype: torch.dtype) -> None:
+    """Every kernel in every dtype, without a report and within the error rule."""
+    from fastattn.ops import launch
+
+    case = CASES[case_id]
+    inputs = case.inputs(dtype)
+    with launch.emulating(90):
+        found = run(case, inputs, "triton-emulator")
+    eager, oracle = (run(case, given, "reference") for given in (inputs, widened(inputs)))
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+
+
+@emulated
+def test_copies_for_hopper_wait_for_the_products_before() -> None:
+    from fastattn.ops import launch
+
+    case = CASES["attention-plain"]
+    with launch.emulating(90):
+        run(case, case.inputs(torch.bfloat16), "triton-emulator")
+
+
+@emulated
+def test_products_for_hopper_are_those_of_warp_groups() -> None:
+    from fastattn.ops import launch
+
+    x, weight = torch.randn(2, 128, 64).half()
+    with device.watching() as reports, launch.emulating(90), fastattn.use_kernel("triton-emulator"):
+        found = fastattn.linear(x, weight)
+    assert any(opcode.startswith("wgmma.mma_async") for opcode in reports[0].counters.mix())
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight))
 
 
 # on a GPU

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <thread>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
@@ -89,6 +90,24 @@ int thread_count() {
 bool TaskQueue::next(int64_t& task) {
   task = std::atomic_ref<int64_t>(next_).fetch_add(1, std::memory_order_relaxed);
   return task < tasks_;
+}
+
+bool SharedTasks::next(int64_t& task) {
+  const std::atomic_ref<int64_t> next(next_);
+  if (next.load(std::memory_order_relaxed) >= tasks_) return false;
+  task = next.fetch_add(1, std::memory_order_relaxed);
+  return task < tasks_;
+}
+
+void SharedTasks::done() {
+  std::atomic_ref<int64_t>(done_).fetch_add(1, std::memory_order_release);
+}
+
+// No thread waits for one that has not come yet: whoever waits has seen all tasks taken.
+void SharedTasks::wait() {
+  const std::atomic_ref<int64_t> done(done_);
+  for (int spins = 0; done.load(std::memory_order_acquire) < tasks_; spins++)
+    if (spins > 1000) std::this_thread::yield();
 }
 
 void run_workers(int64_t tasks, void (*body)(TaskQueue&, const void*), const void* context) {

@@ -20,6 +20,20 @@ class TaskQueue {
   int64_t next_ = 0;
 };
 
+// Tasks that all threads need done before they go on, and do together: each does what next() hands
+// it, says so, and waits for the others' last tasks once there are no more.
+class SharedTasks {
+ public:
+  explicit SharedTasks(int64_t tasks) : tasks_(tasks) {}
+  bool next(int64_t& task);
+  void done();
+  void wait();
+
+ private:
+  int64_t tasks_;
+  int64_t next_ = 0, done_ = 0;
+};
+
 // Runs body(queue, context) on several threads at once, no more than there are tasks. Rethrows a
 // failed allocation.
 void run_workers(int64_t tasks, void (*body)(TaskQueue& queue, const void* context),

@@ -110,27 +110,35 @@ Flow predicate_move(Context& c) {
 
 // --- comparisons
 
-// Operands: p, its complement q, a, b, a predicate to combine with, how (0: not at all, 1: and,
-// 2: or, 3: xor), whether that predicate is negated.
+// Operands: p, its complement q (where a and b are pairs, p is of the low ones and q of the high
+// ones), a, b, a predicate to combine with, how (0: not at all, 1: and, 2: or, 3: xor), whether
+// that predicate is negated.
 template <class F, class T>
 Flow compare(Context& c) {
+  constexpr bool pairs = is_pair<typename T::lane>;
   auto a = c.lanes<typename T::lane>(2), b = c.lanes<typename T::lane>(3);
-  uint32_t result = 0;
-  bool ftz = c.flag(kFtz);
-  for_lanes(c.active, [&](int lane) {
-    auto x = a[lane], y = b[lane];
+  uint32_t result = 0, other = 0;
+  const auto holds = [ftz = c.flag(kFtz)](auto x, auto y) -> uint32_t {
     if (ftz) x = flushed(x), y = flushed(y);
-    result |= static_cast<uint32_t>(F{}(widen(x), widen(y))) << lane;
+    return F{}(widen(x), widen(y));
+  };
+  for_lanes(c.active, [&](int lane) {
+    if constexpr (pairs) {
+      result |= holds(a[lane].low, b[lane].low) << lane;
+      other |= holds(a[lane].high, b[lane].high) << lane;
+    } else {
+      result |= holds(a[lane], b[lane]) << lane;
+    }
   });
-  uint32_t inverse = ~result;
+  if constexpr (!pairs) other = ~result;
   if (int how = c.operand(5)) {
     uint32_t with = c.mask(4) ^ (c.operand(6) ? ~0u : 0);
     auto combine = [&](uint32_t x) { return how == 1 ? x & with : how == 2 ? x | with : x ^ with; };
     result = combine(result);
-    inverse = combine(inverse);
+    other = combine(other);
   }
   c.set_mask(0, result);
-  c.set_mask(1, inverse);
+  c.set_mask(1, other);
   return Flow::next;
 }
 
@@ -266,8 +274,9 @@ void add_logic(Table& table) {
   table.function<U32, U64>("bfind.shiftamt.u64", shift_of);
   table.function<U32, S64>("bfind.shiftamt.s64", shift_of);
 
-  add_ordered<S16, U16, S32, U32, S64, U64, B16, B32, B64, F32, F64, F16, BF16>(table);
-  add_unordered<F32, F64, F16, BF16>(table);
+  add_ordered<S16, U16, S32, U32, S64, U64, B16, B32, B64, F32, F64, F16, BF16, F16x2, BF16x2>(
+      table);
+  add_unordered<F32, F64, F16, BF16, F16x2, BF16x2>(table);
 
   table.add("selp.b16", select<uint16_t>);
   table.add("selp.b32", select<uint32_t>);

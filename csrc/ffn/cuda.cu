@@ -195,6 +195,8 @@ __device__ void add_from(float (&x)[N], const T* from) {
 // To within an eps or so of 1, or of x.
 __device__ float exponential(float x) { return ptx::exp2(x * 1.44269504088896340736f); }
 __device__ float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
+// Without 1 - sigmoid(x), of which little is left.
+__device__ float sigmoid_slope(float x) { return sigmoid(x) * sigmoid(-x); }
 __device__ float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678118654752f); }
 // 2 sqrt(2 / pi) (x + 0.044715 x^3)
 __device__ float tanh_inner(float x) {
@@ -216,12 +218,13 @@ __device__ Activated activated(int kind, float x) {
       return {x * below, below + x * 0.39894228040143267794f * exponential(-0.5f * (x * x))};
     }
     case Activation::gelu_tanh: {
-      const float s = sigmoid(tanh_inner(x));
-      return {x * s, s + x * s * (1 - s) * (1.5957691216057308f + 0.2140644488178f * (x * x))};
+      const float inner = tanh_inner(x), s = sigmoid(inner);
+      const float steepness = 1.5957691216057308f + 0.2140644488178f * (x * x);
+      return {x * s, s + x * sigmoid_slope(inner) * steepness};
     }
     case Activation::silu: {
       const float s = sigmoid(x);
-      return {x * s, s * (1 + x * (1 - s))};
+      return {x * s, s + x * sigmoid_slope(x)};
     }
   }
   return {x, 1};

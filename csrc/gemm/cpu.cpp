@@ -1,8 +1,9 @@
 // The blocked matrix products of all rooms, compiled once for each ISA and type.
 //
-// A tile reads panels of one operand, which is turned as it is packed, and single elements of the
-// other, whose rows are copied as they are, a group at a time. Packing costs more than copying, so
-// the smaller operand is packed; where that is A, a tile is a piece of C^T.
+// A tile reads vectors of one operand and single elements of the other. Both are packed, depth by
+// depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
+// at a time, once for each block. So blocks are of the smaller operand, or of the one that is
+// cheaper to pack; where that is A, a tile is a piece of C^T.
 // With few rows the weight's rows are vectors themselves, and each meets every row of A.
 #include "gemm/gemm.h"
 
@@ -33,9 +34,12 @@ class TiledProduct {
   explicit TiledProduct(const Product<A, T>& product) : in_(product) {
     const Side activations{in_.rows, 1, {in_.a}},
         weights{in_.cols, in_.count, {in_.weights[0], in_.weights[1]}};
-    // Turning an element costs about half as much as packing one.
-    turned_ = in_.rows * (in_.depth + weights.rows * in_.count / 2) <=
-              weights.rows * in_.count * in_.depth;
+    // Turning a tile costs about half as much an element as packing, and rows that lie along the
+    // depth are turned as they are packed.
+    const auto packing = [&](const Side& side) {
+      return side.rows * side.count * in_.depth * (side.matrices[0].inner == 1 ? 2 : 1);
+    };
+    turned_ = packing(activations) + in_.rows * weights.rows * in_.count / 2 <= packing(weights);
     packed_ = turned_ ? activations : weights;
     placed_ = turned_ ? weights : activations;
     const int64_t row_bytes =
@@ -43,38 +47,41 @@ class TiledProduct {
     const int64_t fitting = larger(2, cache_bytes() / kShare / (row_bytes * kWidth)) * kWidth;
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
+    spans_ = larger(1, ceil_div(in_.depth, kSpan));
     groups_ = ceil_div(placed_.rows, kGroup);
     ranges_ = smaller(groups_, ceil_div(in_.tasks(groups_ * blocks_), blocks_));
     ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
   }
 
   void run() const {
+    Scratch shared;
+    A* panels = shared.take<A>(packed_.count * blocks_ * block_rows_ * in_.depth);
+    SharedTasks* packing = shared.take<SharedTasks>(blocks_ * spans_);
+    for (int64_t block = 0; block < blocks_; block++)
+      for (int64_t span = 0; span < spans_; span++)
+        packing[block * spans_ + span] = SharedTasks(ceil_div(block_at(block).count, kWidth));
     workers(blocks_ * ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
-      const int64_t kept = in_.depth > kSpan ? ceil_div(groups_, ranges_) : 1;
-      const Memory memory{
-          scratch.take<A>(packed_.count * block_rows_ * in_.depth + kSlack),
-          scratch.take<A>(placed_.count * kGroup * apart(smaller(in_.depth, kSpan))),
-          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
-          scratch.take<A>(2 * kGroup * kWidth)};
-      int64_t packed = -1;
+      const int64_t kept = spans_ > 1 ? ceil_div(groups_, ranges_) : 1;
+      const Memory memory{panels,
+                          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan)),
+                          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
+                          scratch.take<A>(2 * kGroup * kWidth)};
       for (int64_t task; queue.next(task);) {
         const int64_t block = task / ranges_, range = task % ranges_;
-        const Block rows{block * block_rows_,
-                         smaller(block_rows_, packed_.rows - block * block_rows_)};
+        const Block rows = block_at(block);
         const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
-        for (int64_t start = 0; start == 0 || start < in_.depth; start += kSpan) {
-          const Block span = span_at(start);
-          if (packed != block) pack(memory, rows, span);
+        for (int64_t n = 0; n < spans_; n++) {
+          const Block span = span_at(n);
+          pack(memory, rows, span, packing[block * spans_ + n]);
           A* tiles = memory.tiles;
           for (int64_t group = first; group < end; group++) {
             const bool more = group + 1 < end;
             add(memory, rows, group_at(group), span, group_at(more ? group + 1 : first),
-                more ? span : span_at(start + kSpan), tiles);
+                more ? span : span_at(n + 1), tiles);
             if (kept > 1) tiles += in_.count * kGroup * block_rows_;
           }
         }
-        packed = block;
       }
     });
   }
@@ -82,7 +89,7 @@ class TiledProduct {
  private:
   static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
-  static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 128 : 64;  // no chain of sums is longer
+  static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
   static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
@@ -97,52 +104,40 @@ class TiledProduct {
   };
   using Place = typename Finish<A>::Place;
   struct Memory {
-    A* panels;  // [matrices, spans, panels, depths of a span, kWidth]
-    A* copied;  // [matrices, kGroup, apart(depths of a span)]
+    A* panels;  // [matrices, blocks, spans, panels, depths of a span, kWidth], for all threads
+    A* group;   // [matrices, depths of a span, kGroup]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
 
-  // The depths from `start` on that a block's panels are packed for at once; none past the end.
-  Block span_at(int64_t start) const {
-    return {start, larger(0, smaller(kSpan, in_.depth - start))};
+  Block block_at(int64_t block) const {
+    return {block * block_rows_, smaller(block_rows_, packed_.rows - block * block_rows_)};
   }
 
-  // From one copied row to the next: by a line more than a round number, or few rows would fit into
-  // the sets of the cache that they share.
-  static int64_t apart(int64_t depth) { return round_up(depth, lanes<A>) + 64 / sizeof(A); }
+  // The depths that a block's panels are packed for at once; none past the end.
+  Block span_at(int64_t span) const {
+    return {span * kSpan, larger(0, smaller(kSpan, in_.depth - span * kSpan))};
+  }
 
   static int64_t width_at(int64_t row, Block rows) {
     return smaller(kWidth, round_up(rows.count - row, lanes<A>));
   }
 
   A* panel_at(const Memory& memory, int64_t matrix, Block rows, Block span, int64_t row) const {
-    return memory.panels + matrix * block_rows_ * in_.depth +
+    return memory.panels + (matrix * blocks_ * block_rows_ + rows.first) * in_.depth +
            span.first * round_up(rows.count, lanes<A>) + row * span.count;
   }
 
-  void pack(const Memory& memory, Block rows, Block span) const {
-    for (int64_t m = 0; m < packed_.count; m++)
-      for (int64_t row = 0; row < rows.count; row += kWidth) {
+  // Packs the panels of a span that no other thread packs, and waits for those of the others.
+  void pack(const Memory& memory, Block rows, Block span, SharedTasks& panels) const {
+    for (int64_t panel; panels.next(panel); panels.done())
+      for (int64_t m = 0; m < packed_.count; m++) {
+        const int64_t row = panel * kWidth, width = width_at(row, rows);
         const Operand<T> from = packed_.matrices[m].from(rows.first + row, span.first);
-        const int64_t width = width_at(row, rows);
         pack_panel(panel_at(memory, m, rows, span, row), width, from.data, from.outer, from.inner,
                    smaller(width, rows.count - row), span.count);
       }
-  }
-
-  // Copies a group of rows; those past the end are 0.
-  static void copy_group(Operand<T> matrix, int64_t count, int64_t depth, A* to) {
-    const int64_t row = apart(depth);
-    if (matrix.inner != 1) {  // depths are packed as if they were rows
-      pack_panel(to, row, matrix.data, matrix.inner, matrix.outer, depth, count);
-    } else {
-      for (int64_t i = 0; i < count; i++)
-        each_vector<A>(depth, [&](int64_t k, auto n) {
-          store_count<A>(to + i * row + k, load_count<A>(matrix.data + i * matrix.outer + k, n), n);
-        });
-    }
-    for (int64_t i = count * row; i < kGroup * row; i += lanes<A>) store(to + i, Vec<A>{});
+    panels.wait();
   }
 
   Place place_at(Block rows, Block others, int64_t row) const {
@@ -168,10 +163,11 @@ class TiledProduct {
   void add(const Memory& memory, Block rows, Block others, Block span, Block next, Block then,
            A* tiles) const {
     const bool last = span.first + span.count == in_.depth;
-    const int64_t group_row = apart(span.count);
-    for (int64_t m = 0; m < placed_.count; m++)
-      copy_group(placed_.matrices[m].from(others.first, span.first), others.count, span.count,
-                 memory.copied + m * kGroup * group_row);
+    for (int64_t m = 0; m < placed_.count; m++) {
+      const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
+      pack_panel(memory.group + m * span.count * kGroup, kGroup, from.data, from.outer, from.inner,
+                 others.count, span.count);
+    }
     const int64_t steps =
         in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
     Fetch<false> reads[2];
@@ -188,16 +184,16 @@ class TiledProduct {
         constexpr int count = Tile<A>::sums / vecs;
         for (int64_t w = 0; w < in_.count; w++) {
           const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
-          const A* group = memory.copied + (turned_ ? w : 0) * kGroup * group_row;
+          const A* group = memory.group + (turned_ ? w : 0) * span.count * kGroup;
           A* tile = to + w * block_rows_ * kGroup;
           for (int64_t start = 0; start == 0 || start < span.count; start += kDepth) {
             const int64_t length = smaller(kDepth, span.count - start);
             for (int64_t i = 0; i < others.count; i += count) {
               for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
               writes.step();
-              multiply_tile<A, count, vecs, 1>(group + i * group_row + start, group_row,
-                                               panel + start * width, length, tile + i * width,
-                                               width, span.first + start > 0);
+              multiply_tile<A, count, vecs, kGroup>(group + start * kGroup + i, 1,
+                                                    panel + start * width, length, tile + i * width,
+                                                    width, span.first + start > 0);
             }
           }
         }
@@ -228,11 +224,11 @@ class TiledProduct {
   const Product<A, T>& in_;
   bool turned_;
   Side packed_, placed_;
-  int64_t block_rows_, blocks_, groups_, ranges_;
+  int64_t block_rows_, blocks_, spans_, groups_, ranges_;
 };
 
 // Up to Count rows of A against rows of a weight that are vectors along depth: the weight streams
-// through once. Sums over kChain are added in fp64: their error grows with the length of a chain.
+// through once.
 template <class A, class T, int Count>
 class DotProduct {
  public:
@@ -268,9 +264,8 @@ class DotProduct {
 
  private:
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;
-  static constexpr int kSums = FASTATTN_LANES == 16 ? 16 : 8;  // accumulators that fit in registers
-  static constexpr int kWeights = kSums / Count > 8 ? 8 : kSums / Count;
-  static constexpr int64_t kChain = FASTATTN_LANES == 1 ? 32 : 64 * lanes<A>;
+  static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
+  static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
 
   void widen(A* to) const {
     for (int64_t i = 0; i < Count; i++)
@@ -282,29 +277,37 @@ class DotProduct {
       }
   }
 
-  // to[i * kGroup + j] = row i of A times row j of the weight, for j < Weights.
+  // to[i * kGroup + j] = row i of A times row j of the weight, for j < Weights. What was summed
+  // over kChain is added to the sum of the others: an error grows with the length of a chain.
   template <int Weights>
   void dot(const A* rows, Operand<T> weight, A* to) const {
-    double total[Count][Weights] = {};
+    Vec<A> total[Count][Weights] = {};
     for (int64_t start = 0; start < in_.depth; start += kChain) {
       Vec<A> sums[Count][Weights] = {};
       each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
         const int64_t k = start + offset;
-        Vec<A> x[Count];
-#pragma GCC unroll 8
-        for (int i = 0; i < Count; i++) x[i] = load<A>(rows + i * padded_ + k);
-#pragma GCC unroll 8
+        Vec<A> factor[Weights];
+#pragma GCC unroll 16
         for (int j = 0; j < Weights; j++) {
-          const Vec<A> factor = load_count<A>(weight.data + j * weight.outer + k, n);
-#pragma GCC unroll 8
-          for (int i = 0; i < Count; i++) sums[i][j] += factor * x[i];
+          factor[j] = load_count<A>(weight.data + j * weight.outer + k, n);
+          __builtin_prefetch(weight.data + (j + Weights) * weight.outer + k);  // the next rows
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Count; i++) {
+          const Vec<A> x = load<A>(rows + i * padded_ + k);
+#pragma GCC unroll 16
+          for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
         }
       });
+#pragma GCC unroll 16
       for (int i = 0; i < Count; i++)
-        for (int j = 0; j < Weights; j++) total[i][j] += sum<A>(sums[i][j]);
+#pragma GCC unroll 16
+        for (int j = 0; j < Weights; j++) total[i][j] += sums[i][j];
     }
+#pragma GCC unroll 16
     for (int i = 0; i < Count; i++)
-      for (int j = 0; j < Weights; j++) to[i * kGroup + j] = static_cast<A>(total[i][j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < Weights; j++) to[i * kGroup + j] = sum<A>(total[i][j]);
   }
 
   const Product<A, T>& in_;

@@ -97,6 +97,8 @@ class _Storages:
                 end = max(buffer["host"] + buffer["size"], host + size)
                 buffer["host"] = min(buffer["host"], host)
                 buffer["size"] = end - buffer["host"]
+                for right in ("writable", "initialised"):
+                    buffer[right] |= fields.get(right, True)
                 buffer["name"] += f", {name}"
                 return self.base(index) + offset
         default = {"writable": True, "checked": True, "initialised": True}

@@ -2,7 +2,8 @@
 
 Imported by the rooms' `triton.py` alone, and they on first use: nothing else needs Triton. What the
 emulator runs is the PTX that Triton's own launcher would have made of the very same arguments, with
-its hints on what is divisible by 16 or equal to 1, for a GPU of `EMULATED`.
+its hints on what is divisible by 16 or equal to 1, for the oldest GPU that the kernels are for or
+one that `emulating` names.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from triton.runtime.jit import JITFunction
 from fastattn import emulator
 from fastattn.emulator import device
 
-EMULATED = 80  # the oldest architecture that the kernels are for, sm_80
-
 Knobs = TypeVar("Knobs")
 
 
@@ -35,7 +34,7 @@ def of_architecture(table: Mapping[int, Knobs], tensor: Tensor) -> Knobs:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         architecture = 10 * major + minor
     else:
-        architecture = EMULATED
+        architecture = _emulating
     return table[max((a for a in table if a <= architecture), default=min(table))]
 
 
@@ -55,7 +54,8 @@ def launch(
     Args:
         grid: how many programs there are in each dimension; where one is 0 nothing runs.
         arguments: every argument by its name, None for a tensor that is not there.
-        writes: the tensors that the kernel writes to, and does not read.
+        writes: the tensors that the kernel writes to, and does not read unless they are given
+            under another name too.
         fuse: let the compiler make one instruction of a product and a sum. Not where products are
             summed across threads: there two threads would add the same numbers, but each round
             the other's alone, and all of them write their result to one place.
@@ -77,7 +77,7 @@ def launch(
         with torch.cuda.device(first.device):
             kernel[tuple(grid)](**arguments, **options)
         return
-    compiled = compile_for(EMULATED, kernel, arguments, options)
+    compiled = compile_for(_emulating, kernel, arguments, options)
     given = [
         _memory(value, name in writes) if isinstance(value, Tensor) else value
         for name, value in passed(compiled, arguments)
@@ -107,6 +107,20 @@ def _memory(tensor: Tensor, written: bool) -> emulator.Memory | None:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
     return emulator.Memory(tensor.data_ptr(), size, written, not written) if size else None
+
+
+_emulating = 80  # sm_80, the oldest architecture that the kernels are for
+
+
+@contextmanager
+def emulating(architecture: int) -> Iterator[None]:
+    """Let the emulator run what Triton makes for a GPU of `architecture`, say 90 for sm_90a."""
+    global _emulating
+    before, _emulating = _emulating, architecture
+    try:
+        yield
+    finally:
+        _emulating = before
 
 
 _compiling: tuple[int, list[CompiledKernel]] | None = None

@@ -12,9 +12,13 @@ from fastattn.ops import philox
 def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
     """Bool [R, KEYS], which positions dropout keeps: those of `fastattn.ops.philox`.
 
-    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, a multiple of 64.
+    seed: scalar; head: scalar or [R]; row: [R]; first: of the KEYS keys, a multiple of 16 where
+    these are 16, else of 64.
     """
-    block = tl.arange(0, KEYS // 64)[None, :, None]
+    if KEYS == 16:
+        own = first // 16 % 4
+        first -= 16 * own
+    block = tl.arange(0, max(KEYS // 64, 1))[None, :, None]
     lane = tl.arange(0, 16)[None, None, :]
     counter = (first // 4 + block * 16 + lane).to(tl.uint32)
     row = row.to(tl.uint32)[:, None, None] + tl.zeros_like(counter)
@@ -22,9 +26,12 @@ def kept(seed, head, row, first, threshold, KEYS: tl.constexpr):
     head = tl.zeros_like(row) + head
     # One call draws the words of four keys, which lie 16 apart.
     a, b, c, d = tl.philox(seed, counter, row, head, tl.zeros_like(row))
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, KEYS / 64, 16, 2, 2]
-    words = words.permute(0, 1, 3, 4, 2).reshape(row.shape[0], KEYS)
-    return words >= threshold
+    if KEYS == 16:
+        words = tl.where(own < 2, tl.where(own == 0, a, b), tl.where(own == 2, c, d))
+    else:
+        words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, KEYS / 64, 16, 2, 2]
+        words = words.permute(0, 1, 3, 4, 2)
+    return words.reshape(row.shape[0], KEYS) >= threshold
 
 
 def threshold_and_factor(dropout_p: float) -> tuple[int, float]:
@@ -56,6 +63,15 @@ def store(tensor, x, strides, row, rows, COLS: tl.constexpr):
 def finite(x):
     """x with 0 for what is infinite or NaN."""
     return tl.where(tl.abs(x) < float("inf"), x, 0)
+
+
+@triton.jit
+def stop_if(bad):
+    """Stops the kernel, as an illegal access would, where `bad` is true."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred bad; setp.ne.s32 bad, $1, 0; @bad trap; mov.b32 $0, $1; }",
+        "=r,r", [bad.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ SCHEMA = (
     " SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 QUERY, KEY, VALUE, BIAS, SLOPES, SINKS = 0, 1, 2, 4, 5, 6
-SEQUENCES, TENSORS = 8, 10
+TENSORS = 10
 
 
 def _refusals(*args: Any) -> list[str]:
@@ -32,9 +33,9 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
-def _cuda_refusals(*args: Any) -> list[str]:
+def _gpu_refusals(common: Callable[..., list[str]], args: tuple) -> list[str]:
     query, value = args[QUERY], args[VALUE]
-    reasons = dispatch.cuda_refusals(*args[:3], args[BIAS])
+    reasons = common(*args[:3], args[BIAS])
     if args[SLOPES] is not None and args[SLOPES].requires_grad:
         reasons.append("alibi_slopes requires a gradient")
     if 0 in query.shape or 0 in value.shape:
@@ -42,17 +43,12 @@ def _cuda_refusals(*args: Any) -> list[str]:
     return reasons + arguments.too_wide(128, 256, query, value)
 
 
+def _cuda_refusals(*args: Any) -> list[str]:
+    return _gpu_refusals(dispatch.cuda_refusals, args)
+
+
 def _triton_refusals(*args: Any) -> list[str]:
-    query, value = args[QUERY], args[VALUE]
-    reasons = dispatch.triton_refusals(*args[:3], args[BIAS])
-    if args[SLOPES] is not None and args[SLOPES].requires_grad:
-        reasons.append("alibi_slopes requires a gradient")
-    if 0 in query.shape or 0 in value.shape:
-        reasons.append("a tensor is empty")
-    reasons += arguments.too_wide(64, 128, query, value)
-    if args[SEQUENCES] is not None:
-        reasons.append("sequences are packed")
-    return reasons
+    return _gpu_refusals(dispatch.triton_refusals, args)
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,18 +24,27 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
-def _cuda_refusals(*args: Any) -> list[str]:
+def _gpu_refusals(common: Callable[..., list[str]], args: tuple) -> list[str]:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     of_heads = [tensor for tensor in tensors if tensor.dim() == 4]
-    reasons = dispatch.cuda_refusals(*of_heads)
+    reasons = common(*of_heads)
     if any(0 in tensor.shape for tensor in tensors):
         reasons.append("a tensor is empty")
     return reasons + arguments.too_wide(128, 256, *of_heads)
 
 
-def _decode_fake(
+def _cuda_refusals(*args: Any) -> list[str]:
+    return _gpu_refusals(dispatch.cuda_refusals, args)
+
+
+def _triton_refusals(*args: Any) -> list[str]:
+    return _gpu_refusals(dispatch.triton_refusals, args)
+
+
+def decode_shapes(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    """Empty (out, lse), laid out as every kernel lays them out."""
     batch, heads, q_len, _ = query.shape
     out = query.new_empty(batch, q_len, heads, value_cache.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, q_len, dtype=reference.wide(query.dtype))
@@ -49,15 +59,17 @@ APPEND = registry.inference_op(
     f" Tensor cache_seqlens, {PAGES}) -> ()",
     reference=reference.append,
     fake=_append_fake,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
+    file="triton_decode",
 )
 DECODE = registry.inference_op(
     "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,"
     f" SymInt appended, {PAGES}, Tensor? alibi_slopes, Tensor? sinks, SymInt? left, SymInt? right,"
     " float scale, float softcap) -> (Tensor out, Tensor lse)",
     reference=reference.decode,
-    fake=_decode_fake,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals},
+    fake=decode_shapes,
+    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
+    file="triton_decode",
 )
 
 

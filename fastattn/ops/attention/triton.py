@@ -18,32 +18,40 @@ from fastattn.ops.attention.triton_backward import (
 )
 from fastattn.ops.attention.triton_tiles import (
     LN2,
-    LOG2E,
     arguments_of,
+    blocks_of,
+    exponential,
     head_of,
     keys_for,
     logits_of,
+    page_of,
     strides_of,
     tiles_for,
+    work_of,
 )
 
 
 @triton.jit
-def _attend(
-    out, highest, total, query, key, value, mask, bias, seed, key_strides, value_strides,
-    mask_strides, bias_strides, row, slope, random_head, q_len, kv_len, begin, end, offset, left,
-    right, scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+def _pass(
+    out, highest, total, query, key, value, mask, bias, seed, pages, key_strides, value_strides,
+    mask_strides, bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset,
+    left, right, scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of queries: sum of weighted values, highest logit and sum of weights, which go on
-    from those of no keys.
+    """What `attend` gives, going on from what is given.
 
     CAREFUL keeps what is not finite among values from queries that do not see it.
     """
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
-        keys = tiles.load(key, key_strides, at, kv_len, HEAD_DIM, HEAD_WIDTH)
+        keys_of, values_of, slot, slots = key, value, at, kv_len
+        if pages is not None:
+            page = page_of(pages, batch, at, kv_len)[:, None]
+            keys_of += page * key_strides[0]
+            values_of += page * value_strides[0]
+            slot, slots = tl.where(at < kv_len, at % pages.size, pages.size), pages.size
+        keys = tiles.load(keys_of, key_strides, slot, slots, HEAD_DIM, HEAD_WIDTH)
         product = tl.dot(query, tl.trans(keys), input_precision="ieee")
         logits, _ = logits_of(
             product, row, at, q_len, kv_len, offset, left, right, scale, softcap, slope,
@@ -51,11 +59,11 @@ def _attend(
         )  # fmt: skip
         now = tl.maximum(highest, tl.max(logits, 1))
         base = tl.where(now == float("-inf"), 0, now)  # nothing is visible so far
-        rescale = tl.exp2(highest - base)
-        weights = tl.exp2(logits - base[:, None])
+        rescale = exponential(highest - base)
+        weights = exponential(logits - base[:, None])
         total = total * rescale + tl.sum(weights, 1)
         highest = now
-        values = tiles.load(value, value_strides, at, kv_len, VALUE_DIM, VALUE_WIDTH)
+        values = tiles.load(values_of, value_strides, slot, slots, VALUE_DIM, VALUE_WIDTH)
         if CAREFUL:
             spoilt = tl.max(tl.where(tl.abs(values) < float("inf"), 0.0, 1.0), 1)
             sees = tl.where(logits > float("-inf"), spoilt[None, :], 0)
@@ -71,62 +79,85 @@ def _attend(
 
 
 @triton.jit
-def attention_forward(
-    query, key, value, mask, bias, alibi_slopes, sinks, seed, out, lse, query_strides, key_strides,
-    value_strides, mask_strides, bias_strides, out_strides, heads, group, q_len, kv_len, offset,
-    left, right, scale, softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+def attend(
+    query, key, value, mask, bias, sink, seed, pages, key_strides, value_strides, mask_strides,
+    bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset, left, right,
+    scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of QUERIES; the last blocks, which see most, come first."""
-    blocks = tl.cdiv(q_len, QUERIES)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks % heads
-    batch = tl.program_id(0) // blocks // heads
-    first = block * QUERIES
-    row = first + tl.arange(0, QUERIES)
-    key = head_of(key, key_strides, batch, head // group)
-    value = head_of(value, value_strides, batch, head // group)
-    if mask is not None:
-        mask = head_of(mask, mask_strides, batch, head)
-    if bias is not None:
-        bias = head_of(bias, bias_strides, batch, head)
-    slope = None
-    if alibi_slopes is not None:
-        slope = tl.load(alibi_slopes + batch * heads + head)
-    sink = None
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-    queries = tiles.load(
-        head_of(query, query_strides, batch, head), query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH
-    )
-    last = tl.minimum(first + QUERIES, q_len) - 1
-    begin, end = keys_for(first, last, kv_len, offset, left, right, KEYS)
-    random_head = batch * heads + head
-    no_result = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
-    lowest = tl.zeros([QUERIES], tl.float32) + (float("-inf") if sinks is None else sink)
-    nothing = tl.zeros([QUERIES], tl.float32) + (0.0 if sinks is None else 1.0)
-    result, highest, total = _attend(
-        no_result, lowest, nothing, queries, key, value, mask, bias, seed, key_strides,
-        value_strides, mask_strides, bias_strides, row, slope, random_head, q_len, kv_len, begin,
-        end, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH,
+    """Of a block of queries: sum of weighted values, highest logit and sum of weights."""
+    no_result = tl.zeros([row.shape[0], VALUE_WIDTH], tl.float32)
+    lowest = tl.zeros([row.shape[0]], tl.float32) + (float("-inf") if sink is None else sink)
+    nothing = tl.zeros([row.shape[0]], tl.float32) + (0.0 if sink is None else 1.0)
+    result, highest, total = _pass(
+        no_result, lowest, nothing, query, key, value, mask, bias, seed, pages, key_strides,
+        value_strides, mask_strides, bias_strides, batch, row, slope, random_head, q_len, kv_len,
+        begin, end, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH,
         VALUE_WIDTH, KEYS, False,
     )  # fmt: skip
     if HIDES:
         # Nothing times NaN is NaN, also for who does not see it. Where that may have happened
         # all is computed again; elsewhere the second loop has no keys.
         strange = tl.max(tl.max(tl.where(tl.abs(result) < float("inf"), 0, 1), 1), 0) > 0
-        result, highest, total = _attend(
+        result, highest, total = _pass(
             tl.where(strange, no_result, result), tl.where(strange, lowest, highest),
-            tl.where(strange, nothing, total), queries, key, value, mask, bias, seed, key_strides,
-            value_strides, mask_strides, bias_strides, row, slope, random_head, q_len, kv_len,
-            begin, tl.where(strange, end, begin), offset, left, right, scale, softcap, threshold,
-            HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, True,
+            tl.where(strange, nothing, total), query, key, value, mask, bias, seed, pages,
+            key_strides, value_strides, mask_strides, bias_strides, batch, row, slope, random_head,
+            q_len, kv_len, begin, tl.where(strange, end, begin), offset, left, right, scale,
+            softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, True,
         )  # fmt: skip
+    return result, highest, total
+
+
+@triton.jit
+def attention_forward(
+    query, key, value, mask, bias, alibi_slopes, sinks, seed, packed, out, lse, query_strides,
+    key_strides, value_strides, mask_strides, bias_strides, out_strides, lse_strides, heads, group,
+    q_len, kv_len, left, right, scale, softcap, threshold: tl.uint32, factor,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """Of a block of QUERIES."""
+    block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
+        packed, heads, q_len, kv_len, BOTTOM_RIGHT, False, QUERIES
+    )
+    if packed is not None and block < 0:
+        return
+    first = block * QUERIES
+    row = first + tl.arange(0, QUERIES)
+    key = head_of(key, key_strides, batch, head // group, first_key)
+    value = head_of(value, value_strides, batch, head // group, first_key)
+    if mask is not None:
+        mask = head_of(mask, mask_strides, batch, head, first_query)
+    if bias is not None:
+        bias = head_of(bias, bias_strides, batch, head, first_query)
+    slope = None
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + batch * heads + head)
+    sink = None
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32)
+    queries = tiles.load(
+        head_of(query, query_strides, batch, head, first_query), query_strides, row, q_len,
+        HEAD_DIM, HEAD_WIDTH,
+    )  # fmt: skip
+    last = tl.minimum(first + QUERIES, q_len) - 1
+    begin, end = keys_for(first, last, kv_len, offset, left, right, KEYS)
+    random_head = batch * heads + head
+    result, highest, total = attend(
+        queries, key, value, mask, bias, sink, seed, None, key_strides, value_strides, mask_strides,
+        bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset, left,
+        right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, HIDES,
+    )  # fmt: skip
     result *= tl.where(total == 0, 0, factor / total)[:, None]
-    tiles.store(head_of(out, out_strides, batch, head), result, out_strides, row, q_len, VALUE_DIM)
-    logarithm = tl.where(total == 0, float("-inf"), (highest + tl.log2(total)) * LN2)
-    tl.store(lse + random_head.to(tl.int64) * q_len + row, logarithm, row < q_len)
+    tiles.store(
+        head_of(out, out_strides, batch, head, first_query), result, out_strides, row, q_len,
+        VALUE_DIM,
+    )  # fmt: skip
+    logarithm = tl.where(total == 0, float("-inf"), highest + tl.log2(total) * LN2)
+    lse = head_of(lse, lse_strides, batch, head, first_query)
+    tl.store(lse + row, logarithm, row < q_len)
 
 
 def attention_fwd(
@@ -152,19 +183,20 @@ def attention_fwd(
     """The op of this name."""
     out, lse = attention.forward_shapes(query, key, value)
     arguments = arguments_of(
-        query, key, value, mask, bias, alibi_slopes, seed, bottom_right, left, right, scale,
-        softcap, dropout_p,
+        query, key, value, mask, bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k,
+        bottom_right, left, right, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     tile, options = tiles_for(arguments, "forward")
     launch.launch(
         attention_forward,
-        (triton.cdiv(query.shape[2], tile["QUERIES"]) * query.shape[0] * query.shape[1],),
+        (blocks_of(arguments, tile["QUERIES"]),),
         {
             **arguments,
             "sinks": sinks,
             "out": out,
             "lse": lse,
             "out_strides": strides_of(out),
+            "lse_strides": strides_of(lse[..., None]),
             **tile,
         },
         writes=("out", "lse"),
@@ -201,15 +233,15 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
     batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len = key.shape[1:3]
+    kv_len = key.shape[2]
     tensors = query, key, value, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k
     gradients = attention.backward_shapes(None, None, *tensors, need_bias, need_sinks)
     grad_query, grad_key, grad_value, grad_bias, grad_sinks = gradients
     if grad_out is None:
         grad_out = query.new_zeros(1).expand(out.shape)
     common = arguments_of(
-        query, key, value, mask, bias, alibi_slopes, seed, bottom_right, left, right, scale,
-        softcap, dropout_p,
+        query, key, value, mask, bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k,
+        bottom_right, left, right, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     tile, options = tiles_for(common, "backward")
     delta = torch.empty_like(lse)
@@ -237,17 +269,18 @@ def attention_bwd(
         "grad_out_strides": strides_of(grad_out),
         "lse": lse,
         "delta": delta,
+        "lse_strides": strides_of(lse[..., None]),
     }
     launch.launch(
         attention_grad_query,
-        (triton.cdiv(q_len, tile["QUERIES"]) * batch * heads,),
+        (blocks_of(common, tile["QUERIES"]),),
         common | {"grad_query": grad_query, "grad_query_strides": strides_of(grad_query)},
         writes=("grad_query",),
         **options,
     )
     launch.launch(
         attention_grad_key,
-        (triton.cdiv(kv_len, tile["KEYS"]) * batch * kv_heads,),
+        (blocks_of(common, tile["KEYS"], of_keys=True),),
         common
         | {
             "grad_key": grad_key,

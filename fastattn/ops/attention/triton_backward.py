@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastattn.ops import tiles
-from fastattn.ops.attention.triton_tiles import LOG2E, head_of, keys_for, logits_of
+from fastattn.ops.attention.triton_tiles import exponential, head_of, keys_for, logits_of, work_of
 
 
 @triton.jit
@@ -33,12 +33,12 @@ def attention_delta(
 
 
 @triton.jit
-def _load_rows(lse, delta, random_head, row, q_len):
-    """The log-sum-exp of a block of queries in base 2, 0 for who sees nothing, and their delta."""
-    at = random_head.to(tl.int64) * q_len + row
-    logarithm = tl.load(lse + at, row < q_len, 0) * LOG2E
+def _load_rows(lse, delta, strides, batch, head, first_query, row, q_len):
+    """The log-sum-exp of a block of queries, 0 for who sees nothing, and their delta."""
+    logarithm = tl.load(head_of(lse, strides, batch, head, first_query) + row, row < q_len, 0)
     logarithm = tl.where(logarithm == float("-inf"), 0, logarithm)
-    return logarithm, tl.load(delta + at, row < q_len, 0)
+    deltas = tl.load(head_of(delta, strides, batch, head, first_query) + row, row < q_len, 0)
+    return logarithm, deltas
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _gradients(
         product, row, at, q_len, kv_len, offset, left, right, scale, softcap, slope,
         mask, mask_strides, bias, bias_strides,
     )  # fmt: skip
-    weights = tl.exp2(logits - lse[:, None])
+    weights = exponential(logits - lse[:, None])
     kept = weights
     grad = tl.dot(grads, tl.trans(values), input_precision="ieee")
     if seed is not None:
@@ -90,38 +90,40 @@ def _query_gradient(
 
 @triton.jit
 def attention_grad_query(
-    query, key, value, mask, bias, alibi_slopes, seed, grad_out, lse, delta, grad_query,
+    query, key, value, mask, bias, alibi_slopes, seed, packed, grad_out, lse, delta, grad_query,
     query_strides, key_strides, value_strides, mask_strides, bias_strides, grad_out_strides,
-    grad_query_strides, heads, group, q_len, kv_len, offset, left, right, scale, softcap,
+    grad_query_strides, lse_strides, heads, group, q_len, kv_len, left, right, scale, softcap,
     threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, HIDES: tl.constexpr,
+    KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of QUERIES; the last blocks, which see most, come first."""
-    blocks = tl.cdiv(q_len, QUERIES)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    random_head = tl.program_id(0) // blocks
-    head = random_head % heads
-    batch = random_head // heads
+    """Of a block of QUERIES."""
+    block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
+        packed, heads, q_len, kv_len, BOTTOM_RIGHT, False, QUERIES
+    )
+    if packed is not None and block < 0:
+        return
+    random_head = batch * heads + head
     first = block * QUERIES
     row = first + tl.arange(0, QUERIES)
     slope = None
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + random_head)
-    key = head_of(key, key_strides, batch, head // group)
-    value = head_of(value, value_strides, batch, head // group)
+    key = head_of(key, key_strides, batch, head // group, first_key)
+    value = head_of(value, value_strides, batch, head // group, first_key)
     if mask is not None:
-        mask = head_of(mask, mask_strides, batch, head)
+        mask = head_of(mask, mask_strides, batch, head, first_query)
     if bias is not None:
-        bias = head_of(bias, bias_strides, batch, head)
+        bias = head_of(bias, bias_strides, batch, head, first_query)
     queries = tiles.load(
-        head_of(query, query_strides, batch, head), query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH
-    )
-    grads = tiles.load(
-        head_of(grad_out, grad_out_strides, batch, head), grad_out_strides, row, q_len, VALUE_DIM,
-        VALUE_WIDTH,
+        head_of(query, query_strides, batch, head, first_query), query_strides, row, q_len,
+        HEAD_DIM, HEAD_WIDTH,
     )  # fmt: skip
-    logarithm, deltas = _load_rows(lse, delta, random_head, row, q_len)
+    grads = tiles.load(
+        head_of(grad_out, grad_out_strides, batch, head, first_query), grad_out_strides, row, q_len,
+        VALUE_DIM, VALUE_WIDTH,
+    )  # fmt: skip
+    logarithm, deltas = _load_rows(lse, delta, lse_strides, batch, head, first_query, row, q_len)
     last = tl.minimum(first + QUERIES, q_len) - 1
     begin, end = keys_for(first, last, kv_len, offset, left, right, KEYS)
     nothing = tl.zeros([QUERIES, HEAD_WIDTH], tl.float32)
@@ -141,33 +143,35 @@ def attention_grad_query(
             True,
         )  # fmt: skip
     tiles.store(
-        head_of(grad_query, grad_query_strides, batch, head), result * scale, grad_query_strides,
-        row, q_len, HEAD_DIM,
+        head_of(grad_query, grad_query_strides, batch, head, first_query), result * scale,
+        grad_query_strides, row, q_len, HEAD_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_grad_key(
-    query, key, value, mask, bias, alibi_slopes, seed, grad_out, lse, delta, grad_key, grad_value,
-    query_strides, key_strides, value_strides, mask_strides, bias_strides, grad_out_strides,
-    grad_key_strides, grad_value_strides, heads, group, q_len, kv_len, offset, left, right, scale,
-    softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, HIDES: tl.constexpr,
+    query, key, value, mask, bias, alibi_slopes, seed, packed, grad_out, lse, delta, grad_key,
+    grad_value, query_strides, key_strides, value_strides, mask_strides, bias_strides,
+    grad_out_strides, grad_key_strides, grad_value_strides, lse_strides, heads, group, q_len,
+    kv_len, left, right, scale, softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of KEYS and their values, summed over the queries of all heads that share them."""
-    blocks = tl.cdiv(kv_len, KEYS)
-    first = tl.program_id(0) % blocks * KEYS
-    kv_heads = heads // group
-    kv_head = tl.program_id(0) // blocks % kv_heads
-    batch = tl.program_id(0) // blocks // kv_heads
+    block, kv_head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
+        packed, heads // group, q_len, kv_len, BOTTOM_RIGHT, True, KEYS
+    )
+    first = block * KEYS
+    if packed is not None and first >= kv_len:
+        return
     at = first + tl.arange(0, KEYS)
     keys = tiles.load(
-        head_of(key, key_strides, batch, kv_head), key_strides, at, kv_len, HEAD_DIM, HEAD_WIDTH
-    )
+        head_of(key, key_strides, batch, kv_head, first_key), key_strides, at, kv_len, HEAD_DIM,
+        HEAD_WIDTH,
+    )  # fmt: skip
     values = tiles.load(
-        head_of(value, value_strides, batch, kv_head), value_strides, at, kv_len, VALUE_DIM,
-        VALUE_WIDTH,
+        head_of(value, value_strides, batch, kv_head, first_key), value_strides, at, kv_len,
+        VALUE_DIM, VALUE_WIDTH,
     )  # fmt: skip
     key_sum = tl.zeros([KEYS, HEAD_WIDTH], tl.float32)
     value_sum = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
@@ -182,19 +186,21 @@ def attention_grad_key(
         slope = None
         if alibi_slopes is not None:
             slope = tl.load(alibi_slopes + random_head)
-        queries_of = head_of(query, query_strides, batch, head)
-        grads_of = head_of(grad_out, grad_out_strides, batch, head)
+        queries_of = head_of(query, query_strides, batch, head, first_query)
+        grads_of = head_of(grad_out, grad_out_strides, batch, head, first_query)
         mask_of = None
         if mask is not None:
-            mask_of = head_of(mask, mask_strides, batch, head)
+            mask_of = head_of(mask, mask_strides, batch, head, first_query)
         bias_of = None
         if bias is not None:
-            bias_of = head_of(bias, bias_strides, batch, head)
+            bias_of = head_of(bias, bias_strides, batch, head, first_query)
         for first_row in range(begin, end, QUERIES):
             row = first_row + tl.arange(0, QUERIES)
             queries = tiles.load(queries_of, query_strides, row, q_len, HEAD_DIM, HEAD_WIDTH)
             grads = tiles.load(grads_of, grad_out_strides, row, q_len, VALUE_DIM, VALUE_WIDTH)
-            logarithm, deltas = _load_rows(lse, delta, random_head, row, q_len)
+            logarithm, deltas = _load_rows(
+                lse, delta, lse_strides, batch, head, first_query, row, q_len
+            )
             kept, grad, slopes = _gradients(
                 queries, grads, keys, values, mask_of, bias_of, seed, mask_strides, bias_strides,
                 row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left, right,
@@ -208,26 +214,29 @@ def attention_grad_key(
                 input_precision="ieee",
             )  # fmt: skip
     tiles.store(
-        head_of(grad_key, grad_key_strides, batch, kv_head), key_sum * scale, grad_key_strides, at,
-        kv_len, HEAD_DIM,
+        head_of(grad_key, grad_key_strides, batch, kv_head, first_key), key_sum * scale,
+        grad_key_strides, at, kv_len, HEAD_DIM,
     )  # fmt: skip
     tiles.store(
-        head_of(grad_value, grad_value_strides, batch, kv_head), value_sum * factor,
+        head_of(grad_value, grad_value_strides, batch, kv_head, first_key), value_sum * factor,
         grad_value_strides, at, kv_len, VALUE_DIM,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_grad_bias(
-    query, key, value, mask, bias, alibi_slopes, seed, grad_out, lse, delta, grad_bias,
+    query, key, value, mask, bias, alibi_slopes, seed, packed, grad_out, lse, delta, grad_bias,
     query_strides, key_strides, value_strides, mask_strides, bias_strides, grad_out_strides,
-    batches, heads, group, q_len, kv_len, bias_batches, bias_heads, offset, left, right, scale,
+    lse_strides, batches, heads, group, q_len, kv_len, bias_batches, bias_heads, left, right, scale,
     softcap, threshold: tl.uint32, factor, ALL_QUERIES: tl.constexpr, ALL_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a tile [QUERIES, KEYS] of bias, contiguous, summed over all dimensions that it broadcasts
-    over; of [KEYS] if over ALL_QUERIES, and of [QUERIES] if over ALL_KEYS."""
+    over; of [KEYS] if over ALL_QUERIES, and of [QUERIES] if over ALL_KEYS. No sequence is packed.
+    """
+    offset = kv_len - q_len if BOTTOM_RIGHT else 0
     key_blocks = 1 if ALL_KEYS else tl.cdiv(kv_len, KEYS)
     query_blocks = 1 if ALL_QUERIES else tl.cdiv(q_len, QUERIES)
     key_block = tl.program_id(0) % key_blocks
@@ -262,7 +271,7 @@ def attention_grad_bias(
                     head_of(grad_out, grad_out_strides, batch, head), grad_out_strides, row, q_len,
                     VALUE_DIM, VALUE_WIDTH,
                 )  # fmt: skip
-                logarithm, deltas = _load_rows(lse, delta, random_head, row, q_len)
+                logarithm, deltas = _load_rows(lse, delta, lse_strides, batch, head, 0, row, q_len)
                 for first in range(key_begin, key_end, KEYS):
                     at = first + tl.arange(0, KEYS)
                     keys = tiles.load(

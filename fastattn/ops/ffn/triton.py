@@ -36,13 +36,15 @@ def _activate(x, ACTIVATION: tl.constexpr):
         found = x * share
         slope = share + x * NORMAL * tl.exp2(-0.5 * LOG2E * x * x)
     elif ACTIVATION == "gelu_tanh":
-        share = _sigmoid(x * (LINEAR + CUBIC * x * x))
+        inner = x * (LINEAR + CUBIC * x * x)
+        share = _sigmoid(inner)
         found = x * share
-        slope = share + x * share * (1 - share) * (LINEAR + 3 * CUBIC * x * x)
+        rest = _sigmoid(-inner)  # 1 - share would cancel
+        slope = share + x * share * rest * (LINEAR + 3 * CUBIC * x * x)
     elif ACTIVATION == "silu":
         share = _sigmoid(x)
         found = x * share
-        slope = share + x * share * (1 - share)
+        slope = share + x * share * _sigmoid(-x)
     else:
         tl.static_assert(ACTIVATION == "identity")
         found = x

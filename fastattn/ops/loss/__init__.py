@@ -16,6 +16,10 @@ def _refusals(*args: object) -> list[str]:
     return dispatch.cpu_refusals(args[0])  # and all the others are like it
 
 
+def _triton_refusals(*args: object) -> list[str]:
+    return dispatch.triton_refusals(args[0])
+
+
 def _wide_if(wanted: bool, tensor: Tensor | None, other: Tensor) -> Tensor:
     dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
     shape = tensor.shape if wanted and tensor is not None else (0,)
@@ -68,7 +72,7 @@ LINEAR_CROSS_ENTROPY = registry.op(
     ),
     backward_fake=_backward_fake,
     derivative=_derivative,
-    kernels={"cpu": _refusals},
+    kernels={"cpu": _refusals, "triton": _triton_refusals},
     keep=(1, 2, 3),
 )
 
@@ -124,7 +128,7 @@ def _args(
 
 
 def _in_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise where a target is no class; where values are out of reach, the kernel does."""
+    """Raise where a target is no class; where values are out of reach, the kernel looks."""
     if torch.compiler.is_compiling() or not target.is_cpu:
         return
     if torch._C._are_functorch_transforms_active():
@@ -171,7 +175,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, a device or a value
-        does not fit.
+        does not fit. Targets on a GPU are not waited for: the kernel makes NaN of the loss where
+        one is no class.
     """
     args = _args(
         input,

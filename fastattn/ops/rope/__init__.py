@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +13,16 @@ from fastattn import checks, dispatch, registry
 from fastattn.ops.rope import reference
 
 
-def _refusals(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any) -> list[str]:
+def _refusals(
+    common: Callable[..., list[str]],
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *rest: Any,
+) -> list[str]:
     # The other tensors are on query's device and of its dtype, or fp32.
-    reasons = dispatch.cpu_refusals(query)
+    reasons = common(query)
     if cos.requires_grad or sin.requires_grad:
         reasons.append("cos or sin requires a gradient")
     return reasons
@@ -28,9 +37,9 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
 
 
 def _backward_arguments(grad_query: Tensor | None, grad_key: Tensor | None, *rest: Any) -> tuple:
-    query = torch.zeros_like(grad_key if grad_query is None else grad_query)
-    key = None if grad_key is None else torch.zeros_like(grad_key)
-    return (query, key, *rest), (grad_query, grad_key), (0, 1)
+    # A rotation is linear: of query and key no more than the shape counts, which gradients have.
+    query = grad_key if grad_query is None else grad_query
+    return (query, grad_key, *rest), (grad_query, grad_key), (0, 1)
 
 
 def _backward_fake(
@@ -58,18 +67,14 @@ ROPE = registry.op(
     backward_arguments=_backward_arguments,
     backward_fake=_backward_fake,
     derivative=_derivative,
-    kernels={"cpu": _refusals},
+    kernels={
+        "cpu": functools.partial(_refusals, dispatch.cpu_refusals),
+        "triton": functools.partial(_refusals, dispatch.triton_refusals),
+    },
     differentiable=2,
 )
 
-torch.library.define(
-    "fastattn::rope_",
-    "(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, Tensor? positions,"
-    " bool interleaved) -> ()",
-)
 
-
-@torch.library.impl("fastattn::rope_", "CompositeExplicitAutograd")
 def _reference_in_place(
     query: Tensor,
     key: Tensor | None,
@@ -83,17 +88,26 @@ def _reference_in_place(
             x.copy_(reference.rotated(x, cos, sin, positions, interleaved))
 
 
-torch.library.register_fake("fastattn::rope_", lambda *args: None)
-_IN_PLACE = torch.ops.fastattn.rope_.default
+for _name, _body in (
+    ("fastattn::rope_", _reference_in_place),
+    ("fastattn::rope_.triton", registry.imported(f"{__name__}.triton", "rope_")),
+):
+    torch.library.define(
+        _name,
+        "(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, Tensor? positions,"
+        " bool interleaved) -> ()",
+    )
+    torch.library.impl(_name, "CompositeExplicitAutograd", _body)
+    torch.library.register_fake(_name, lambda *args: None)
 
 
 class _InPlace(torch.autograd.Function):
     """The rotation in place, undone by backward on the gradients; keeps nothing of x."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: Any, *args: Any) -> tuple[Tensor, ...]:
         query, key, *rest = args
-        _IN_PLACE(*args[:6])
+        op(*args[:6])
         ctx.save_for_backward(*args[2:5])
         ctx.others = rest[3:]
         ctx.set_materialize_grads(False)
@@ -110,7 +124,7 @@ class _InPlace(torch.autograd.Function):
             found = [None if g is None else ROPE(g, None, cos, -sin, *rest)[0] for g in grads]
         else:
             found = _derivative((), (None, None, *args), (), grads)[:2]
-        return *found, *(None,) * len(args)
+        return None, *found, *(None,) * len(args)
 
 
 def _checked(
@@ -180,8 +194,8 @@ def _checked(
 
 
 def _in_table(positions: Tensor, count: int) -> None:
-    """Raise where a position has no angles; where values are out of reach, the kernel does."""
-    if torch.compiler.is_compiling() or positions.device.type == "meta" or not positions.numel():
+    """Raise where a position has no angles; where values are out of reach, the kernel looks."""
+    if torch.compiler.is_compiling() or not positions.is_cpu or not positions.numel():
         return
     if torch._C._are_functorch_transforms_active():
         return
@@ -235,7 +249,8 @@ def apply_rope(
 
     Raises:
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, a device or a
-        position does not fit, or an element to be overwritten stands for several.
+        position does not fit, or an element to be overwritten stands for several. Positions on a
+        GPU are not waited for: the kernel makes NaN of rows whose position is in no table.
     """
     options = {"positions": positions, "interleaved": interleaved, "inplace": inplace}
     args = _rope_args(query, key, cos, sin, **options)
@@ -247,16 +262,18 @@ def apply_rope(
 
 def _apply_in_place(args: tuple) -> Tensor | tuple[Tensor, Tensor]:
     query, key = args[:2]
-    if dispatch.choose(ROPE, args).kernel == "reference" or torch.compiler.is_compiling():
+    kernel = dispatch.choose(ROPE, args).kernel
+    if kernel == "reference" or torch.compiler.is_compiling():
         for x, out in zip((query, key), ROPE(*args), strict=True):
             if x is not None:
                 x.copy_(out)
-    elif torch.is_grad_enabled() and (
-        query.requires_grad or (key is not None and key.requires_grad)
-    ):
-        _InPlace.apply(*args)
+        return query if key is None else (query, key)
+    ops = torch.ops.fastattn.rope_
+    op = ops.triton if kernel in ("triton", "triton-emulator") else ops.default
+    if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
+        _InPlace.apply(op, *args)
     else:
-        _IN_PLACE(*args[:6])
+        op(*args[:6])
     return query if key is None else (query, key)
 
 

@@ -1,27 +1,31 @@
-"""The CUDA kernels of a cache in the emulator: pages, schedules, memory, leaks, refusals."""
+"""GPU kernels of a cache in the emulator, CUDA's and Triton's: pages, memory, leaks, refusals."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import _library
+from fastattn import attention_decode
 from fastattn.emulator import device
 from fastattn.testing import Case, Draw, assert_close_to_oracle, cases, laid_out, run, widened
-
-pytestmark = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
 
 CASES = {case.name: case for case in cases("attention_decode")}
 
 
-def decode(*args: Any, **options: Any) -> Any:
-    with fastattn.use_kernel("emulator"):
-        return fastattn.attention_decode(*args, **options)
+@pytest.fixture(params=["emulator", "triton-emulator"], autouse=True)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    if why_not := fastattn.backends()[request.param]:
+        pytest.skip(why_not)
+    with fastattn.use_kernel(request.param):
+        yield request.param
+
+
+in_cuda = pytest.mark.parametrize("kernel", ["emulator"], indirect=True)
 
 
 def cached(
@@ -40,7 +44,7 @@ def cached(
         (torch.float16, 256, 40),
     ],
 )
-def test_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+def test_wide_heads(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
     tensors = {
         "query": Draw((1, 4, 1, head_dim)),
         "key_cache": Draw((1, 2, 300, head_dim), "distinct"),
@@ -50,21 +54,21 @@ def test_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
     case = Case("attention_decode", f"wide_{head_dim}", tensors, options, inference=True)
     inputs = case.inputs(dtype)
     oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
-    found = run(case, inputs, "emulator")
+    found = run(case, inputs, kernel)
     for name in oracle:
         assert_close_to_oracle(found[name], eager[name], oracle[name], 2, name)
 
 
 @pytest.mark.parametrize("name", ["everything", "rotary"])
-def test_every_schedule_gives_the_same_bits(name: str) -> None:
+def test_every_schedule_gives_the_same_bits(kernel: str, name: str) -> None:
     """And nothing is found under any of them: a finding would raise."""
     case = CASES[name]
     with device.watching(thorough=True) as reports:
-        run(case, case.inputs(torch.bfloat16), "emulator")
-    kernels = [report.kernel.rpartition("_bf16")[0] for report in reports]
-    assert kernels == ["attention_append", "attention_decode", "attention_combine"]
+        run(case, case.inputs(torch.bfloat16), kernel)
+    assert len(reports) == 3 and all(report.ok for report in reports)
 
 
+@in_cuda
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_memory_is_moved_whole(head_dim: int) -> None:
     """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores."""
@@ -72,19 +76,20 @@ def test_memory_is_moved_whole(head_dim: int) -> None:
     new = {"key": torch.randn(1, 1, 1, head_dim).bfloat16()}
     new["value"] = new["key"] + 1
     with device.watching() as reports:
-        decode(query, *caches, cache_seqlens=500, **new)
+        attention_decode(query, *caches, cache_seqlens=500, **new)
     for report in reports:
         assert report.counters.bank_conflicts == 1, report.counters
         assert report.counters.sector_efficiency >= 0.95, report.counters
     assert reports[1].counters.mix()["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] > 0
 
 
+@in_cuda
 def test_keys_are_read_once_for_all_heads_that_share_them() -> None:
     moved = []
     for heads in (1, 8):
         tensors = [tensor.bfloat16() for tensor in cached(512, 64, (heads, 1))]
         with device.watching() as reports:
-            decode(*tensors, cache_seqlens=512)
+            attention_decode(*tensors, cache_seqlens=512)
         sites = [site for site in reports[0].counters.sites if "cp.async" in site.place.text]
         moved.append(sum(site.transfers for site in sites))
     size = 2 * 512 * 64 * 2  # of keys and values, which come in sectors and go in wavefronts
@@ -102,16 +107,16 @@ def test_pages_change_nothing(page: int) -> None:
         own = cache.view(2, 2, columns, page, 16).transpose(1, 2).flatten(0, 1)
         paged.append(torch.empty_like(own).index_copy_(0, table.flatten(), own))
     new = {"key": key, "value": value, "cache_seqlens": lengths}
-    whole = decode(query, *caches, **new)
-    assert decode(query, *paged, block_table=table.int(), **new).equal(whole)
+    whole = attention_decode(query, *caches, **new)
+    assert attention_decode(query, *paged, block_table=table.int(), **new).equal(whole)
     for cache, pages in zip(caches, paged, strict=True):
         own = pages[table.flatten()].view(2, columns, 2, page, 16)
         assert own.transpose(1, 2).flatten(2, 3).equal(cache)
 
 
-def test_of_sequences_that_share_a_page_the_last_wins() -> None:
+def test_of_sequences_that_share_a_page_the_last_wins(kernel: str) -> None:
     """So does the later of two positions of one sequence, and no two blocks write to one place."""
-    caches = {kernel: [torch.zeros(3, 1, 4, 8) for _ in range(2)] for kernel in ("emulator", "cpu")}
+    caches = {name: [torch.zeros(3, 1, 4, 8) for _ in range(2)] for name in (kernel, "cpu")}
     table = torch.tensor([[0, 1, 0], [2, 1, 1], [1, 0, 2]])  # pages of 4 positions
     new = {
         "query": torch.randn(3, 2, 1, 8),
@@ -120,10 +125,10 @@ def test_of_sequences_that_share_a_page_the_last_wins() -> None:
         "cache_seqlens": torch.tensor([3, 5, 0]),
         "block_table": table,
     }
-    for kernel, own in caches.items():
-        with fastattn.use_kernel(kernel):
-            fastattn.attention_decode(key_cache=own[0], value_cache=own[1], **new)
-    assert all(map(torch.equal, caches["emulator"], caches["cpu"]))
+    for name, own in caches.items():
+        with fastattn.use_kernel(name):
+            attention_decode(key_cache=own[0], value_cache=own[1], **new)
+    assert all(map(torch.equal, caches[kernel], caches["cpu"]))
 
 
 def test_what_is_not_in_use_is_not_read() -> None:
@@ -131,11 +136,11 @@ def test_what_is_not_in_use_is_not_read() -> None:
     query, *caches = cached(4, batch=6)
     query, table = query[:2], torch.tensor([[2, 5, -1], [4, 10**6, 7]])
     used = {"cache_seqlens": torch.tensor([5, 3]), "block_table": table}
-    out = decode(query, *caches, **used)
+    out = attention_decode(query, *caches, **used)
     for cache in caches:
         for page, count in enumerate([0, 0, 4, 0, 3, 1]):
             cache[page, :, count:] = math.nan
-    assert decode(query, *caches, **used).equal(out)
+    assert attention_decode(query, *caches, **used).equal(out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,18 +151,18 @@ def test_a_hidden_key_does_not_leak(dtype: torch.dtype) -> None:
         cache[:, :, 298] = math.nan
         cache[:, :, 10] = math.inf
     options = {"cache_seqlens": 300, "causal": True, "window": (200, None)}
-    out = decode(query, *caches, **options)
+    out = attention_decode(query, *caches, **options)
     assert out[:, :, :3].isfinite().all() and out[:, :, 3:].isnan().all()
     clean = [cache.nan_to_num(0, 0, 0) for cache in caches]
-    assert decode(query, *clean, **options)[:, :, :3].equal(out[:, :, :3])
+    assert attention_decode(query, *clean, **options)[:, :, :3].equal(out[:, :, :3])
 
 
 def test_a_sequence_without_keys_gives_zero() -> None:
     tensors, sinks = cached(8, batch=2), torch.randn(4, dtype=torch.float64)
     options = {"cache_seqlens": torch.tensor([0, 8]), "return_lse": True}
-    out, lse = decode(*tensors, **options)
+    out, lse = attention_decode(*tensors, **options)
     assert (out[0] == 0).all() and (lse[0] == -math.inf).all() and lse[1].isfinite().all()
-    out, lse = decode(*tensors, sinks=sinks, **options)
+    out, lse = attention_decode(*tensors, sinks=sinks, **options)
     assert (out[0] == 0).all()
     torch.testing.assert_close(lse[0, :, 0], sinks.float())
 
@@ -169,7 +174,9 @@ def test_any_strides(layout: str) -> None:
     found = []
     for give in (lambda tensor: laid_out(tensor, layout), torch.Tensor.contiguous):
         query, *caches, key, value = (give(laid_out(tensor, layout)) for tensor in tensors)
-        found.append([decode(query, *caches, key=key, value=value, cache_seqlens=30), *caches])
+        found.append(
+            [attention_decode(query, *caches, key=key, value=value, cache_seqlens=30), *caches]
+        )
     assert all(map(torch.equal, *found))
 
 
@@ -177,9 +184,9 @@ def test_a_step_is_refused_before_anything_is_written() -> None:
     tensors = cached(4, 129)
     new = {"key": tensors[0][:, :2], "value": tensors[0][:, :2]}
     with pytest.raises(fastattn.UnavailableKernelError, match="heads are wider than 128"):
-        decode(*tensors, cache_seqlens=2, **new)
-    with pytest.raises(fastattn.UnavailableKernelError, match="float64 has no CUDA kernel"):
-        decode(*(tensor.double() for tensor in cached(4)), cache_seqlens=2)
+        attention_decode(*tensors, cache_seqlens=2, **new)
+    with pytest.raises(fastattn.UnavailableKernelError, match="float64 has no"):
+        attention_decode(*(tensor.double() for tensor in cached(4)), cache_seqlens=2)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +201,16 @@ def test_a_step_is_refused_before_anything_is_written() -> None:
     ids=["no room", "negative", "no such page", "negative page", "no such angle"],
 )
 def test_what_the_host_has_not_read_stops_the_kernels(
-    lengths: list[int], table: list[list[int]], positions: int
+    kernel: str, lengths: list[int], table: list[list[int]], positions: int
 ) -> None:
     """Pages of 3 positions, of which one more is taken."""
     caches = [torch.zeros(3, 1, 3, 8) for _ in range(2)]
     new = [torch.randn(1, 1, 1, 8) for _ in range(2)]
     angles = [torch.randn(positions, 4) for _ in range(2)]
     pages = torch.tensor(lengths), torch.tensor(table), *angles, False
-    ops = torch.ops.fastattn
-    with fastattn.use_kernel("emulator"):
-        with pytest.raises(RuntimeError, match="trap"):
-            ops.attention_append(*caches, *new, *pages)
-        given = pages[0], 1, *pages[1:], None, None, None, None, 1.0, 0.0
-        with pytest.raises(RuntimeError, match="trap"):
-            ops.attention_decode(new[0], *caches, *given)
+    given = pages[0], 1, *pages[1:], None, None, None, None, 1.0, 0.0
+    overload = "default" if kernel == "emulator" else "triton"
+    with pytest.raises(RuntimeError, match="trap"):
+        getattr(torch.ops.fastattn.attention_append, overload)(*caches, *new, *pages)
+    with pytest.raises(RuntimeError, match="trap"):
+        getattr(torch.ops.fastattn.attention_decode, overload)(new[0], *caches, *given)
