@@ -214,7 +214,7 @@ KNOBS = {
         decode_fp32={256: Tiles(16, 64, 8, 1), 512: Tiles(16, 16, 8, 1, 255)},
     )
 }
-# Triton 3.9 lets a loop on sm_90 fetch ahead to where `wgmma` may still read: not in backward there.
+# On sm_90 Triton 3.9 lets a loop of backward fetch ahead to where `wgmma` may still read.
 KNOBS[90] = replace(
     KNOBS[80],
     backward={width: replace(tile, stages=1) for width, tile in KNOBS[80].backward.items()},
