@@ -130,6 +130,8 @@ def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> lis
         if onward:
             most, fewest, at = min(onward)
             best[i] = most - wanted, fewest + others, at
+    if begin not in best:  # the way through leads up as well: everything counts
+        return [each.opcode for each in code[begin : end + 1] if isinstance(each, Instruction)]
     found, i = [], begin
     while i <= end:
         here = code[i]
