@@ -5,7 +5,8 @@ through it the shortest that takes all of these and all copies: jumps pass over 
 ragged edges, rows that are not aligned and values that are not finite. For each unit of a quarter
 of a multiprocessor, this adds up the cycles that one warp's instructions take there. The unit with
 the most sets the pace, and the bound is the part of its time that tensor cores work. No latency is
-counted: a kernel is slower by as much as its warps fail to hide.
+counted: a kernel is slower by as much as its warps fail to hide. Of a loop whose code is not in
+the order in which it runs, all counts.
 
 Rates are those of the CUDA programming guide's table of arithmetic throughput, where an instruction
 on 16 lanes a cycle takes a warp two. From sm_90 on none is published for `mma.sync`, beside which
@@ -112,7 +113,7 @@ def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
 
 def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> list[str]:
     """The opcodes on the way down from one line to another that has most products and copies and,
-    of such ways, the fewest other instructions.
+    of such ways, the fewest other instructions; all opcodes where there is no way down.
     """
     labels = {each: i for i, each in enumerate(code) if isinstance(each, str)}
     best: dict[int, tuple[int, int, int]] = {}  # by line: minus those, the others, the next line
@@ -130,7 +131,7 @@ def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> lis
         if onward:
             most, fewest, at = min(onward)
             best[i] = most - wanted, fewest + others, at
-    if begin not in best:  # the way through leads up as well: everything counts
+    if begin not in best:  # the way through leads up as well
         return [each.opcode for each in code[begin : end + 1] if isinstance(each, Instruction)]
     found, i = [], begin
     while i <= end:

@@ -110,7 +110,7 @@ def op(
 
     def define(overload: str, bodies: tuple[Callable[..., Any], Callable[..., Any]]) -> TorchOps:
         ops = [
-            _define(definition, overload, body, shapes)
+            define_op(definition, overload, body, shapes)
             for definition, body, shapes in zip(schemas, bodies, fakes, strict=True)
         ]
         return TorchOps(*ops, _function(record, ops[0]))
@@ -132,10 +132,10 @@ def op(
     return record
 
 
-def _define(
+def define_op(
     schema: str, overload: str, body: Callable[..., Any], fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:
-    """One torch op, which runs `body` on any device."""
+    """A torch op of this schema and overload, which runs `body` on any device."""
     packet, _, signature = schema.partition("(")
     qualified = f"fastattn::{packet}" + (overload and f".{overload}")
     torch.library.define(qualified, f"({signature}")
@@ -194,10 +194,10 @@ def inference_op(
     exclamation mark in the schema.
     """
     name = schema.split("(", 1)[0]
-    compiled, triton = _define(schema, "", reference, fake), None
+    compiled, triton = define_op(schema, "", reference, fake), None
     if "triton" in kernels:
         module = f"{reference.__module__.rpartition('.')[0]}.{file}"
-        triton = _define(schema, "triton", imported(module, name), fake)
+        triton = define_op(schema, "triton", imported(module, name), fake)
     written = tuple(
         i
         for i, argument in enumerate(compiled._schema.arguments)

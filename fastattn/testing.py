@@ -103,6 +103,16 @@ def assert_close_to_oracle(
     )
 
 
+def assert_case_close_to_oracle(case: Case, dtype: torch.dtype, kernel: str) -> None:
+    """All outputs and gradients of a case in `dtype` on `kernel` keep the error rule."""
+    inputs = case.inputs(dtype)
+    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
+    found = run(case, inputs, kernel)
+    for name in oracle:
+        factor = 3 if name.startswith("grad") else 2
+        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+
+
 def assert_vanishes(gradient: Tensor, magnitude: float, terms: int, name: str = "result") -> None:
     """A gradient that is mathematically zero is no more than the rounding noise of its terms.
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import _library, registry
+from fastattn import _library
 from fastattn.emulator import device
-from fastattn.testing import Case, Draw, assert_close_to_oracle, cases, laid_out, run, widened
+from fastattn.testing import Case, Draw, assert_case_close_to_oracle, cases, laid_out, run
 
 pytestmark = pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
 
@@ -45,13 +45,7 @@ def everything(head_dim: int, value_dim: int, **more: Draw) -> Case:
     ],
 )
 def test_gradients_of_wide_heads(dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
-    case = everything(head_dim, value_dim)
-    inputs = case.inputs(dtype)
-    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
-    found = run(case, inputs, "emulator")
-    for name in oracle:
-        factor = 3 if name.startswith("grad") else 2
-        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+    assert_case_close_to_oracle(everything(head_dim, value_dim), dtype, "emulator")
 
 
 @pytest.mark.parametrize(
@@ -62,36 +56,6 @@ def test_every_schedule_gives_the_same_gradients(case: Case, launches: int) -> N
         run(case, case.inputs(torch.float16), "emulator")
     assert [report.kernel for report in reports if not report.ok] == []
     assert len(reports) == launches
-
-
-@pytest.mark.parametrize(
-    ("starts", "longest"),
-    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
-)
-def test_boundaries_that_are_none_stop_the_kernels(starts: list[int], longest: int) -> None:
-    """Those of queries and those of keys, which the host does not read."""
-    prepare = registry.FUNCTIONS["attention_varlen"][0]
-    good = torch.tensor([0, 4, 9])
-    args = prepare(*(torch.randn(9, 2, 16) for _ in range(3)), good, good, 9, 9)
-    with fastattn.use_kernel("emulator"):
-        torch.ops.fastattn.attention_fwd.default(*args)
-        for of_keys in (0, 1):
-            bad = list(args)
-            bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
-            with pytest.raises(RuntimeError, match="trap"):
-                torch.ops.fastattn.attention_fwd.default(*bad)
-
-
-def test_many_sequences_are_found() -> None:
-    """More than a warp looks at at a time, most of them short, in numbers of either width."""
-    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    tensors = [torch.randn(int(starts[-1]), 1, 8) for _ in range(3)]
-    expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
-    with fastattn.use_kernel("emulator"):
-        for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
-            found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
-            torch.testing.assert_close(found, expected)
 
 
 def gradients(

@@ -92,21 +92,16 @@ bool TaskQueue::next(int64_t& task) {
   return task < tasks_;
 }
 
-bool SharedTasks::next(int64_t& task) {
-  const std::atomic_ref<int64_t> next(next_);
-  if (next.load(std::memory_order_relaxed) >= tasks_) return false;
-  task = next.fetch_add(1, std::memory_order_relaxed);
-  return task < tasks_;
-}
+bool SharedTasks::next(int64_t& task) { return queue_.next(task); }
 
 void SharedTasks::done() {
-  std::atomic_ref<int64_t>(done_).fetch_add(1, std::memory_order_release);
+  std::atomic_ref<int64_t>(undone_).fetch_sub(1, std::memory_order_release);
 }
 
 // No thread waits for one that has not come yet: whoever waits has seen all tasks taken.
 void SharedTasks::wait() {
-  const std::atomic_ref<int64_t> done(done_);
-  for (int spins = 0; done.load(std::memory_order_acquire) < tasks_; spins++)
+  const std::atomic_ref<int64_t> undone(undone_);
+  for (int spins = 0; undone.load(std::memory_order_acquire) > 0; spins++)
     if (spins > 1000) std::this_thread::yield();
 }
 

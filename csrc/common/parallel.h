@@ -12,7 +12,7 @@ int thread_count();
 // Hands out each task of [0, tasks) once, in order, to whichever thread asks: unequal ones balance.
 class TaskQueue {
  public:
-  explicit TaskQueue(int64_t tasks) : tasks_(tasks) {}
+  __attribute__((always_inline)) explicit TaskQueue(int64_t tasks) : tasks_(tasks) {}
   bool next(int64_t& task);
 
  private:
@@ -24,14 +24,16 @@ class TaskQueue {
 // it, says so, and waits for the others' last tasks once there are no more.
 class SharedTasks {
  public:
-  explicit SharedTasks(int64_t tasks) : tasks_(tasks) {}
+  // Inlined always, as Scratch::take() is.
+  __attribute__((always_inline)) explicit SharedTasks(int64_t tasks)
+      : queue_(tasks), undone_(tasks) {}
   bool next(int64_t& task);
   void done();
   void wait();
 
  private:
-  int64_t tasks_;
-  int64_t next_ = 0, done_ = 0;
+  TaskQueue queue_;
+  int64_t undone_;
 };
 
 // Runs body(queue, context) on several threads at once, no more than there are tasks. Rethrows a

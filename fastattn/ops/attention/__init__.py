@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
-def _gpu_refusals(common: Callable[..., list[str]], args: tuple) -> list[str]:
+def _gpu_refusals(common: Callable[..., list[str]], *args: Any) -> list[str]:
     query, value = args[QUERY], args[VALUE]
     reasons = common(*args[:3], args[BIAS])
     if args[SLOPES] is not None and args[SLOPES].requires_grad:
@@ -41,14 +42,6 @@ def _gpu_refusals(common: Callable[..., list[str]], args: tuple) -> list[str]:
     if 0 in query.shape or 0 in value.shape:
         reasons.append("a tensor is empty")
     return reasons + arguments.too_wide(128, 256, query, value)
-
-
-def _cuda_refusals(*args: Any) -> list[str]:
-    return _gpu_refusals(dispatch.cuda_refusals, args)
-
-
-def _triton_refusals(*args: Any) -> list[str]:
-    return _gpu_refusals(dispatch.triton_refusals, args)
 
 
 def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -105,7 +98,11 @@ ATTENTION = registry.op(
     backward_arguments=_backward_arguments,
     backward_fake=backward_shapes,
     derivative=_derivative,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
+    kernels={
+        "cpu": _refusals,
+        "cuda": functools.partial(_gpu_refusals, dispatch.cuda_refusals),
+        "triton": functools.partial(_gpu_refusals, dispatch.triton_refusals),
+    },
     differentiable=2,
     keep=(0, 1),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,21 +25,13 @@ def _refusals(*args: Any) -> list[str]:
     return reasons
 
 
-def _gpu_refusals(common: Callable[..., list[str]], args: tuple) -> list[str]:
+def _gpu_refusals(common: Callable[..., list[str]], *args: Any) -> list[str]:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     of_heads = [tensor for tensor in tensors if tensor.dim() == 4]
     reasons = common(*of_heads)
     if any(0 in tensor.shape for tensor in tensors):
         reasons.append("a tensor is empty")
     return reasons + arguments.too_wide(128, 256, *of_heads)
-
-
-def _cuda_refusals(*args: Any) -> list[str]:
-    return _gpu_refusals(dispatch.cuda_refusals, args)
-
-
-def _triton_refusals(*args: Any) -> list[str]:
-    return _gpu_refusals(dispatch.triton_refusals, args)
 
 
 def decode_shapes(
@@ -54,12 +47,17 @@ def _append_fake(*args: Any) -> None:
     return None
 
 
+KERNELS = {
+    "cpu": _refusals,
+    "cuda": functools.partial(_gpu_refusals, dispatch.cuda_refusals),
+    "triton": functools.partial(_gpu_refusals, dispatch.triton_refusals),
+}
 APPEND = registry.inference_op(
     "attention_append(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value,"
     f" Tensor cache_seqlens, {PAGES}) -> ()",
     reference=reference.append,
     fake=_append_fake,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
+    kernels=KERNELS,
     file="triton_decode",
 )
 DECODE = registry.inference_op(
@@ -68,7 +66,7 @@ DECODE = registry.inference_op(
     " float scale, float softcap) -> (Tensor out, Tensor lse)",
     reference=reference.decode,
     fake=decode_shapes,
-    kernels={"cpu": _refusals, "cuda": _cuda_refusals, "triton": _triton_refusals},
+    kernels=KERNELS,
     file="triton_decode",
 )
 

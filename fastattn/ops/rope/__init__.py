@@ -88,17 +88,19 @@ def _reference_in_place(
             x.copy_(reference.rotated(x, cos, sin, positions, interleaved))
 
 
-for _name, _body in (
-    ("fastattn::rope_", _reference_in_place),
-    ("fastattn::rope_.triton", registry.imported(f"{__name__}.triton", "rope_")),
-):
-    torch.library.define(
-        _name,
-        "(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, Tensor? positions,"
+_COMPILED, _TRITON = (
+    registry.define_op(
+        "rope_(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, Tensor? positions,"
         " bool interleaved) -> ()",
+        overload,
+        body,
+        fake=lambda *args: None,
     )
-    torch.library.impl(_name, "CompositeExplicitAutograd", _body)
-    torch.library.register_fake(_name, lambda *args: None)
+    for overload, body in (
+        ("", _reference_in_place),
+        ("triton", registry.imported(f"{__name__}.triton", "rope_")),
+    )
+)
 
 
 class _InPlace(torch.autograd.Function):
@@ -268,8 +270,7 @@ def _apply_in_place(args: tuple) -> Tensor | tuple[Tensor, Tensor]:
             if x is not None:
                 x.copy_(out)
         return query if key is None else (query, key)
-    ops = torch.ops.fastattn.rope_
-    op = ops.triton if kernel in ("triton", "triton-emulator") else ops.default
+    op = _TRITON if kernel in registry.TRITON else _COMPILED
     if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
         _InPlace.apply(op, *args)
     else:

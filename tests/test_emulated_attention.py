@@ -1,4 +1,5 @@
-"""GPU kernels of a cache in the emulator, CUDA's and Triton's: pages, memory, leaks, refusals."""
+"""GPU kernels of packed sequences and of a cache in the emulator, CUDA's and Triton's: boundaries,
+pages, memory, leaks, refusals."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import attention_decode
+from fastattn import attention_decode, registry
 from fastattn.emulator import device
-from fastattn.testing import Case, Draw, assert_close_to_oracle, cases, laid_out, run, widened
+from fastattn.testing import Case, Draw, assert_case_close_to_oracle, cases, laid_out, run
 
 CASES = {case.name: case for case in cases("attention_decode")}
 
@@ -26,6 +27,46 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 in_cuda = pytest.mark.parametrize("kernel", ["emulator"], indirect=True)
+
+
+# packed sequences
+
+
+@pytest.mark.parametrize(
+    ("starts", "longest"),
+    [([1, 5, 9], 9), ([0, 5, 8], 9), ([0, 9, 5], 9), ([-1, 0, 9], 9), ([0, 5, 9], 4)],
+)
+def test_boundaries_that_are_none_stop_the_kernels(
+    kernel: str, starts: list[int], longest: int
+) -> None:
+    """Those of queries and those of keys, which the host does not read."""
+    prepare = registry.FUNCTIONS["attention_varlen"][0]
+    good = torch.tensor([0, 4, 9])
+    args = prepare(*torch.randn(3, 9, 2, 16).bfloat16(), good, good, 9, 9)
+    ops = torch.ops.fastattn.attention_fwd
+    forward = ops.triton if kernel in registry.TRITON else ops.default
+    forward(*args)
+    for of_keys in (0, 1):
+        bad = list(args)
+        bad[8 + of_keys], bad[16 + of_keys] = torch.tensor(starts), longest
+        with pytest.raises(RuntimeError, match="trap"):
+            forward(*bad)
+
+
+def test_many_sequences_are_found() -> None:
+    """More than a warp looks at at a time, most of them short, in numbers of either width and any
+    stride."""
+    lengths = torch.tensor([n % 4 for n in range(70)] + [80])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tensors = [torch.randn(int(starts[-1]), 1, 16) for _ in range(3)]
+    with fastattn.use_kernel("cpu"):
+        expected = fastattn.attention_varlen(*tensors, starts, starts, causal=True)
+    for given in (starts, starts.int(), starts.repeat_interleave(2)[::2]):
+        found = fastattn.attention_varlen(*tensors, given, starts, causal=True)
+        torch.testing.assert_close(found, expected)
+
+
+# a cache
 
 
 def cached(
@@ -52,11 +93,7 @@ def test_wide_heads(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: i
     }
     options = {"cache_seqlens": 290, "return_lse": True}
     case = Case("attention_decode", f"wide_{head_dim}", tensors, options, inference=True)
-    inputs = case.inputs(dtype)
-    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
-    found = run(case, inputs, kernel)
-    for name in oracle:
-        assert_close_to_oracle(found[name], eager[name], oracle[name], 2, name)
+    assert_case_close_to_oracle(case, dtype, kernel)
 
 
 @pytest.mark.parametrize("name", ["everything", "rotary"])
