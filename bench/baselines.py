@@ -101,9 +101,12 @@ def leaf(value: Tensor | None, dtype: torch.dtype, backward: bool) -> Tensor | N
 
 
 def attention(case: Attention) -> Recipe:
-    """query, key and value (B, H, S, D), with a mask (B, 1, 1, S) or a bias (1, H, S, S)."""
-    shape = (case.batch, case.heads, case.seq, case.head_dim)
-    inputs = {name: torch.randn(shape) for name in ("query", "key", "value")}
+    """query and key (B, H, S, D), value (B, H, S, Dv), mask (B, 1, 1, S) or bias (1, H, S, S)."""
+    value_dim = case.head_dim if case.value_dim is None else case.value_dim
+    inputs = {
+        name: torch.randn(case.batch, case.heads, case.seq, width)
+        for name, width in (("query", case.head_dim), ("key", case.head_dim), ("value", value_dim))
+    }
     inputs["bias"] = torch.randn(1, case.heads, case.seq, case.seq) if case.bias else None
     inputs["mask"] = None
     if case.padding:  # [B, 1, 1, S]

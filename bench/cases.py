@@ -58,6 +58,11 @@ class Case:
         return 0.0
 
     @property
+    def reads(self) -> bool:
+        """Whether next to all of the traffic is reading, so that reading is the limit."""
+        return False
+
+    @property
     def eager_bytes(self) -> float:
         """What the eager call is known to need beyond its inputs; 0 where that is modest."""
         return 0.0
@@ -65,12 +70,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Case):
-    """softmax(q k^T / sqrt(d)) v with what is switched on; q is (B, H, S, D)."""
+    """softmax(q k^T / sqrt(d)) v with what is switched on; q is (B, H, S, D), v may be wider."""
 
     batch: int
     heads: int
     seq: int
     head_dim: int
+    value_dim: int | None = None  # that of the others where None
     causal: bool = False
     padding: bool = False
     bias: bool = False  # learned, (1, H, S, S), with its gradient
@@ -91,7 +97,8 @@ class Attention(Case):
 
     @property
     def shape(self) -> str:
-        return f"B{self.batch} H{self.heads} S{self.seq} D{self.head_dim}"
+        other = "" if self.value_dim is None else f"/{self.value_dim}"
+        return f"B{self.batch} H{self.heads} S{self.seq} D{self.head_dim}{other}"
 
     @property
     def lengths(self) -> list[int]:
@@ -107,8 +114,10 @@ class Attention(Case):
             pairs = sum(sum(min(row + 1, keys) for row in range(self.seq)) for keys in self.lengths)
         else:
             pairs = sum(self.seq * keys for keys in self.lengths)
-        # two matrix products forward, five more backward
-        return 4.0 * self.heads * self.head_dim * pairs * (3.5 if self.backward else 1.0)
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        # a product of either width forward; backward three more of the one, two of the other
+        widths = 4 * self.head_dim + 3 * value_dim if self.backward else self.head_dim + value_dim
+        return 2.0 * self.heads * widths * pairs
 
     @property
     def eager_bytes(self) -> float:
@@ -173,6 +182,10 @@ class Decode(Case):
     def traffic(self) -> float:
         size = 4.0 if self.dtype == "float32" else 2.0
         return 2 * self.batch * self.kv_heads * self.seq * self.head_dim * size
+
+    @property
+    def reads(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +299,18 @@ class Linear(Case):
         return f"{self.rows}x{self.width_in}x{self.width_out}"
 
     @property
+    def reads(self) -> bool:
+        return self.rows <= 8 and not self.backward
+
+    @property
     def flops(self) -> float:
-        return 2.0 * self.rows * self.width_in * self.width_out * (3 if self.backward else 1)
+        products = 0 if self.reads else 3 if self.backward else 1
+        return 2.0 * products * self.rows * self.width_in * self.width_out
+
+    @property
+    def traffic(self) -> float:
+        size = 4.0 if self.dtype == "float32" else 2.0
+        return self.width_in * self.width_out * size if self.reads else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +427,10 @@ class Generation(Case):
     def passes(self) -> str:
         return "token" if self.task == "decode" else super().passes
 
+    @property
+    def reads(self) -> bool:
+        return self.task == "decode"
+
 
 # Filled by hand, read by everyone: shape, what is switched on, whether it belongs to --quick.
 CASES: tuple[Case, ...] = (
@@ -436,6 +463,9 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=8, seq=2048, head_dim=128, causal=True),
     Attention(batch=1, heads=8, seq=8192, head_dim=64),
     Attention(batch=1, heads=8, seq=8192, head_dim=64, causal=True),
+    Attention(batch=1, heads=8, seq=8192, head_dim=128),
+    Attention(batch=1, heads=8, seq=8192, head_dim=128, causal=True),
+    Attention(batch=1, heads=1, seq=1, head_dim=8),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="bfloat16"),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
@@ -457,6 +487,8 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, value_dim=128, backward=True),
+    Attention(batch=1, heads=8, seq=1024, head_dim=128, backward=True),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),
     # additive attention
     AdditiveAttention(batch=8, heads=1, q_len=64, kv_len=128, head_dim=128),
@@ -466,9 +498,18 @@ CASES: tuple[Case, ...] = (
     AdditiveAttention(batch=1, heads=4, q_len=512, kv_len=512, head_dim=64, backward=True),
     AdditiveAttention(batch=64, heads=1, q_len=1, kv_len=50, head_dim=256, backward=True),
     # norms
+    Norm(kind="layer_norm", rows=1, cols=8),
+    Norm(kind="layer_norm", rows=1, cols=16384),
+    Norm(kind="layer_norm", rows=8192, cols=64),
+    Norm(kind="layer_norm", rows=8192, cols=64, backward=True),
+    Norm(kind="layer_norm", rows=64, cols=16384, backward=True),
     Norm(kind="layer_norm", rows=128, cols=768),
     Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),
     Norm(kind="layer_norm", rows=4096, cols=4096, backward=True),
+    Norm(kind="rms_norm", rows=1, cols=16384),
+    Norm(kind="rms_norm", rows=8192, cols=64),
+    Norm(kind="rms_norm", rows=8192, cols=64, backward=True),
+    Norm(kind="rms_norm", rows=64, cols=16384, backward=True),
     Norm(kind="rms_norm", rows=128, cols=768),
     Norm(kind="rms_norm", rows=4096, cols=4096, quick=True),
     Norm(kind="rms_norm", rows=4096, cols=4096, backward=True, quick=True),
@@ -487,10 +528,19 @@ CASES: tuple[Case, ...] = (
     Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, backward=True),
     Rope(batch=1, heads=32, kv_heads=8, seq=512, head_dim=128, dtype="bfloat16"),
     # linear and feed-forward
-    Linear(rows=1, width_in=768, width_out=3072, activation="gelu"),
+    Linear(rows=1, width_in=8, width_out=8),
+    Linear(rows=1, width_in=4096, width_out=16384),
+    Linear(rows=4, width_in=4096, width_out=16384),
+    Linear(rows=8, width_in=4096, width_out=16384),
+    Linear(rows=1, width_in=4096, width_out=16384, dtype="bfloat16"),
+    Linear(rows=128, width_in=768, width_out=768),
     Linear(rows=128, width_in=768, width_out=3072, activation="gelu", quick=True),
     Linear(rows=512, width_in=768, width_out=3072, activation="gelu", quick=True),
+    Linear(rows=512, width_in=768, width_out=768),
+    Linear(rows=512, width_in=3072, width_out=768),
+    Linear(rows=128, width_in=4096, width_out=4096),
     Linear(rows=512, width_in=4096, width_out=4096),
+    Linear(rows=512, width_in=4096, width_out=4096, backward=True),
     Linear(rows=512, width_in=768, width_out=3072, activation="gelu", backward=True),
     Linear(rows=512, width_in=768, width_out=3072, activation="gelu", dtype="bfloat16"),
     FeedForward(rows=128, width=768, hidden=3072, quick=True),

@@ -71,7 +71,7 @@ def png(rows: Sequence[Row]) -> bytes:
         draw(limit, found, places, lambda row: row.of_limit and 100 * row.of_limit)
         limit.axvline(100, color=INK, linewidth=1, zorder=1)
         limit.set_xlim(left=0)
-        limit.set_title("Share of the measured limit, %\n(arithmetic, or copying for norms)")
+        limit.set_title("Share of the measured limit, %\n(arithmetic, copying or reading)")
         draw(memory, found, places, lambda row: row.peak_mb)
         memory.set_xscale("log")
         memory.xaxis.set_major_formatter(lambda value, _: significant(value, 1))

@@ -31,6 +31,7 @@ class Machine:
     peak_gflops: float  # fp32
     peak_by: str  # how that was measured
     copy_gbs: float  # bytes read plus bytes written
+    read_gbs: float
 
 
 def survey(threads: int, *, seconds: float = 1.0) -> Machine:
@@ -47,6 +48,7 @@ def survey(threads: int, *, seconds: float = 1.0) -> Machine:
         peak_gflops=peak,
         peak_by=peak_by,
         copy_gbs=copy_gbs(seconds),
+        read_gbs=read_gbs(seconds),
     )
 
 
@@ -69,6 +71,12 @@ def copy_gbs(seconds: float) -> float:
     source = torch.ones(COPY_BYTES // 4)
     target = torch.zeros_like(source)
     return 2e-9 * COPY_BYTES / fastest(lambda: target.copy_(source), seconds)
+
+
+def read_gbs(seconds: float) -> float:
+    """GB/s of reading memory with torch's threads."""
+    source = torch.ones(COPY_BYTES // 4)
+    return 1e-9 * COPY_BYTES / fastest(source.sum, seconds)
 
 
 def fastest(call: Callable[[], object], seconds: float) -> float:

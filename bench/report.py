@@ -196,7 +196,7 @@ def limits(row: Row) -> str:
         f"{row.processor}, {row.threads} of {row.cores} cores, fastattn {row.fastattn} "
         f"({row.isa}), torch {row.torch}, Python {row.python}. Measured limits: "
         f"{significant(row.peak_gflops)} GFLOP/s fp32 ({row.peak_by}), "
-        f"{significant(row.copy_gbs)} GB/s copying."
+        f"{significant(row.copy_gbs)} GB/s copying, {significant(row.read_gbs)} GB/s reading."
     )
 
 
@@ -214,9 +214,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "three times) plus rounding."
         )
         if any(row.gbs and row.of_limit > 1 for row in timed):
-            said.append(
-                "A norm can be above the limit of copying where its tensors stay in the cache."
-            )
+            said.append("What is above the limit of copying or reading stays in the cache.")
         if any(row.peak_mb is not None for row in timed):
             said.append(
                 "Peak MB is what one call adds to the resident memory of a fresh process: outputs, "

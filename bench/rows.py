@@ -53,6 +53,7 @@ class Row:
     peak_gflops: float | None = None
     peak_by: str = ""
     copy_gbs: float | None = None
+    read_gbs: float | None = None
 
 
 def _kind(hint: object) -> type:

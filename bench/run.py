@@ -125,7 +125,8 @@ def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> d
     """The columns of a row that follow from its timing."""
     gflops = (work.flops or case.flops) / timing.median / 1e9 or None
     gbs = (work.traffic or case.traffic) / timing.median / 1e9 or None
-    of_limit = gflops / machine.peak_gflops if gflops else gbs / machine.copy_gbs if gbs else None
+    bandwidth = machine.read_gbs if case.reads else machine.copy_gbs
+    of_limit = gflops / machine.peak_gflops if gflops else gbs / bandwidth if gbs else None
     return {
         "median_ms": 1e3 * timing.median,
         "p20_ms": 1e3 * timing.p20,

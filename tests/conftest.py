@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-cases",
         type=int,
-        help="how many calls tests/test_fuzz.py draws anew; by default 300, always the same",
+        help="how many calls tests/test_fuzz.py draws anew; by default 2000, always the same",
     )
 
 

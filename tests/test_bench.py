@@ -21,7 +21,7 @@ from bench import __main__ as cli
 from bench import baselines, cases, machine, measure, memory, models, page, parity, report, run
 from bench import rows as results
 from bench.cases import Attention, Decode, FeedForward, Generation, Linear, Model, Norm, Varlen
-from bench.work import SEED
+from bench.work import SEED, Work
 from fastattn.testing import assert_close_to_oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +45,7 @@ HERE = machine.Machine(
     peak_gflops=100.0,
     peak_by="FMA loop",
     copy_gbs=10.0,
+    read_gbs=5.0,
 )
 FAST = run.Settings(seconds=0.01, rounds=2, memory=False)
 
@@ -147,6 +148,22 @@ def test_causal_and_padded_work_is_what_is_attended():
             seen = seen.tril()
         seen &= torch.arange(case.seq) < torch.tensor(case.lengths)[:, None, None]
         assert case.flops == 4 * case.heads * case.head_dim * seen.sum().item()
+    wide = Attention(batch=1, heads=2, seq=16, head_dim=4, value_dim=6, backward=True)
+    scores, values = 1 + 3, 1 + 2  # products of either width, forward and backward
+    assert wide.flops == 2 * 2 * 16 * 16 * (4 * scores + 6 * values)
+
+
+def test_few_rows_are_held_against_reading():
+    timing = measure.Timing(median=1e-3, p20=1e-3, p80=1e-3, samples=1, calls=1)
+    made = Work(calls={}, exact=lambda *_: (), names=(), outputs=1)
+    for rows, limit in ((8, HERE.read_gbs * 1e9), (9, HERE.peak_gflops * 1e9)):
+        case = Linear(rows=rows, width_in=64, width_out=32)
+        work = 64 * 32 * (4 if case.reads else 2 * rows)
+        found = run.speed(case, made, timing, HERE)
+        assert found["of_limit"] == pytest.approx(work / 1e-3 / limit)
+    norm = Norm(kind="layer_norm", rows=1, cols=8)
+    found = run.speed(norm, made, timing, HERE)
+    assert found["of_limit"] == pytest.approx(norm.traffic / 1e-3 / HERE.copy_gbs / 1e9)
 
 
 SMALL = {
@@ -311,6 +328,7 @@ def made_rows():
         processor='a "processor", with a comma',
         peak_gflops=187.0,
         copy_gbs=10.25,
+        read_gbs=7.5,
     )
     return [
         results.Row(

@@ -427,7 +427,7 @@ def noise(
     }
 
 
-FEW, MANY = 3, 100  # draws of a call's values
+FEW, MANY = 3, 1000  # draws of a call's values
 
 
 def check(call: Call) -> None:
@@ -477,7 +477,7 @@ def eagerly(call: Call, seed: int) -> tuple[dict[str, Any], ...]:
 @pytest.mark.parametrize("function", SHARES)
 def test_random_calls(function: str, request: pytest.FixtureRequest) -> None:
     asked = request.config.getoption("--fuzz-cases")
-    cases = 300 if asked is None else asked
+    cases = 2000 if asked is None else asked
 
     @settings(
         max_examples=max(1, round(cases * SHARES[function])),
