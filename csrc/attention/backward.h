@@ -33,11 +33,12 @@ class BackwardTask {
 
  public:
   BackwardTask(const AttentionBackward& args, int64_t n, const A* delta, A* grad_bias,
-               A* partial_queries)
+               bool fresh_bias, A* partial_queries)
       : args_(sequence(args, n)),
         in_(args_.in),
         delta_(delta),
         grad_bias_(grad_bias),
+        fresh_bias_(fresh_bias),
         partial_queries_(partial_queries),
         query_width_(Panels<A>::padded(in_.head_dim)),
         value_width_(Panels<A>::padded(in_.value_dim)) {
@@ -210,8 +211,11 @@ class BackwardTask {
     A* to = grad_bias_ + in_.index * bias_stride_[0] + h * bias_stride_[1] + i * bias_stride_[2] +
             j * bias_stride_[3];
     if (bias_stride_[3] == 1) {
+      const A* later = to + kRowsAhead * bias_stride_[2];
       each_vector<A>(key_count, [&](int64_t c, auto n) {
-        store_count<A>(to + c, load_count<A>(to + c, n) + load_count<A>(grads + c, n), n);
+        __builtin_prefetch(later + c, 1);
+        const Vec<A> grad = load_count<A>(grads + c, n);
+        store_count<A>(to + c, fresh_bias_ ? grad : grad + load_count<A>(to + c, n), n);
       });
     } else {
       for (int64_t c = 0; c < key_count; c++) *to += grads[c];
@@ -222,6 +226,7 @@ class BackwardTask {
   const Attention& in_;
   const A* delta_;
   A* grad_bias_;
+  bool fresh_bias_;  // nothing has been added to it yet
   A* partial_queries_;
   int64_t query_width_, value_width_;
   int64_t bias_stride_[4];
@@ -271,6 +276,56 @@ void sink_gradients(const AttentionBackward& args, const A* delta) {
   }
 }
 
+// Where the gradient of the bias is added up: in its own memory, if that is of the type of sums.
+template <class A>
+struct BiasGradient {
+  A* sums = nullptr;
+  int64_t size = 1;
+  bool fresh = false;  // what comes first is every element's, and is stored, not added
+
+  BiasGradient(const AttentionBackward& args, Scratch& scratch) {
+    if (args.grad_bias == nullptr) return;
+    const Attention& in = args.in;
+    for (const int64_t count : args.bias_sizes) size *= count;
+    sums = of_sums(in) ? static_cast<A*>(args.grad_bias) : scratch.take<A>(size);
+    fresh = args.bias_sizes[1] == in.heads && args.bias_sizes[2] == in.q_len &&
+            args.bias_sizes[3] == in.kv_len && in.left >= kUnbounded && in.right >= kUnbounded;
+    if (fresh) return;
+    in_parts([&](int64_t first, int64_t count) {
+      std::memset(sums + first, 0, static_cast<size_t>(count) * sizeof(A));
+    });
+  }
+
+  // Rounds the sums to the bias's type.
+  void write(const AttentionBackward& args) const {
+    if (sums == nullptr || of_sums(args.in)) return;
+    with_type(args.in.bias_dtype, [&](auto* type) {
+      using B = std::remove_pointer_t<decltype(type)>;
+      auto* to = static_cast<B*>(args.grad_bias);
+      in_parts([&](int64_t first, int64_t count) {
+        if constexpr (std::is_same_v<Acc<B>, A>) {
+          each_vector<A>(count, [&](int64_t c, auto n) {
+            store_count<A>(to + first + c, load_count<A>(sums + first + c, n), n);
+          });
+        } else if constexpr (std::is_same_v<B, float>) {  // fp32 bias of fp64 attention
+          for (int64_t c = first; c < first + count; c++) to[c] = static_cast<float>(sums[c]);
+        }
+      });
+    });
+  }
+
+ private:
+  static bool of_sums(const Attention& in) {
+    return in.bias_dtype == (std::is_same_v<A, double> ? Dtype::f64 : Dtype::f32);
+  }
+
+  template <class F>
+  void in_parts(const F& f) const {
+    constexpr int64_t part = 1 << 18;
+    parallel(ceil_div(size, part), [&](int64_t n) { f(n * part, smaller(part, size - n * part)); });
+  }
+};
+
 template <class T>
 void backward(const AttentionBackward& args) {
   using A = Acc<T>;
@@ -294,13 +349,7 @@ void backward(const AttentionBackward& args) {
   });
   A* delta = scratch.take<A>(in.rows);
   A* partial = most_runs > 1 ? scratch.take<A>(most_runs * in.rows * query_width) : nullptr;
-  A* grad_bias = nullptr;
-  int64_t bias_size = 1;
-  if (bias) {
-    for (const int64_t size : args.bias_sizes) bias_size *= size;
-    grad_bias = scratch.take<A>(bias_size);
-    std::memset(grad_bias, 0, static_cast<size_t>(bias_size) * sizeof(A));
-  }
+  const BiasGradient<A> grad_bias(args, scratch);
   row_deltas<T>(args, delta);
   if (args.grad_sinks != nullptr) sink_gradients<T>(args, delta);
   parallel(pieces.total(), [&](int64_t index) {
@@ -310,7 +359,8 @@ void backward(const AttentionBackward& args) {
     const int64_t first = part * blocks / runs * kKeys;
     const int64_t end = smaller((part + 1) * blocks / runs * kKeys, kv_len);
     for (int64_t n = batch; n < in.batch; n += batches) {
-      const BackwardTask<T> task(args, n, delta, grad_bias, runs > 1 ? partial : nullptr);
+      const BackwardTask<T> task(args, n, delta, grad_bias.sums, grad_bias.fresh && n == batch,
+                                 runs > 1 ? partial : nullptr);
       for (int64_t h = piece / runs; h < in.kv_heads; h += heads) task.run(h, first, end, part);
     }
   });
@@ -331,18 +381,7 @@ void backward(const AttentionBackward& args) {
       BackwardTask<T>::write(own.grad_query, h, 0, own.in.q_len, in.head_dim, to, query_width,
                              static_cast<A>(in.scale));
     });
-  if (bias)
-    with_type(in.bias_dtype, [&](auto* type) {
-      using B = std::remove_pointer_t<decltype(type)>;
-      auto* to = static_cast<B*>(args.grad_bias);
-      if constexpr (std::is_same_v<Acc<B>, A>) {
-        each_vector<A>(bias_size, [&](int64_t c, auto n) {
-          store_count<A>(to + c, load_count<A>(grad_bias + c, n), n);
-        });
-      } else if constexpr (std::is_same_v<B, float>) {  // fp32 bias of fp64 attention
-        for (int64_t c = 0; c < bias_size; c++) to[c] = static_cast<float>(grad_bias[c]);
-      }
-    });
+  grad_bias.write(args);
 }
 
 }  // namespace

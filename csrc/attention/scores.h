@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kKeys = 192;  // keys in a block: a multiple of the tile's rows and columns and of
 static_assert(kKeys % Tile<float>::rows == 0 && kKeys % Tile<float>::cols == 0);  // Philox' block
 static_assert(kKeys % kPhiloxBlock == 0);
+constexpr int64_t kRowsAhead = 4;  // a bias is fetched by: its rows are far apart, and slow to come
 
 // The n-th sequence of a batch, as a batch of its own.
 inline Attention sequence(const Attention& in, int64_t n) {
@@ -162,7 +163,9 @@ class Scores {
         if constexpr (std::is_same_v<Acc<T>, A>) {
           const T* bias = at<T>(in_.bias, h_, i, j);
           if (step == 1) {
+            const T* later = bias + kRowsAhead * in_.bias.stride[2];
             each_vector<A>(count, [&](int64_t c, auto n) {
+              __builtin_prefetch(later + c);
               const Vec<A> term = load_count<A>(bias + c, n) * log2e;
               const Vec<A> sum = load<A>(row + c) + term;  // -inf hides even a NaN
               store_count<A>(row + c, term == minus_infinity<A> ? term : sum, n);
