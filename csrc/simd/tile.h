@@ -211,6 +211,9 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
     for (int64_t k = 0; k < depth; k++) {
       A* row = to + k * width;
       const T* source = from + k * inner;
+      const T* later = source + 8 * inner;  // on a page of its own, which no processor foresees
+      __builtin_prefetch(later);
+      __builtin_prefetch(later + width - 1);
       int64_t i = 0;
       for (; i + lanes<A> <= count; i += lanes<A>) store(row + i, load<A>(source + i));
       for (; i < count; i++) row[i] = load_one<A>(source + i);
