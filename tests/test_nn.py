@@ -103,7 +103,7 @@ class TorchFeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str, gated: bool, bias: bool) -> None:
         super().__init__()
-        self.activation = fastattn.nn.ACTIVATIONS[activation]
+        self.activation = fastattn.nn.feed_forward.ACTIVATIONS[activation]
         self.up_proj = nn.Linear(width, hidden, bias)
         self.gate_proj = nn.Linear(width, hidden, bias) if gated else None
         self.down_proj = nn.Linear(hidden, width, bias)
@@ -145,7 +145,7 @@ def test_dropout_between_linear_layers_is_fused_and_recomputed(layer: str) -> No
         up, down, block = module.up_proj, module.down_proj, module
     else:
         module = fastattn.nn.TransformerEncoderLayer(E, H, 40, 0.4, recompute=True)
-        up, down, block = module.linear1, module.linear2, partial(fastattn.nn._block, module)
+        up, down, block = module.linear1, module.linear2, module._linears
     kept: list[int] = []
     x = randn(N, L, E, dtype=torch.float32)
     torch.manual_seed(3)
@@ -473,7 +473,7 @@ def test_encoder_layer_dropout_is_torchs(norm_first: bool, activation) -> None:
 @pytest.mark.parametrize("activation", ["gelu_tanh", "silu"])
 def test_encoder_layer_takes_fastattns_activations(activation: str) -> None:
     layer = fastattn.nn.TransformerEncoderLayer(E, H, 40, activation=activation).eval()
-    other = nn.TransformerEncoderLayer(E, H, 40, activation=fastattn.nn.ACTIVATIONS[activation])
+    other = nn.TransformerEncoderLayer(E, H, 40, activation=fastattn.nn.feed_forward.ACTIVATIONS[activation])
     other.load_state_dict(layer.state_dict())
     x = randn(S, N, E)
     torch.testing.assert_close(layer(x), other.eval()(x))
