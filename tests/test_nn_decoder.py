@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_nn import DTYPES, E, H, L, N, S, check, padding, randn, twins
+from module_parity import DTYPES, E, H, L, N, S, check, padding, randn, twins
 from torch import Tensor, nn
 
 import fastattn
