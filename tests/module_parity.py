@@ -58,6 +58,11 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
+def name_of(activation: object) -> str:
+    """What a test's id calls it, in every process."""
+    return getattr(activation, "__name__", str(activation))
+
+
 def padding(batch: int = N) -> Tensor:
     """[N, S], True at the padding; the rows differ, and no row is all padding."""
     return torch.arange(S) >= torch.tensor([S - 2, S - 4])[:batch, None]

@@ -208,7 +208,7 @@ def test_dropout_without_weights() -> None:
         ({"attn_mask": torch.ones(N, L, S)}, ValueError, "attn_mask must have shape"),
         ({"attn_mask": torch.ones(L, S).double()}, TypeError, "attn_mask .*float64"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_attention_refuses(change, error, message, need_weights) -> None:

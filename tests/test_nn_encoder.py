@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from module_parity import DTYPES, E, H, L, N, S, as_bias, check, hide, padding, randn, twins
+from module_parity import (
+    DTYPES,
+    E,
+    H,
+    L,
+    N,
+    S,
+    as_bias,
+    check,
+    hide,
+    name_of,
+    padding,
+    randn,
+    twins,
+)
 from torch import Tensor, nn
 
 import fastattn
@@ -62,7 +76,7 @@ def test_encoder_layer_under_autocast_matches_torch(dtype, norm_first) -> None:
 @pytest.mark.parametrize(
     "activation",
     ["relu", F.gelu, F.silu, torch.tanh, nn.ReLU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()],
-    ids=str,
+    ids=name_of,
 )
 def test_encoder_layer_activations_match_torch(activation, bias, norm_first) -> None:
     kwargs = {"activation": activation, "bias": bias, "norm_first": norm_first}
@@ -70,7 +84,7 @@ def test_encoder_layer_activations_match_torch(activation, bias, norm_first) -> 
     check(ours, theirs, lambda module, x: module(x), [randn(S, E)])
 
 
-@pytest.mark.parametrize("activation", ["relu", torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", ["relu", torch.tanh], ids=name_of)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layer_dropout_is_torchs(norm_first: bool, activation) -> None:
     kwargs = {"norm_first": norm_first, "activation": activation}
