@@ -44,6 +44,13 @@ def same(name: str, value: object, other_name: str, other: Tensor, *, shape: boo
         )
 
 
+def readable(value: Tensor) -> bool:
+    """Whether the host can look at a tensor's values; where it cannot, the kernel looks."""
+    if torch.compiler.is_compiling() or not value.is_cpu:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def finite(name: str, value: object) -> None:
     """`value` is a number, neither infinite nor NaN."""
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):

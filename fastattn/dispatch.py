@@ -191,7 +191,8 @@ def transforms() -> list[str]:
 def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
     """The kernel for one call of `op`: the first of its device that does not refuse.
 
-    On a GPU these are the CUDA C++ kernel and then the Triton kernel; the README says why.
+    On a GPU these are the CUDA C++ kernel and then the Triton kernel;
+    fastattn/ops/README.md says why.
 
     Raises:
         UnavailableKernelError: the forced kernel refuses the call.

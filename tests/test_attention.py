@@ -60,7 +60,7 @@ def grads(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor
         {"scale": -2.0},
         {"mask": torch.arange(100) % 3 > 0},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_weights_sum_to_one(options: dict) -> None:
     query, key, _ = qkv()

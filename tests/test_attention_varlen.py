@@ -57,7 +57,7 @@ def each_alone(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Te
         {"alibi_slopes": torch.rand(BATCH, HEADS), "window": (50, None)},
         {"sinks": torch.randn(HEADS, dtype=torch.float64), "causal": True},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_each_sequence_is_on_its_own(options: dict) -> None:
     leaves = packed()

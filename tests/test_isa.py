@@ -38,12 +38,8 @@ def test_forced_isa_runs(case: testing.Case, isa: str) -> None:
 
 @functools.lru_cache(maxsize=len(CASES))
 def baseline(case: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], ...]:
-    """Eager PyTorch's results, and the oracle's."""
-    inputs = CASES[case].inputs(dtype)
-    return (
-        testing.run(CASES[case], inputs, "reference"),
-        testing.run(CASES[case], testing.widened(inputs), "reference"),
-    )
+    """What every ISA's results are compared with."""
+    return testing.eager_and_oracle(CASES[case], CASES[case].inputs(dtype))
 
 
 # All ISAs of one dtype in a row: they share the baseline.
@@ -51,16 +47,10 @@ def baseline(case: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], ..
 def test_isas_keep_the_error_rule(dtype: torch.dtype, isa: str) -> None:
     with testing.use_threads(1):  # small work: two threads wait for each other
         for i, case in enumerate(CASES):
+            inputs = case.inputs(dtype)
             with testing.use_isa(isa), testing.poisoned():
-                found = testing.run(case, case.inputs(dtype), "cpu")
-            eager, oracle = baseline(i, dtype)
-            for name in oracle:
-                if name.removeprefix("grad ") not in case.vanishing:
-                    factor = 3 if name.startswith("grad") else 2
-                    where = f"{case.id} {name}"
-                    testing.assert_close_to_oracle(
-                        found[name], eager[name], oracle[name], factor, where
-                    )
+                found = testing.run(case, inputs, "cpu")
+            testing.assert_results_close_to_oracle(case, inputs, found, *baseline(i, dtype))
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)

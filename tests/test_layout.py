@@ -48,11 +48,13 @@ def assembly_stays_out(root: Path) -> Iterator[str]:
 def rooms_are_mirrored(root: Path) -> Iterator[str]:
     rooms = {p.name for p in (root / "fastattn/ops").iterdir() if (p / "__init__.py").exists()}
     for room in sorted(rooms):
-        for path in (f"csrc/{room}/{room}.h", f"csrc/{room}/cpu.cpp", f"csrc/{room}/bind.cpp"):
+        for path in (
+            *(f"csrc/{room}/{file}" for file in (f"{room}.h", "cpu.cpp", "bind.cpp")),
+            f"fastattn/testing/rooms/{room}.py",
+            f"tests/test_{room}.py",
+        ):
             if not (root / path).exists():
                 yield f"{path} is missing for fastattn/ops/{room}"
-        if not (root / f"tests/test_{room}.py").exists():
-            yield f"tests/test_{room}.py is missing for fastattn/ops/{room}"
     for path in sorted((root / "csrc").glob("*/bind.cpp")):
         if path.parent.name not in rooms:
             yield f"fastattn/ops/{path.parent.name} is missing for csrc/{path.parent.name}"

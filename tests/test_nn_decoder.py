@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_nn import DTYPES, E, H, L, N, S, check, padding, randn, twins
+from module_parity import DTYPES, E, H, L, N, S, check, name_of, padding, randn, twins
 from torch import Tensor, nn
 
 import fastattn
@@ -35,7 +35,7 @@ def test_decoder_layer_matches_torch(masks, norm_first, batch_first, dtype) -> N
     check(ours, theirs, lambda module, *x: module(*x, **masks), inputs)
 
 
-@pytest.mark.parametrize("activation", ["relu", torch.tanh, nn.GELU("tanh")], ids=str)
+@pytest.mark.parametrize("activation", ["relu", torch.tanh, nn.GELU("tanh")], ids=name_of)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_decoder_layer_dropout_is_torchs(norm_first: bool, activation) -> None:
     kwargs = {"norm_first": norm_first, "activation": activation}

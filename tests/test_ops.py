@@ -20,12 +20,12 @@ from fastattn.testing import (
     Case,
     all_cases,
     assert_close_to_oracle,
-    assert_vanishes,
+    assert_results_close_to_oracle,
     cases,
+    eager_and_oracle,
     poisoned,
     run,
     use_threads,
-    widened,
 )
 
 COMPOSED = {"attention_weights"}  # of PyTorch's functions: no kernel to choose
@@ -45,26 +45,11 @@ def name_of(value: object) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def baseline(case_id: str, dtype: torch.dtype, repeated: bool) -> tuple[dict[str, Tensor], ...]:
-    """Eager PyTorch's results in `dtype`, and the oracle's from the same values."""
+    """What a case's results on every kernel and in every layout are compared with."""
     case = CASES[case_id]
-    inputs = case.inputs(dtype, "expanded" if repeated else "contiguous")
-    inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
     with use_threads(1):
-        return run(case, inputs, "reference"), run(case, widened(inputs), "reference")
-
-
-def check(case: Case, inputs: dict[str, Tensor], found: dict[str, Tensor], repeated: bool) -> None:
-    """All outputs and gradients keep the error rule; a gradient that vanishes, its own."""
-    eager, oracle = baseline(case.id, next(iter(inputs.values())).dtype, repeated)
-    assert found.keys() == oracle.keys()
-    for name in oracle:
-        if name.removeprefix("grad ") in case.vanishing:
-            largest = max(tensor.double().abs().max().item() for tensor in inputs.values())
-            terms = max(tensor.numel() for tensor in inputs.values())
-            assert_vanishes(found[name], 4 * largest**2, terms, name)
-        else:
-            factor = 3 if name.startswith("grad") else 2
-            assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+        layout = "expanded" if repeated else "contiguous"
+        return eager_and_oracle(case, case.inputs(dtype, layout))
 
 
 def test_every_function_and_op_has_cases() -> None:
@@ -169,7 +154,8 @@ def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: s
     # That the number of threads changes nothing is a test of its own.
     with use_threads(2 if (kernel, layout) == ("cpu", "contiguous") else 1):
         found = run(case, inputs, kernel)
-    check(case, inputs, found, layout == "expanded")
+    compared = baseline(case_id, dtype, layout == "expanded")
+    assert_results_close_to_oracle(case, inputs, found, *compared)
 
 
 def test_error_rule_catches_a_fault() -> None:

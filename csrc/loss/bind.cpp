@@ -22,10 +22,12 @@ std::vector<int64_t> live_rows(const Tensor& target, int64_t rows, int64_t class
   return live;
 }
 
-// A call, complete but for what it writes and the memory that it works in.
+// A call, complete but for what it writes and the memory that it works in; `live` is to outlast it.
 LinearCrossEntropy checked(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                           const Tensor& target, const std::vector<int64_t>& live,
-                           double label_smoothing, double softcap) {
+                           const Tensor& target, int64_t ignore_index, double label_smoothing,
+                           double softcap, std::vector<int64_t>& live) {
+  check_matrix("linear_weight", weight);
+  live = live_rows(target, rows_of("input", input), weight.size(0), ignore_index);
   LinearCrossEntropy args{};
   args.dtype = dtype_of(input);
   args.rows = rows_of("input", input);
@@ -73,13 +75,18 @@ bool is_mean(const std::string& reduction) {
   return reduction == "mean";
 }
 
-// Tensors like the arguments for their gradients, in `dtype`; empty where not wanted.
-std::vector<Tensor> gradients(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                              std::initializer_list<bool> wanted, Dtype dtype) {
-  std::vector<Tensor> found;
-  const bool* needed = wanted.begin();
-  for (const OptionalTensor& tensor : {OptionalTensor(input), OptionalTensor(weight), bias})
-    found.push_back(*needed++ && tensor.has_value() ? empty_like(*tensor, dtype) : empty(0, dtype));
+// Tensors for the gradients by input, weight and bias, which the call then writes, in at least
+// fp32; empty where not wanted.
+std::array<Tensor, 3> gradients(LinearCrossEntropy& args, const Tensor& input, const Tensor& weight,
+                                const OptionalTensor& bias, std::array<bool, 3> wanted) {
+  const Dtype kept = wide(args.dtype);
+  const auto like = [&](bool needed, const OptionalTensor& tensor) {
+    return needed && tensor.has_value() ? empty_like(*tensor, kept) : empty(0, kept);
+  };
+  std::array<Tensor, 3> found{like(wanted[0], input), like(wanted[1], weight),
+                              like(wanted[2], bias)};
+  args.grad_input = write(found[0]), args.grad_weight = write(found[1]);
+  args.grad_bias = write(found[2]);
   return found;
 }
 
@@ -87,17 +94,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     Tensor input, Tensor weight, OptionalTensor bias, Tensor target, std::string reduction,
     int64_t ignore_index, double label_smoothing, double softcap, bool save_input, bool save_weight,
     bool save_bias) {
-  check_matrix("linear_weight", weight);
-  const int64_t rows = rows_of("input", input);
-  const std::vector<int64_t> live = live_rows(target, rows, weight.size(0), ignore_index);
-  LinearCrossEntropy args = checked(input, weight, bias, target, live, label_smoothing, softcap);
+  std::vector<int64_t> live;
+  LinearCrossEntropy args =
+      checked(input, weight, bias, target, ignore_index, label_smoothing, softcap, live);
   const Dtype kept = wide(args.dtype);
   const bool reduced = reduction != "none";
   if (is_mean(reduction)) args.scale = args.loss_scale = 1.0 / static_cast<double>(args.count);
-  const auto found = gradients(input, weight, bias, {save_input, save_weight, save_bias}, kept);
-  args.grad_input = write(found[0]), args.grad_weight = write(found[1]);
-  args.grad_bias = write(found[2]);
-  Tensor losses = reduced ? empty(rows, kept) : empty_like(target, kept);
+  const auto found = gradients(args, input, weight, bias, {save_input, save_weight, save_bias});
+  Tensor losses = reduced ? empty(args.rows, kept) : empty_like(target, kept);
   Tensor loss = reduced ? empty(std::vector<int64_t>{}, kept) : losses;
   args.losses = losses.mutable_data_ptr();
   args.loss = reduced ? loss.mutable_data_ptr() : nullptr;
@@ -109,14 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
     Tensor grad_loss, Tensor input, Tensor weight, OptionalTensor bias, Tensor target,
     std::string reduction, int64_t ignore_index, double label_smoothing, double softcap,
     bool need_input, bool need_weight, bool need_bias) {
-  check_matrix("linear_weight", weight);
-  const int64_t rows = rows_of("input", input);
-  const std::vector<int64_t> live = live_rows(target, rows, weight.size(0), ignore_index);
-  LinearCrossEntropy args = checked(input, weight, bias, target, live, label_smoothing, softcap);
+  std::vector<int64_t> live;
+  LinearCrossEntropy args =
+      checked(input, weight, bias, target, ignore_index, label_smoothing, softcap, live);
   const Dtype kept = wide(args.dtype);
   const bool reduced = reduction != "none";
   check_dtype("grad_loss", grad_loss, kept);
-  FASTATTN_CHECK(grad_loss.is_contiguous() && grad_loss.numel() == (reduced ? 1 : rows),
+  FASTATTN_CHECK(grad_loss.is_contiguous() && grad_loss.numel() == (reduced ? 1 : args.rows),
                  "grad_loss has not the shape of the loss");
   if (is_mean(reduction)) args.scale = 1.0 / static_cast<double>(args.count);
   if (reduced) {
@@ -126,10 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
   } else {
     args.grad_losses = grad_loss.const_data_ptr();
   }
-  const auto found = gradients(input, weight, bias, {need_input, need_weight, need_bias}, kept);
-  args.grad_input = write(found[0]), args.grad_weight = write(found[1]);
-  args.grad_bias = write(found[2]);
-  Tensor losses = empty(rows, kept);
+  const auto found = gradients(args, input, weight, bias, {need_input, need_weight, need_bias});
+  Tensor losses = empty(args.rows, kept);
   args.losses = losses.mutable_data_ptr();
   compute(args);
   return {found[0], found[1], found[2]};

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.integrations import huggingface, logits
+from fastattn.nn.feed_forward import ACTIVATIONS, feed_forward, hooked, linear
 
 TORCH = {  # torch.nn's own layer -> the one that takes its place, with its parameters
     nn.LayerNorm: fastattn.nn.LayerNorm,
@@ -246,7 +247,7 @@ def _probe(module: nn.Module, inputs: Tensor, candidates: dict[str, Forward]) ->
         return "its weights are on the meta device"
     if len({parameter.dtype for parameter in module.parameters()}) > 1:
         return "its weights have several dtypes"
-    if any(map(fastattn.nn._hooked, module.modules())):
+    if any(map(hooked, module.modules())):
         return "it has hooks, or a layer within"
     trial = copy.deepcopy(module).float().cpu().eval()
     with torch.no_grad():
@@ -322,7 +323,7 @@ def _probe_mlp(module: nn.Module) -> Found:
             continue
         if gate and gate.weight.shape != up.weight.shape:
             continue
-        for activation in fastattn.nn.ACTIVATIONS:
+        for activation in ACTIVATIONS:
             said = f"{op}, {activation}" + (f", gate {names[2]}" if names[2:] else "")
             candidates[said] = partial(_mlp, names=names, activation=activation)
     return _probe(module, 2 * torch.randn(64, width, device="cpu"), candidates)
@@ -334,7 +335,7 @@ def _mlp(
     """names: of the layers up, down and, if there is one, gate; or of the only one."""
     layers = [getattr(module, name) for name in names]
     if len(layers) == 1:
-        return fastattn.nn._linear(layers[0], x, activation)
+        return linear(layers[0], x, activation)
     up, down, *gate = layers
     drops = getattr(module, dropout) if dropout else IDLE
-    return fastattn.nn._feed_forward(x, up, down, activation, drops, *gate)
+    return feed_forward(x, up, down, activation, drops, *gate)

@@ -128,10 +128,8 @@ def _args(
 
 
 def _in_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise where a target is no class; where values are out of reach, the kernel looks."""
-    if torch.compiler.is_compiling() or not target.is_cpu:
-        return
-    if torch._C._are_functorch_transforms_active():
+    """Raise where a target is no class."""
+    if not checks.readable(target):
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():

@@ -196,10 +196,8 @@ def _checked(
 
 
 def _in_table(positions: Tensor, count: int) -> None:
-    """Raise where a position has no angles; where values are out of reach, the kernel looks."""
-    if torch.compiler.is_compiling() or not positions.is_cpu or not positions.numel():
-        return
-    if torch._C._are_functorch_transforms_active():
+    """Raise where a position has no angles."""
+    if not positions.numel() or not checks.readable(positions):
         return
     low, high = positions.aminmax()
     if low < 0 or high >= count:
