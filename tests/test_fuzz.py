@@ -25,7 +25,8 @@ from fastattn.testing import (
     LAYOUTS,
     Case,
     Draw,
-    assert_close_to_oracle,
+    assert_results_close_to_oracle,
+    eager_and_oracle,
     laid_out,
     numbers,
     poisoned,
@@ -444,9 +445,7 @@ def check(call: Call) -> None:
         found = run(case, inputs, "cpu")
 
     def compare() -> None:
-        for name, true in oracle.items():
-            factor = 3 if name.startswith("grad") else 2
-            assert_close_to_oracle(found[name], eager[name], true, factor, name, errors[name])
+        assert_results_close_to_oracle(case, inputs, found, eager, oracle, errors)
 
     for draw in range(1, MANY):
         if draw >= FEW:
@@ -465,8 +464,7 @@ def eagerly(call: Call, seed: int) -> tuple[dict[str, Any], ...]:
         for name, tensor in case.inputs(call.dtype).items()
     }
     with use_threads(1):
-        plain = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        eager, oracle = run(case, plain, "reference"), run(case, widened(inputs), "reference")
+        eager, oracle = eager_and_oracle(case, inputs)
     errors = {
         name: (eager[name].double() - true).nan_to_num(0, 0, 0).abs().max().item()
         for name, true in oracle.items()

@@ -120,7 +120,8 @@ def test_law_catches_a_violation(law: Law, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# fastattn\n")
     if law is tables_are_the_measured_ones:
         pytest.importorskip("rich", reason='pip install ".[test]" brings rich')
-        (tmp_path / "bench/data/quick.csv").write_bytes((ROOT / "bench/data/quick.csv").read_bytes())
+        quick = "bench/data/quick.csv"
+        (tmp_path / quick).write_bytes((ROOT / quick).read_bytes())
     name, text = PLANTED[law]
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
