@@ -20,8 +20,8 @@ import copy
 import ctypes
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ __all__ = [
     "Case",
     "Draw",
     "all_cases",
+    "assert_case_close_to_oracle",
     "assert_close_to_oracle",
+    "assert_results_close_to_oracle",
     "assert_vanishes",
     "cases",
     "laid_out",
@@ -103,14 +105,36 @@ def assert_close_to_oracle(
     )
 
 
-def assert_case_close_to_oracle(case: Case, dtype: torch.dtype, kernel: str) -> None:
-    """All outputs and gradients of a case in `dtype` on `kernel` keep the error rule."""
-    inputs = case.inputs(dtype)
-    oracle, eager = run(case, widened(inputs), "reference"), run(case, inputs, "reference")
-    found = run(case, inputs, kernel)
+def assert_results_close_to_oracle(
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    oracle: Mapping[str, Tensor],
+) -> None:
+    """All that `run` finds keeps the error rule; a gradient that vanishes, its own."""
+    assert found.keys() == oracle.keys()
     for name in oracle:
-        factor = 3 if name.startswith("grad") else 2
-        assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+        if name.removeprefix("grad ") in case.vanishing:
+            largest = max(_largest(tensor.double()) for tensor in inputs.values())
+            terms = max(tensor.numel() for tensor in inputs.values())
+            assert_vanishes(found[name], 4 * largest**2, terms, name)
+        else:
+            factor = 3 if name.startswith("grad") else 2
+            assert_close_to_oracle(found[name], eager[name], oracle[name], factor, name)
+
+
+def assert_case_close_to_oracle(
+    case: Case, dtype: torch.dtype, kernel: str, device: str = "cpu"
+) -> None:
+    """The same of a case in `dtype` on `kernel`; what runs on a device comes from there."""
+    inputs = case.inputs(dtype)
+    oracle = run(case, widened(inputs), "reference")
+    there, moved = {name: tensor.to(device) for name, tensor in inputs.items()}, case.on(device)
+    eager, found = run(moved, there, "reference"), run(moved, there, kernel)
+    assert {str(tensor.device) for tensor in found.values()} == {device}
+    eager, found = ({k: v.cpu() for k, v in each.items()} for each in (eager, found))
+    assert_results_close_to_oracle(case, inputs, found, eager, oracle)
 
 
 def assert_vanishes(gradient: Tensor, magnitude: float, terms: int, name: str = "result") -> None:
@@ -255,6 +279,11 @@ class Case:
             for name, draw in self.tensors.items()
         }
 
+    def on(self, device: str) -> Case:
+        """The same call of tensors on a device, where those among its options are then too."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return replace(self, options=moved)
+
     def call(self, **tensors: Tensor) -> tuple[Tensor, ...]:
         """The function's outputs as a tuple."""
         out = getattr(fastattn, self.function)(**tensors, **self.options)
@@ -310,9 +339,14 @@ def widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run(
-    case: Case, inputs: Mapping[str, Tensor], kernel: str | None = None, gradients: bool = True
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    kernel: str | None = None,
+    gradients: bool = True,
+    grads: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs "out 0", ... and gradients "grad query", ... for fixed random output gradients.
+    """Outputs "out 0", ... and gradients "grad query", ... for these gradients of the outputs, by
+    default random and always the same.
 
     What the call writes to is a copy of the input, and an output "written key_cache", ... too.
     """
@@ -330,8 +364,8 @@ def run(
         if wanted:
             generator = torch.Generator().manual_seed(1)
             # Sixteenths are exact in every dtype, so the oracle gets the same gradients.
-            grads = [
-                (torch.randn(out.shape, generator=generator) * 16).round().div(16).to(out.dtype)
+            grads = grads or [
+                (torch.randn(out.shape, generator=generator) * 16).round().div(16).to(out)
                 for out in outs
             ]
             got = torch.autograd.grad(outs, [leaves[name] for name in wanted], grads)
