@@ -73,38 +73,49 @@ CXX20_PROBE = """
 #endif
 """
 
+# What the kernels take from CUDA and from C++20.
+CUDA_PROBE = """
+#include <concepts>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+__global__ void probe() {}
+"""
+
 
 def stop(message: str) -> SystemExit:
     """The exception that ends the build with one sentence and no traceback."""
     return SystemExit(f"fastattn: {message}")
 
 
-def torch_folders() -> Iterator[Path]:
-    """The folders of the torch packages in reach, without importing any of them.
+def folders(package: str) -> Iterator[Path]:
+    """The folders of a package in reach, without importing it.
 
     pip builds in an environment of its own, laid over the target's by PYTHONPATH: a child started
     with -E does not see that layer, but all that the target environment sees (a virtual
     environment with or without system packages, the user's packages, conda). Tools which build in
     a virtual environment of their own leave only VIRTUAL_ENV or CONDA_PREFIX to find the target.
-    Any torch will do, since its headers do not shape the binary.
     """
-    spec = importlib.util.find_spec("torch")
-    if spec and spec.origin:
-        yield Path(spec.origin).parent
-    find = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
+    spec = importlib.util.find_spec(package)
+    yield from map(Path, (spec and spec.submodule_search_locations) or ())
+    find = (
+        f"import importlib.util as u; s = u.find_spec({package!r})\n"
+        "print(*(s and s.submodule_search_locations or ()), sep='\\n')"
+    )
     prefixes = (os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX"))
     interpreters = [sys.executable, *(f"{prefix}/bin/python" for prefix in prefixes if prefix)]
     for python in dict.fromkeys(interpreters):
         with contextlib.suppress(OSError):
             child = subprocess.run([python, "-E", "-c", find], capture_output=True, text=True)
-            if origin := child.stdout.strip():
-                yield Path(origin).parent
+            yield from map(Path, child.stdout.splitlines())
 
 
 def torch_include() -> Path | None:
-    """The include folder of a torch that is new enough, or None where there is no torch at all."""
+    """The include folder of a torch that is new enough, or None where there is no torch at all.
+
+    Any torch will do, since its headers do not shape the binary.
+    """
     refusals = []
-    for folder in dict.fromkeys(torch_folders()):
+    for folder in dict.fromkeys(folders("torch")):
         version_file = folder / "version.py"
         text = version_file.read_text() if version_file.is_file() else ""
         version = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", text)
@@ -169,22 +180,27 @@ def ninja() -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler on PATH or in CUDA_HOME; None for a build without CUDA kernels.
+    """The CUDA compiler on PATH, in CUDA_HOME or of a package from PyPI; None for a build without
+    CUDA kernels.
 
-    One that is too old, or that refuses the machine's g++, is no reason to go without the others.
+    One that is too old, that lacks headers or that refuses the machine's g++, is no reason to go
+    without the other kernels.
     """
-    folder = Path(os.environ.get("CUDA_HOME") or "/nowhere", "bin")
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(folder))
+    places = [os.environ.get("PATH", os.defpath)]
+    if home := os.environ.get("CUDA_HOME"):
+        places.append(f"{home}/bin")
+    places += [str(place) for root in folders("nvidia") for place in root.glob("cu*/bin")]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
     if found is None:
         return None
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "probe.cu")
-        source.write_text("#include <concepts>\n__global__ void probe() {}\n")
+        source.write_text(CUDA_PROBE)
         command = [found, *CUDA_FLAGS, str(source), "-o", str(source.with_suffix(".ptx"))]
         probe = subprocess.run(command, capture_output=True, text=True)
     if probe.returncode:
         said = next(filter(None, (probe.stderr + probe.stdout).splitlines()), "no message")
-        print(f"fastattn: no CUDA kernels, for {found} refuses C++20: {said}", file=sys.stderr)
+        print(f"fastattn: no CUDA kernels, for {found} fails: {said}", file=sys.stderr)
         return None
     return found
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import roofline, triton_calls
+from bench import programs, roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
 ROOMS = ("attention", "attention_backward", "attention_bias", "attention_decode", "ffn", "norm")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+RELEASE = "13.0.88"  # of the nvcc and the ptxas that the table is made with
 TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are rounded up to
 
@@ -32,52 +34,87 @@ REGISTERS, GRANULE = 65536, 8  # of a multiprocessor, and what a thread's are ro
 class Resources(NamedTuple):
     """One kernel on one architecture.
 
-    `shared` is the memory that it names itself, without what a launch adds; all of it in Triton.
-    `warps` of a multiprocessor are what registers allow. `tensor_bound` is the part of the time, in
-    percent, that tensor cores can be busy at most: see bench/roofline.py. None without tensor
-    instructions, in Triton, and where their rate is not published.
+    `code` is a checksum of its PTX, which says whether the row is of today's kernel. `shared` is
+    the memory that it names itself, without what a launch adds; all of it in Triton. `warps` of a
+    multiprocessor are what registers allow. `products` are the tensor instructions of its main loop
+    and `tensor_bound` is the part of the time, in percent, that tensor cores can be busy there at
+    most: see bench/roofline.py. None without such a loop, in Triton, and the bound also where the
+    rate of tensor cores is not published.
     """
 
     kernel: str
     architecture: str
+    code: str
     threads: int
     registers: int
     spilled: int
     shared: int
     warps: int
-    tensor_bound: int | None
+    products: int | None = None
+    tensor_bound: int | None = None
 
 
-def names(room: str) -> list[str]:
-    """The kernels of a room."""
-    return re.findall(r"\.entry (\w+)\(", _library.ptx(room))
+@functools.cache
+def codes(room: str) -> dict[str, str]:
+    """The kernels of a room, each with a checksum of its PTX.
+
+    That does not depend on lines and paths of the source, nor on the kernels around it.
+    """
+    text = re.sub(r"\s*(//|\.loc\t).*", "", _library.ptx(room))
+    text = re.sub(r"_[0-9a-f]{8}_(\d+_cuda\w*?_cu_)[0-9a-f]{8}|(BB)\d+", r"\1\2", text)
+    kernels = re.findall(r"\.entry (\w+)(\([\s\S]*?\n}\n)", text)
+    return {name: f"{zlib.crc32(body.encode()):08x}" for name, body in kernels}
+
+
+def why_not() -> str:
+    """Why the CUDA kernels cannot be measured here as the table was; "" where they can."""
+    if _library.WHY_NO_CUDA:
+        return _library.WHY_NO_CUDA
+    for name in ("ptxas", "nvdisasm"):
+        if programs.find(name) is None:
+            return f"there is no {name}: `pip install nvidia-cuda-nvcc triton` brings one"
+    version = subprocess.run([programs.find("ptxas"), "--version"], capture_output=True, text=True)
+    for name, text in (("ptxas", version.stdout), ("nvcc", _library.ptx("norm"))):
+        found = re.search(r"release [\d.]+, V([\d.]+)", text)[1]
+        if found != RELEASE:
+            return f"the table is of CUDA {RELEASE}, and {name} is of {found}"
+    return ""
 
 
 def measured(room: str, architecture: str) -> Iterator[Resources]:
-    """What ptxas and nvdisasm say of a room's kernels. Raises RuntimeError where one is missing."""
-    if shutil.which("ptxas") is None:
-        raise RuntimeError("ptxas is not on PATH: it comes with nvcc")
-    text = _library.ptx(room)
+    """What ptxas and nvdisasm say of a room's kernels, where `why_not` finds no fault."""
+    text, checksums = _library.ptx(room), codes(room)
     threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", text))
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, f"{room}.ptx"), Path(folder, f"{room}.cubin")
         source.write_text(text)
-        command = ["ptxas", "-v", f"-arch={architecture}", source, "-o", cubin]
-        run = subprocess.run(command, capture_output=True, text=True)
+        # On all cores: as many kernels at a time.
+        command = [programs.find("ptxas"), "-v", "--split-compile=0", f"-arch={architecture}"]
+        run = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
-        bounds = roofline.bounds(cubin, architecture)
+        loops = roofline.main_loops(cubin)
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)"
     )
     for name, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
-        memory, spilled = int(shared[1]) if shared else 0, int(stores) + int(loads)
-        bound = bounds[name].percent if name in bounds else None
-        yield _resources(
-            name, architecture, int(threads[name]), int(registers), spilled, memory, bound
+        row = _resources(
+            name,
+            architecture,
+            checksums[name],
+            int(threads[name]),
+            int(registers),
+            int(stores) + int(loads),
+            int(shared[1]) if shared else 0,
         )
+        if loop := loops.get(name):
+            products = roofline.tensor_instructions(loop.elements())
+            known = architecture in roofline.TENSOR
+            bound = roofline.roof(loop, architecture).percent if known else None
+            row = row._replace(products=products, tensor_bound=bound)
+        yield row
 
 
 def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
@@ -91,7 +128,7 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
         name = f"triton_{kernel.name}_{call.partition('_')[2]}"
         threads = 32 * kernel.metadata.num_warps
         memory = kernel.metadata.shared
-        row = _resources(name, architecture, threads, registers, spilled, memory, None)
+        row = _resources(name, architecture, "", threads, registers, spilled, memory)
         found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
     yield from found.values()
 
@@ -99,22 +136,22 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
 def _resources(
     kernel: str,
     architecture: str,
+    code: str,
     threads: int,
     registers: int,
     spilled: int,
     shared: int,
-    tensor_bound: int | None,
 ) -> Resources:
     blocks = REGISTERS // (-(-registers // GRANULE) * GRANULE * threads)
     warps = min(64, blocks * threads // 32)
-    return Resources(kernel, architecture, threads, registers, spilled, shared, warps, tensor_bound)
+    return Resources(kernel, architecture, code, threads, registers, spilled, shared, warps)
 
 
 def read() -> list[Resources]:
     """The committed table."""
     with TABLE.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    return [Resources(*row[:2], *(int(each) if each else None for each in row[2:])) for row in rows]
+    return [Resources(*row[:3], *(int(each) if each else None for each in row[3:])) for row in rows]
 
 
 def write(rows: Sequence[Resources]) -> None:
@@ -135,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = set(options.rooms) or everything
     if unknown := chosen - everything:
         parser.error(f"rooms must be of {sorted(everything)}, got {sorted(unknown)}")
+    if chosen != {"triton"} and (reason := why_not()):
+        parser.error(reason)
     rows = [
         row
         for room in ROOMS
@@ -147,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for arch in TRITON_ARCHITECTURES:
                 rows += measured_in_triton(call, arch)
     if options.write:
-        others = {name for room in ROOMS if room not in chosen for name in names(room)}
+        others = {name for room in ROOMS if room not in chosen for name in codes(room)}
         left = [
             row
             for row in (read() if chosen != everything else [])

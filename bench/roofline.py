@@ -16,12 +16,13 @@ there are newer instructions, and there is no bound. A loop inside the main one 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from bench import programs
 
 # Cycles of a warp instruction on the quarter of a multiprocessor: m16n8k16 on tensor cores, fp32.
 TENSOR = {"sm_80": 8, "sm_86": 16, "sm_89": 16}
@@ -53,24 +54,10 @@ class Roof(NamedTuple):
     percent: int  # of the tensor cores' time
 
 
-def disassembler() -> str | None:
-    """nvdisasm, on PATH or where Triton brings one."""
-    if found := shutil.which("nvdisasm"):
-        return found
-    try:
-        from triton.backends import nvidia
-    except ImportError:
-        return None
-    bundled = Path(nvidia.__path__[0], "bin/nvdisasm")
-    return str(bundled) if bundled.exists() else None
-
-
 def functions(cubin: Path) -> dict[str, list[Instruction | str]]:
     """The instructions of each kernel of a compiled file, with labels as strings in between."""
-    program = disassembler()
-    if program is None:
-        raise RuntimeError("nvdisasm is not on PATH: it comes with CUDA, and with Triton")
-    text = subprocess.run([program, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    command = [programs.find("nvdisasm"), "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, list[Instruction | str]] = {}
     for line in text.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
@@ -102,13 +89,18 @@ def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
     """The opcodes of one round of the main loop; None where there is no tensor instruction."""
 
     def products(part: Sequence[Instruction | str]) -> int:
-        return sum(isinstance(x, Instruction) and x.opcode.startswith("HMMA") for x in part)
+        return tensor_instructions(x.opcode for x in part if isinstance(x, Instruction))
 
     least = 0.9 * products(code)
     most = [(b, e) for b, e in loops(code) if least <= products(code[b:e]) > 0]
     if not most:
         return None
     return Counter(shortest_way(code, *min(most, key=lambda span: span[1] - span[0])))
+
+
+def tensor_instructions(opcodes: Iterable[str]) -> int:
+    """How many there are among these, which a Counter says with `elements()`."""
+    return sum(opcode.startswith("HMMA") for opcode in opcodes)
 
 
 def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> list[str]:
@@ -162,9 +154,7 @@ def _touches(opcode: str, unit: str) -> bool:
     return opcode.split(".")[0] == name and (not width or opcode.endswith(f".{width}"))
 
 
-def bounds(cubin: Path, architecture: str) -> dict[str, Roof]:
-    """The bound of each kernel of a compiled file that has a loop with tensor instructions."""
-    if architecture not in TENSOR:
-        return {}
+def main_loops(cubin: Path) -> dict[str, Counter[str]]:
+    """The main loop of each kernel of a compiled file that has one with tensor instructions."""
     mixes = {name: main_loop(code) for name, code in functions(cubin).items()}
-    return {name: roof(mix, architecture) for name, mix in mixes.items() if mix}
+    return {name: mix for name, mix in mixes.items() if mix}

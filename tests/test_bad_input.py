@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import registry
+from fastattn import _library, registry
+from fastattn.emulator import device
 
 randn = torch.randn
 
@@ -412,6 +413,31 @@ def negative(tensor: Tensor) -> Tensor:
     view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
     assert view.is_neg() and view.equal(tensor)
     return view
+
+
+@pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "function", [f for f in GOOD if "cuda" in registry.FUNCTIONS[f][1].kernels]
+)
+def test_a_gpu_kernel_is_not_launched_on_bad_input(function: str) -> None:
+    """All of the above raises what it does on the CPU, before a kernel starts."""
+    good = GOOD[function]
+    bad = [{name: FAULTS[fault](good[name])} for f, name, fault in spoilt() if f == function]
+    bad += [options for f, options, _, _ in TABLE if f == function]
+    for options in bad:
+        with pytest.raises((TypeError, ValueError)) as expected:
+            getattr(fastattn, function)(**good | options)
+        with (
+            device.watching() as reports,
+            fastattn.use_kernel("emulator"),
+            pytest.raises(expected.type, match=re.escape(str(expected.value))),
+        ):
+            getattr(fastattn, function)(**good | options)
+        assert reports == []
+    with device.watching() as reports, fastattn.use_kernel("emulator"):
+        getattr(fastattn, function)(**good)
+    assert reports
 
 
 @pytest.mark.parametrize("function", GOOD)

@@ -106,12 +106,16 @@ def test_every_schedule_gives_the_same_bits(kernel: str, name: str) -> None:
 
 
 @in_cuda
+@pytest.mark.parametrize("paged", [False, True], ids=["whole", "paged"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_memory_is_moved_whole(head_dim: int) -> None:
+def test_memory_is_moved_whole(head_dim: int, paged: bool) -> None:
     """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores."""
     query, *caches = (tensor.bfloat16() for tensor in cached(512, head_dim, (8, 1)))
     new = {"key": torch.randn(1, 1, 1, head_dim).bfloat16()}
     new["value"] = new["key"] + 1
+    if paged:
+        caches = [cache.view(32, 1, 16, head_dim) for cache in caches]
+        new["block_table"] = torch.randperm(32)[None]
     with device.watching() as reports:
         attention_decode(query, *caches, cache_seqlens=500, **new)
     for report in reports:

@@ -55,9 +55,13 @@ class Target:
 
     def requires(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the hook that says what the build needs."""
+        return self.ask("get_requires_for_build_wheel", **environment)
+
+    def ask(self, function: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Print what a function of setup.py returns in the environment of a build."""
         clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
         return subprocess.run(
-            [self.python, "-c", "import setup; print(setup.get_requires_for_build_wheel())"],
+            [self.python, "-c", f"import setup; print(setup.{function}())"],
             cwd=ROOT,
             env=clean | {"PYTHONPATH": str(self.layer)} | environment,
             capture_output=True,
@@ -124,6 +128,27 @@ def test_the_build_takes_this_environments_torch():
     include = backend.torch_include()
     assert include is not None
     assert (include / "torch/csrc/stable/library.h").is_file()
+
+
+def put_nvcc(folder: Path, script: str = "exit 0") -> str:
+    """A compiler of CUDA that does nothing but what the script says; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nvcc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvcc").chmod(0o755)
+    return str(folder / "nvcc")
+
+
+def test_nvcc_is_looked_for_on_path_then_in_cuda_home_then_in_packages(
+    target: Target, tmp_path: Path
+):
+    assert target.ask("nvcc", PATH="").stdout == "None\n"
+    packaged = put_nvcc(target.packages / "nvidia/cu13/bin")
+    assert target.ask("nvcc", PATH="").stdout.strip() == packaged
+    home = put_nvcc(tmp_path / "cuda/bin")
+    told = {"CUDA_HOME": str(tmp_path / "cuda")}
+    assert target.ask("nvcc", PATH="", **told).stdout.strip() == home
+    first = put_nvcc(tmp_path / "first")
+    assert target.ask("nvcc", PATH=str(tmp_path / "first"), **told).stdout.strip() == first
 
 
 def test_a_wheel_serves_every_python():
@@ -194,7 +219,7 @@ def test_a_compile_error_shows_the_compilers_words(small_tree: Path):
 
 def test_cuda_kernels_are_embedded(small_tree: Path):
     if backend.nvcc() is None:
-        pytest.skip("nvcc is not on PATH, or refuses C++20")
+        pytest.skip("there is no nvcc, or one that fails: `pip install nvidia-cuda-nvcc`")
     source = small_tree / "csrc/room/cuda.cu"
     source.write_text('extern "C" __global__ void room_kernel() {}\n')
     run = build(small_tree)
@@ -208,11 +233,8 @@ def test_cuda_kernels_are_embedded(small_tree: Path):
 
 def test_an_nvcc_that_cannot_is_left_out(small_tree: Path, tmp_path: Path):
     (small_tree / "csrc/room/cuda.cu").touch()
-    refusing = tmp_path / "bin/nvcc"
-    refusing.parent.mkdir()
-    refusing.write_text("#!/bin/sh\necho 'too old' >&2\nexit 1\n")
-    refusing.chmod(0o755)
-    run = build(small_tree, PATH=f"{refusing.parent}:{os.environ['PATH']}")
+    put_nvcc(tmp_path / "bin", "echo 'too old' >&2; exit 1")
+    run = build(small_tree, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     assert run.returncode == 0 and "no CUDA kernels" in run.stderr and "too old" in run.stderr
     assert (small_tree / "fastattn/libfastattn.so").is_file()
 

@@ -64,13 +64,16 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
         }
   }
 
-  float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others]
-  static_assert(rows * others * sizeof(float) <= Tiles::kShared);
+  constexpr int pitch = others + 8;  // so that the lanes of a store meet all banks
+  float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others] of pitch
+  static_assert(rows * pitch * sizeof(float) <= Tiles::kShared);
 #pragma unroll
   for (int n = 0; n < others / 8; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      table[(row + lane / 4 + e / 2 * 8) * others + n * 8 + 2 * q + e % 2] = sum[n][e];
+    for (int half = 0; half < 2; half++) {
+      float* to = table + (row + lane / 4 + 8 * half) * pitch + n * 8 + 2 * q;
+      *reinterpret_cast<float2*>(to) = {sum[n][2 * half], sum[n][2 * half + 1]};
+    }
   __syncthreads();
   const int share_rows = sizes[2] == 1 ? rows : 1, share_cols = sizes[3] == 1 ? others : 1;
   const int own_rows = sizes[2] == 1 ? 1 : queries.y - queries.x;
@@ -80,7 +83,7 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
     const int r = at / own_cols, c = at % own_cols;
     float total = 0;
     for (int i = r; i < r + share_rows; i++)
-      for (int j = c; j < c + share_cols; j++) total += table[i * others + j];
+      for (int j = c; j < c + share_cols; j++) total += table[i * pitch + j];
     const int64_t to =
         ((int64_t{sizes[0] == 1 ? 0 : batches.x} * sizes[1] + (sizes[1] == 1 ? 0 : heads.x)) *
              sizes[2] +

@@ -77,15 +77,6 @@ Flow barrier(Context& c) {
   return Flow::park;
 }
 
-Flow warp_barrier(Context& c) {
-  c.machine.progress(c.warp);
-  if (!c.machine.launch.check) return Flow::next;
-  std::vector<Clock*> group;
-  for_lanes(c.active, [&](int lane) { group.push_back(&c.state(lane).clock); });
-  meet(group);
-  return Flow::next;
-}
-
 // --- exchanges. The lanes of a group may stand at different instructions of the same kind, so
 // operands are looked up lane by lane.
 
@@ -117,6 +108,16 @@ void check_mask(Context& c, int k) {
       c.machine.report("mask-without-self", c.block, c.thread(lane), c.warp.pc[lane], {}, {},
                        "lane %d passes the mask 0x%08x", lane, mask);
   });
+}
+
+Flow warp_barrier(Context& c) {
+  check_mask(c, 0);
+  c.machine.progress(c.warp);
+  if (!c.machine.launch.check) return Flow::next;
+  std::vector<Clock*> group;
+  for_lanes(c.active, [&](int lane) { group.push_back(&c.state(lane).clock); });
+  meet(group);
+  return Flow::next;
 }
 
 enum Shuffle { kBfly, kUp, kDown, kIdx };

@@ -83,4 +83,5 @@ def checked_seed(
         raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    # By a kernel, not by a copy from the host, which a CUDA graph could not hold.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)

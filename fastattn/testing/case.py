@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,11 @@ class Case:
             for name, draw in self.tensors.items()
         }
 
+    def on(self, device: str) -> Case:
+        """The same call of tensors on a device, where those among its options are then too."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return replace(self, options=moved)
+
     def call(self, **tensors: Tensor) -> tuple[Tensor, ...]:
         """The function's outputs as a tuple."""
         out = getattr(fastattn, self.function)(**tensors, **self.options)
@@ -68,9 +73,14 @@ class Case:
 
 
 def run(
-    case: Case, inputs: Mapping[str, Tensor], kernel: str | None = None, gradients: bool = True
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    kernel: str | None = None,
+    gradients: bool = True,
+    grads: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs "out 0", ... and gradients "grad query", ... for fixed random output gradients.
+    """Outputs "out 0", ... and gradients "grad query", ... for these gradients of the outputs, by
+    default random and always the same.
 
     What the call writes to is a copy of the input, and an output "written key_cache", ... too.
     """
@@ -88,8 +98,8 @@ def run(
         if wanted:
             generator = torch.Generator().manual_seed(1)
             # Sixteenths are exact in every dtype, so the oracle gets the same gradients.
-            grads = [
-                (torch.randn(out.shape, generator=generator) * 16).round().div(16).to(out.dtype)
+            grads = grads or [
+                (torch.randn(out.shape, generator=generator) * 16).round().div(16).to(out)
                 for out in outs
             ]
             got = torch.autograd.grad(outs, [leaves[name] for name in wanted], grads)

@@ -8,14 +8,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastattn.testing.case import Case, eager_and_oracle, run
+from fastattn.testing.case import Case, run
+from fastattn.testing.inputs import widened
 
 
-def assert_case_close_to_oracle(case: Case, dtype: torch.dtype, kernel: str) -> None:
-    """All outputs and gradients of a case in `dtype` on `kernel` keep the error rule."""
+def assert_case_close_to_oracle(
+    case: Case, dtype: torch.dtype, kernel: str, device: str = "cpu"
+) -> None:
+    """All outputs and gradients of a case in `dtype` on `kernel` keep the error rule.
+
+    What runs on a device leaves its results there, and is compared with eager PyTorch's from there.
+    """
     inputs = case.inputs(dtype)
-    found = run(case, inputs, kernel)
-    assert_results_close_to_oracle(case, inputs, found, *eager_and_oracle(case, inputs))
+    there, moved = {name: tensor.to(device) for name, tensor in inputs.items()}, case.on(device)
+    eager, found = run(moved, there, "reference"), run(moved, there, kernel)
+    assert {str(tensor.device) for tensor in found.values()} == {device}
+    eager, found = ({k: v.cpu() for k, v in each.items()} for each in (eager, found))
+    oracle = run(case, widened(inputs), "reference")
+    assert_results_close_to_oracle(case, inputs, found, eager, oracle)
 
 
 def assert_results_close_to_oracle(
