@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 
+# bench is run from the checkout, not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import fastattn
+from bench import programs
 from fastattn import emulator
 from fastattn.integrations import huggingface
 
@@ -75,11 +78,12 @@ def kernels(
     source = ROOT / "tests/data" / request.module.SOURCE
     if request.param == "committed":
         return emulator.load(source.with_suffix(".ptx"))
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH: with it, fresh PTX is tested beside the committed")
+    nvcc = programs.find("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc: with it, fresh PTX is tested beside the committed")
     out = tmp_path_factory.mktemp("ptx") / source.with_suffix(".ptx").name
     flags = [f"-arch={request.module.ARCHITECTURE}", "-std=c++20", "-lineinfo", "-ptx"]
-    subprocess.run(["nvcc", *flags, source, "-o", out], check=True)
+    subprocess.run([nvcc, *flags, source, "-o", out], check=True)
     return emulator.load(out)
 
 

@@ -13,9 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-# bench is run from the checkout, not installed
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 import fastattn
 from bench import __main__ as cli
 from bench import (
