@@ -35,7 +35,7 @@ class Resources(NamedTuple):
     `shared` is the memory that it names itself, without what a launch adds; all of it in Triton.
     `warps` of a multiprocessor are what registers allow. `tensor_bound` is the part of the time, in
     percent, that tensor cores can be busy at most: see bench/roofline.py. None without tensor
-    instructions, in Triton, and where their rate is not published.
+    instructions and where their rate is not published.
     """
 
     kernel: str
@@ -91,7 +91,12 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
         name = f"triton_{kernel.name}_{call.partition('_')[2]}"
         threads = 32 * kernel.metadata.num_warps
         memory = kernel.metadata.shared
-        row = _resources(name, architecture, threads, registers, spilled, memory, None)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(kernel.asm["cubin"])
+            roof = roofline.bounds(cubin, architecture).get(kernel.name)
+        bound = roof and roof.percent
+        row = _resources(name, architecture, threads, registers, spilled, memory, bound)
         found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
     yield from found.values()
 

@@ -133,3 +133,5 @@ def test_roofline_of_a_loop() -> None:
     slower = code(".L_x_1", *products, *["IADD3"] * 80, "BRA .L_x_1")
     assert roofline.roof(roofline.main_loop(slower), "sm_80").percent == 80
     assert roofline.main_loop(code(".L_x_1", "FFMA", "BRA .L_x_1")) is None
+    longer = code(".L_x_2", *products, *["IADD3"] * 90, "@P0 BRA .L_x_2")
+    assert roofline.main_loop(slower + longer) == roofline.main_loop(slower)
