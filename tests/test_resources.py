@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -67,6 +68,7 @@ def test_triton_takes_what_the_table_says(call: str) -> None:
         assert row.spilled == 0 and row.threads == limit.threads
         assert row.shared <= limit.shared, row
         assert row.warps >= limit.warps or row.registers <= limit.registers + 8, row
+        assert (row.tensor_bound is None) == (limit.tensor_bound is None), row
 
 
 @compiled
@@ -105,6 +107,14 @@ def test_attention_can_keep_tensor_cores_busy() -> None:
     for dtype in ("bf16", "f16"):
         for dim in (64, 128):
             assert bounds[f"attention_forward_{dtype}_{dim}"] >= 85
+
+
+def test_triton_multiplies_on_tensor_cores() -> None:
+    """In the main loop of every kernel with products of 16-bit numbers, by the table of sm_80."""
+    rows = [row for row in ROWS if row not in CUDA_ROWS and row.architecture == "sm_80"]
+    multiply = r"triton_(ffn_(forward|product)|attention_(forward|grad_\w+|split))_bf16"
+    with_products = {row.kernel for row in rows if re.match(multiply, row.kernel)}
+    assert {row.kernel for row in rows if row.tensor_bound is not None} == with_products != set()
 
 
 def code(*lines: str) -> list[roofline.Instruction | str]:

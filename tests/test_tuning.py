@@ -74,6 +74,12 @@ def test_it_is_off_by_default(file: Path) -> None:
     assert run() == [1] and not file.exists()
 
 
+def test_there_is_nothing_to_choose_from_one(file: Path) -> None:
+    with tuning.measuring(refuses):
+        assert run(choices=SIZES[:1]) == [1]
+    assert not file.exists()
+
+
 def test_the_fastest_is_chosen_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tuning.measuring(timer_of([3.0, 1.0, 2.0])):
         assert run(64) == [1, 2, 3, 2]

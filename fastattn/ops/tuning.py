@@ -56,7 +56,10 @@ def run(
         shape: what else the best choice depends on, sizes in classes as `rounded` makes them.
         tensor: one of those that the kernel works on.
     """
-    launches(_best(launches, choices, kernel, shape, tensor) if _on else choices[0])
+    choice = choices[0]
+    if _on and len(choices) > 1:
+        choice = _best(launches, choices, kernel, shape, tensor)
+    launches(choice)
 
 
 def rounded(*sizes: int) -> tuple[int, ...]:
@@ -89,12 +92,12 @@ def _best(
         for choice in choices:
             if asdict(choice) == kept:
                 return choice
-        timer = _timer or (_milliseconds if tensor.is_cuda else None)
+        timer = _timer or (_clock_of(tensor) if tensor.is_cuda else None)
         if timer is None:
             _tell(f"{kernel} is not tuned: its tensors are on {tensor.device}")
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             _tell(f"{kernel} is not tuned while a CUDA graph is captured")
-        elif len(choices) > 1:
+        else:
             times = [_time(timer, launches, choice) for choice in choices]
             best = choices[times.index(min(times))]
             log.info("%s: %s of %s ms", key, best, times)
@@ -110,8 +113,12 @@ def _time(timer: Timer, launches: Callable[[Knobs], None], choice: Knobs) -> flo
         return float("inf")
 
 
-def _milliseconds(function: Callable[[], None]) -> float:
-    return triton.testing.do_bench(function, return_mode="median")
+def _clock_of(tensor: Tensor) -> Timer:
+    def milliseconds(function: Callable[[], None]) -> float:
+        with torch.cuda.device(tensor.device):
+            return triton.testing.do_bench(function, return_mode="median")
+
+    return milliseconds
 
 
 def _tell(text: str) -> None:

@@ -88,19 +88,19 @@ def attend(
     bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, first_row, last_row,
     offset, left, right, scale, softcap, threshold, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, APART: tl.constexpr, HIDES: tl.constexpr,
+    KEYS: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of queries: sum of weighted values, highest logit and sum of weights.
 
-    These are first_row ... last_row; they see none but the keys begin ... end. The keys that all of
-    them see go APART, in a loop without bounds.
+    These are first_row ... last_row; they see none but the keys begin ... end. If it is PLAIN, the
+    keys that all of them see come first, in a loop that tests no bounds.
     """
     no_result = tl.zeros([row.shape[0], VALUE_WIDTH], tl.float32)
     lowest = tl.zeros([row.shape[0]], tl.float32) + (float("-inf") if sink is None else sink)
     nothing = tl.zeros([row.shape[0]], tl.float32) + (0.0 if sink is None else 1.0)
     result, highest, total = no_result, lowest, nothing
     hole, behind = begin, begin
-    if APART:
+    if PLAIN:
         hole, behind = whole_keys(
             begin, end, first_row, last_row, q_len, kv_len, offset, left, right, KEYS
         )
@@ -137,7 +137,7 @@ def attention_forward(
     q_len, kv_len, left, right, scale, softcap, threshold: tl.uint32, factor,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr, APART: tl.constexpr, HIDES: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of QUERIES."""
     block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -170,7 +170,7 @@ def attention_forward(
         queries, key, value, mask, bias, sink, seed, None, key_strides, value_strides, mask_strides,
         bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, first,
         first + QUERIES - 1, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM,
-        HEAD_WIDTH, VALUE_WIDTH, KEYS, APART, HIDES,
+        HEAD_WIDTH, VALUE_WIDTH, KEYS, PLAIN, HIDES,
     )  # fmt: skip
     result *= tl.where(total == 0, 0, factor / total)[:, None]
     tiles.store(
@@ -208,8 +208,6 @@ def attention_fwd(
         query, key, value, mask, bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k,
         bottom_right, left, right, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    # In fp32 products take the time, and a mask or bias is looked up everywhere.
-    apart = query.dtype != torch.float32 and mask is None and bias is None
 
     def launches(tile: Tiles) -> None:
         launch.launch(
@@ -222,7 +220,6 @@ def attention_fwd(
                 "lse": lse,
                 "out_strides": strides_of(out),
                 "lse_strides": strides_of(lse[..., None]),
-                "APART": apart,
                 **tile.sizes,
             },
             writes=("out", "lse"),

@@ -52,12 +52,12 @@ def _load_rows(lse, delta, strides, batch, head, first_query, row, q_len):
 def _gradients(
     queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at, lse, delta,
     slope, random_head, q_len, kv_len, offset, left, right, scale, softcap, threshold, factor,
-    first_row, first, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    first_row, first, QUERIES: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Weights behind dropout, but for its factor; gradients of logits; and of these by products."""
     product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     whole = False
-    if queries.dtype != tl.float32:  # where products take the time
+    if PLAIN:
         last_row, last = first_row + QUERIES - 1, first + KEYS - 1
         whole = all_see(first_row, last_row, first, last, q_len, kv_len, offset, left, right)
     logits, slopes = logits_of(
@@ -81,7 +81,7 @@ def _query_gradient(
     bias_strides, row, lse, delta, slope, random_head, q_len, kv_len, begin, end, offset, left,
     right, scale, softcap, threshold, factor, first_row, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, CAREFUL: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Of a block of queries, added to result; CAREFUL keeps out hidden keys that are not finite."""
     for first in range(begin, end, KEYS):
@@ -91,7 +91,7 @@ def _query_gradient(
         _, grad, slopes = _gradients(
             queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at,
             lse, delta, slope, random_head, q_len, kv_len, offset, left, right, scale, softcap,
-            threshold, factor, first_row, first, QUERIES, KEYS,
+            threshold, factor, first_row, first, QUERIES, KEYS, PLAIN,
         )  # fmt: skip
         if CAREFUL:
             keys = tiles.finite(keys)
@@ -106,7 +106,7 @@ def attention_grad_query(
     grad_query_strides, lse_strides, heads, group, q_len, kv_len, left, right, scale, softcap,
     threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of QUERIES."""
     block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -142,7 +142,7 @@ def attention_grad_query(
         nothing, queries, grads, key, value, mask, bias, seed, key_strides, value_strides,
         mask_strides, bias_strides, row, logarithm, deltas, slope, random_head, q_len, kv_len,
         begin, end, offset, left, right, scale, softcap, threshold, factor, first, HEAD_DIM,
-        VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, QUERIES, KEYS, False,
+        VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, QUERIES, KEYS, PLAIN, False,
     )  # fmt: skip
     if HIDES:  # as in attention_forward
         strange = tl.max(tl.max(tl.where(tl.abs(result) < float("inf"), 0, 1), 1), 0) > 0
@@ -151,7 +151,7 @@ def attention_grad_query(
             key_strides, value_strides, mask_strides, bias_strides, row, logarithm, deltas, slope,
             random_head, q_len, kv_len, begin, tl.where(strange, end, begin), offset, left, right,
             scale, softcap, threshold, factor, first, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH,
-            QUERIES, KEYS, True,
+            QUERIES, KEYS, PLAIN, True,
         )  # fmt: skip
     tiles.store(
         head_of(grad_query, grad_query_strides, batch, head, first_query), result * scale,
@@ -166,7 +166,8 @@ def attention_grad_key(
     grad_out_strides, grad_key_strides, grad_value_strides, lse_strides, heads, group, q_len,
     kv_len, left, right, scale, softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of KEYS and their values, summed over the queries of all heads that share them."""
     block, kv_head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -215,7 +216,7 @@ def attention_grad_key(
             kept, grad, slopes = _gradients(
                 queries, grads, keys, values, mask_of, bias_of, seed, mask_strides, bias_strides,
                 row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left, right,
-                scale, softcap, threshold, factor, first_row, first, QUERIES, KEYS,
+                scale, softcap, threshold, factor, first_row, first, QUERIES, KEYS, PLAIN,
             )  # fmt: skip
             value_sum = tl.dot(
                 tl.trans(kept.to(grads.dtype)), grads, value_sum, input_precision="ieee"
@@ -242,7 +243,7 @@ def attention_grad_bias(
     softcap, threshold: tl.uint32, factor, ALL_QUERIES: tl.constexpr, ALL_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a tile [QUERIES, KEYS] of bias, contiguous, summed over all dimensions that it broadcasts
     over; of [KEYS] if over ALL_QUERIES, and of [QUERIES] if over ALL_KEYS. No sequence is packed.
@@ -298,6 +299,7 @@ def attention_grad_bias(
                         head_of(bias, bias_strides, batch, head), seed, mask_strides, bias_strides,
                         row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left,
                         right, scale, softcap, threshold, factor, first_row, first, QUERIES, KEYS,
+                        PLAIN,
                     )  # fmt: skip
                     result += grad
     row = begin + tl.arange(0, QUERIES)
