@@ -51,15 +51,11 @@ def _load_rows(lse, delta, strides, batch, head, first_query, row, q_len):
 @triton.jit
 def _gradients(
     queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at, lse, delta,
-    slope, random_head, q_len, kv_len, offset, left, right, scale, softcap, threshold, factor,
-    first_row, first, QUERIES: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr,
+    slope, random_head, whole, q_len, kv_len, offset, left, right, scale, softcap, threshold,
+    factor, first, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Weights behind dropout, but for its factor; gradients of logits; and of these by products."""
     product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    whole = False
-    if PLAIN:
-        last_row, last = first_row + QUERIES - 1, first + KEYS - 1
-        whole = all_see(first_row, last_row, first, last, q_len, kv_len, offset, left, right)
     logits, slopes = logits_of(
         product, row, at, whole, q_len, kv_len, offset, left, right, scale, softcap, slope,
         mask, mask_strides, bias, bias_strides,
@@ -79,9 +75,9 @@ def _gradients(
 def _query_gradient(
     result, queries, grads, key, value, mask, bias, seed, key_strides, value_strides, mask_strides,
     bias_strides, row, lse, delta, slope, random_head, q_len, kv_len, begin, end, offset, left,
-    right, scale, softcap, threshold, factor, first_row, HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PLAIN: tl.constexpr, CAREFUL: tl.constexpr,
+    right, scale, softcap, threshold, factor, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Of a block of queries, added to result; CAREFUL keeps out hidden keys that are not finite."""
     for first in range(begin, end, KEYS):
@@ -90,8 +86,8 @@ def _query_gradient(
         values = tiles.load(value, value_strides, at, kv_len, VALUE_DIM, VALUE_WIDTH)
         _, grad, slopes = _gradients(
             queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at,
-            lse, delta, slope, random_head, q_len, kv_len, offset, left, right, scale, softcap,
-            threshold, factor, first_row, first, QUERIES, KEYS, PLAIN,
+            lse, delta, slope, random_head, False, q_len, kv_len, offset, left, right, scale,
+            softcap, threshold, factor, first, KEYS,
         )  # fmt: skip
         if CAREFUL:
             keys = tiles.finite(keys)
@@ -141,8 +137,8 @@ def attention_grad_query(
     result = _query_gradient(
         nothing, queries, grads, key, value, mask, bias, seed, key_strides, value_strides,
         mask_strides, bias_strides, row, logarithm, deltas, slope, random_head, q_len, kv_len,
-        begin, end, offset, left, right, scale, softcap, threshold, factor, first, HEAD_DIM,
-        VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, QUERIES, KEYS, PLAIN, False,
+        begin, end, offset, left, right, scale, softcap, threshold, factor, HEAD_DIM, VALUE_DIM,
+        HEAD_WIDTH, VALUE_WIDTH, KEYS, False,
     )  # fmt: skip
     if HIDES:  # as in attention_forward
         strange = tl.max(tl.max(tl.where(tl.abs(result) < float("inf"), 0, 1), 1), 0) > 0
@@ -150,8 +146,8 @@ def attention_grad_query(
             tl.where(strange, nothing, result), queries, grads, key, value, mask, bias, seed,
             key_strides, value_strides, mask_strides, bias_strides, row, logarithm, deltas, slope,
             random_head, q_len, kv_len, begin, tl.where(strange, end, begin), offset, left, right,
-            scale, softcap, threshold, factor, first, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH,
-            QUERIES, KEYS, PLAIN, True,
+            scale, softcap, threshold, factor, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS,
+            True,
         )  # fmt: skip
     tiles.store(
         head_of(grad_query, grad_query_strides, batch, head, first_query), result * scale,
@@ -213,10 +209,16 @@ def attention_grad_key(
             logarithm, deltas = _load_rows(
                 lse, delta, lse_strides, batch, head, first_query, row, q_len
             )
+            whole = False
+            if PLAIN:
+                last_row, last = first_row + QUERIES - 1, first + KEYS - 1
+                whole = all_see(
+                    first_row, last_row, first, last, q_len, kv_len, offset, left, right
+                )
             kept, grad, slopes = _gradients(
                 queries, grads, keys, values, mask_of, bias_of, seed, mask_strides, bias_strides,
-                row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left, right,
-                scale, softcap, threshold, factor, first_row, first, QUERIES, KEYS, PLAIN,
+                row, at, logarithm, deltas, slope, random_head, whole, q_len, kv_len, offset, left,
+                right, scale, softcap, threshold, factor, first, KEYS,
             )  # fmt: skip
             value_sum = tl.dot(
                 tl.trans(kept.to(grads.dtype)), grads, value_sum, input_precision="ieee"
@@ -297,9 +299,8 @@ def attention_grad_bias(
                     _, grad, _ = _gradients(
                         queries, grads, keys, values, mask_of,
                         head_of(bias, bias_strides, batch, head), seed, mask_strides, bias_strides,
-                        row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left,
-                        right, scale, softcap, threshold, factor, first_row, first, QUERIES, KEYS,
-                        PLAIN,
+                        row, at, logarithm, deltas, slope, random_head, False, q_len, kv_len,
+                        offset, left, right, scale, softcap, threshold, factor, first, KEYS,
                     )  # fmt: skip
                     result += grad
     row = begin + tl.arange(0, QUERIES)

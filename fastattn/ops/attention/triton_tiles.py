@@ -121,10 +121,18 @@ def logits_of(
     mask, mask_strides, bias, bias_strides,
 ):  # fmt: skip
     """Logits of [R] queries and [K] keys, -inf where hidden; and d logits / d product, without the
-    factor `scale`. Where the tile is `whole`, each query sees each key but for mask and bias."""
+    factor `scale`. Of a `whole` tile, which has neither mask nor bias, nothing is hidden."""
     apart = row[:, None] + offset - key[None, :]
-    inside = (row < q_len)[:, None] & (key < kv_len)[None, :]
+    seen = (row < q_len)[:, None] & (key < kv_len)[None, :]
+    inside = seen
+    if left is not None:
+        seen = seen & (apart <= left)
+    if right is not None:
+        seen = seen & (-apart <= right)
     rows = row.to(tl.int64)[:, None]
+    if mask is not None:
+        at = rows * mask_strides[2] + key[None, :] * mask_strides[3]
+        seen = seen & tl.load(mask + at, inside, False)
     logits = (product - product + product) * scale  # what is infinite is no number
     slopes = tl.full(product.shape, 1, tl.float32)
     if softcap is not None:
@@ -134,18 +142,11 @@ def logits_of(
     if bias is not None:
         at = rows * bias_strides[2] + key.to(tl.int64)[None, :] * bias_strides[3]
         term = tl.load(bias + at, inside, 0).to(tl.float32)
-        logits = tl.where(term == float("-inf"), term, logits + term)
+        seen = seen & (term != float("-inf"))
+        logits += term
     if slope is not None:
         logits -= slope * tl.abs(apart).to(tl.float32)
-    if mask is not None:
-        at = rows * mask_strides[2] + key[None, :] * mask_strides[3]
-        logits = tl.where(tl.load(mask + at, inside, False), logits, float("-inf"))
     if not whole:
-        seen = inside
-        if left is not None:
-            seen = seen & (apart <= left)
-        if right is not None:
-            seen = seen & (-apart <= right)
         logits = tl.where(seen, logits, float("-inf"))
     return logits, slopes
 
