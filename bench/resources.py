@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +39,8 @@ class Resources(NamedTuple):
     the memory that it names itself, without what a launch adds; all of it in Triton. `warps` of a
     multiprocessor are what registers allow. `products` are the tensor instructions of its main loop
     and `tensor_bound` is the part of the time, in percent, that tensor cores can be busy there at
-    most: see bench/roofline.py. None without such a loop, in Triton, and the bound also where the
-    rate of tensor cores is not published.
+    most: see bench/roofline.py. None without such a loop, the products also in Triton, the bound
+    also where the rate of tensor cores is not published.
     """
 
     kernel: str
@@ -111,9 +112,7 @@ def measured(room: str, architecture: str) -> Iterator[Resources]:
         )
         if loop := loops.get(name):
             products = roofline.tensor_instructions(loop.elements())
-            known = architecture in roofline.TENSOR
-            bound = roofline.roof(loop, architecture).percent if known else None
-            row = row._replace(products=products, tensor_bound=bound)
+            row = row._replace(products=products, tensor_bound=_bound(loop, architecture))
         yield row
 
 
@@ -129,6 +128,11 @@ def measured_in_triton(call: str, architecture: str) -> Iterator[Resources]:
         threads = 32 * kernel.metadata.num_warps
         memory = kernel.metadata.shared
         row = _resources(name, architecture, "", threads, registers, spilled, memory)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(kernel.asm["cubin"])
+            if loop := roofline.main_loops(cubin).get(kernel.name):
+                row = row._replace(tensor_bound=_bound(loop, architecture))
         found[name] = max(row, found.get(name, row), key=lambda row: (row.spilled, row.registers))
     yield from found.values()
 
@@ -145,6 +149,11 @@ def _resources(
     blocks = REGISTERS // (-(-registers // GRANULE) * GRANULE * threads)
     warps = min(64, blocks * threads // 32)
     return Resources(kernel, architecture, code, threads, registers, spilled, shared, warps)
+
+
+def _bound(loop: Counter[str], architecture: str) -> int | None:
+    known = architecture in roofline.TENSOR
+    return roofline.roof(loop, architecture).percent if known else None
 
 
 def read() -> list[Resources]:

@@ -1,12 +1,12 @@
 """How busy a kernel's main loop can keep the tensor cores at best, from its machine code alone.
 
-The loop is the smallest that holds nine tenths of a kernel's tensor instructions, and the way
-through it the shortest that takes all of these and all copies: jumps pass over what serves masks,
-ragged edges, rows that are not aligned and values that are not finite. For each unit of a quarter
-of a multiprocessor, this adds up the cycles that one warp's instructions take there. The unit with
-the most sets the pace, and the bound is the part of its time that tensor cores work. No latency is
-counted: a kernel is slower by as much as its warps fail to hide. Of a loop whose code is not in
-the order in which it runs, all counts.
+The loop is the smallest that holds nine tenths of a kernel's tensor instructions, or the most that
+any loop holds where several share them out; and the way through it the shortest that takes all of
+these and all copies: jumps pass over what serves masks, ragged edges, rows that are not aligned and
+values that are not finite. For each unit of a quarter of a multiprocessor, this adds up the cycles
+that one warp's instructions take there. The unit with the most sets the pace, and the bound is the
+part of its time that tensor cores work. No latency is counted: a kernel is slower by as much as its
+warps fail to hide. Of a loop whose code is not in the order in which it runs, all counts.
 
 Rates are those of the CUDA programming guide's table of arithmetic throughput, where an instruction
 on 16 lanes a cycle takes a warp two. From sm_90 on none is published for `mma.sync`, beside which
@@ -91,11 +91,12 @@ def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
     def products(part: Sequence[Instruction | str]) -> int:
         return tensor_instructions(x.opcode for x in part if isinstance(x, Instruction))
 
-    least = 0.9 * products(code)
-    most = [(b, e) for b, e in loops(code) if least <= products(code[b:e]) > 0]
-    if not most:
+    found = {span: count for span in loops(code) if (count := products(code[slice(*span)]))}
+    if not found:
         return None
-    return Counter(shortest_way(code, *min(most, key=lambda span: span[1] - span[0])))
+    least = min(0.9 * products(code), max(found.values()))
+    main = [span for span, count in found.items() if count >= least]
+    return Counter(shortest_way(code, *min(main, key=lambda span: span[1] - span[0])))
 
 
 def tensor_instructions(opcodes: Iterable[str]) -> int:

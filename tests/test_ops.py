@@ -297,9 +297,40 @@ def test_opcheck(case_id: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(op, args)
 
 
+CHECKED_IN_TRITON = [
+    "attention-one_row",
+    "attention_decode-everything",
+    "layer_norm-no_parameters",
+    "rms_norm-no_parameters",
+    "linear-gelu",
+    "linear_cross_entropy-none",
+    "ffn-silu_gated",
+    "apply_rope-partial",
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case_id", CHECKED_IN_TRITON)
+def test_opcheck_in_triton(case_id: str) -> None:
+    if why_not := fastattn.backends()["triton-emulator"]:
+        pytest.skip(why_not)
+    case = CASES[case_id]
+    with Recorder() as recorder:
+        run(case, case.inputs(torch.bfloat16), "triton-emulator")
+    assert len(recorder.calls) == 2
+    with fastattn.use_kernel("triton-emulator"):
+        for op, args in recorder.calls:
+            assert op._overloadname == "triton"
+            torch.library.opcheck(op, args)
+
+
 def test_every_torch_op_is_checked() -> None:
-    checked = {registry.FUNCTIONS[CASES[case_id].function][1].name for case_id in CHECKED}
-    assert checked | WITHIN == set(registry.OPS)
+    def of(case_ids: list[str]) -> set[str]:
+        return {registry.FUNCTIONS[CASES[case_id].function][1].name for case_id in case_ids}
+
+    assert of(CHECKED) | WITHIN == set(registry.OPS)
+    in_triton = {name for name, record in registry.OPS.items() if "triton" in record.kernels}
+    assert of(CHECKED_IN_TRITON) | WITHIN == in_triton
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastattn::")}
     expected = {"fastattn::rope_", "fastattn::rope_.triton"}  # checked in test_rope.py
     for name, record in registry.OPS.items():

@@ -76,6 +76,7 @@ def test_triton_takes_what_the_table_says(call: str) -> None:
         assert row.spilled == 0 and row.threads == limit.threads
         assert row.shared <= limit.shared, row
         assert row.warps >= limit.warps or row.registers <= limit.registers + 8, row
+        assert (row.tensor_bound is None) == (limit.tensor_bound is None), row
 
 
 @as_in_the_table
@@ -154,6 +155,14 @@ def test_attention_can_keep_tensor_cores_busy() -> None:
                 assert bounds[f"attention_{kernel}_{dtype}_{dim}"] >= percent
 
 
+def test_triton_multiplies_on_tensor_cores() -> None:
+    """In the main loop of every kernel with products of 16-bit numbers, by the table of sm_80."""
+    rows = [row for row in ROWS if row not in CUDA_ROWS and row.architecture == "sm_80"]
+    multiply = r"triton_(ffn_(forward|product)|attention_(forward|grad_\w+|split))_bf16"
+    with_products = {row.kernel for row in rows if re.match(multiply, row.kernel)}
+    assert {row.kernel for row in rows if row.tensor_bound is not None} == with_products != set()
+
+
 def code(*lines: str) -> list[roofline.Instruction | str]:
     """Labels, and instructions, of which those with @P0 have a condition."""
     return [
@@ -180,3 +189,5 @@ def test_roofline_of_a_loop() -> None:
     slower = code(".L_x_1", *products, *["IADD3"] * 80, "BRA .L_x_1")
     assert roofline.roof(roofline.main_loop(slower), "sm_80").percent == 80
     assert roofline.main_loop(code(".L_x_1", "FFMA", "BRA .L_x_1")) is None
+    longer = code(".L_x_2", *products, *["IADD3"] * 90, "@P0 BRA .L_x_2")
+    assert roofline.main_loop(slower + longer) == roofline.main_loop(slower)

@@ -28,14 +28,18 @@ Knobs = TypeVar("Knobs")
 
 def of_architecture(table: Mapping[int, Knobs], tensor: Tensor) -> Knobs:
     """The knobs for the GPU of a tensor: those of the newest architecture that is not newer."""
-    if _compiling is not None:
-        architecture = _compiling[0]
-    elif tensor.is_cuda:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        architecture = 10 * major + minor
-    else:
-        architecture = _emulating
+    architecture = architecture_of(tensor)
     return table[max((a for a in table if a <= architecture), default=min(table))]
+
+
+def architecture_of(tensor: Tensor) -> int:
+    """That of the GPU which kernels with this tensor run on, or are compiled for, say 90."""
+    if _compiling is not None:
+        return _compiling[0]
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return 10 * major + minor
+    return _emulating
 
 
 def launch(

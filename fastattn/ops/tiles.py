@@ -66,6 +66,13 @@ def finite(x):
 
 
 @triton.jit
+def turned(x, other, FIRST, cosine, sine):
+    """x, the FIRST or second elements of pairs with `other`, where these are turned by an angle."""
+    across = other.to(tl.float32) * sine.to(tl.float32)
+    return x.to(tl.float32) * cosine.to(tl.float32) + tl.where(FIRST, -across, across)
+
+
+@triton.jit
 def stop_if(bad):
     """Stops the kernel, as an illegal access would, where `bad` is true."""
     tl.inline_asm_elementwise(

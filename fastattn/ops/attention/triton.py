@@ -18,6 +18,7 @@ from fastattn.ops.attention.triton_backward import (
 )
 from fastattn.ops.attention.triton_tiles import (
     LN2,
+    Tiles,
     arguments_of,
     blocks_of,
     exponential,
@@ -25,8 +26,9 @@ from fastattn.ops.attention.triton_tiles import (
     keys_for,
     logits_of,
     page_of,
+    run_tiled,
     strides_of,
-    tiles_for,
+    whole_keys,
     work_of,
 )
 
@@ -34,16 +36,18 @@ from fastattn.ops.attention.triton_tiles import (
 @triton.jit
 def _pass(
     out, highest, total, query, key, value, mask, bias, seed, pages, key_strides, value_strides,
-    mask_strides, bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset,
-    left, right, scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    mask_strides, bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end,
+    hole, behind, offset, left, right, scale, softcap, threshold, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEYS: tl.constexpr, WHOLE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """What `attend` gives, going on from what is given.
+    """What `attend` gives, going on from what is given, of begin ... hole and behind ... end.
 
-    CAREFUL keeps what is not finite among values from queries that do not see it.
+    WHOLE: of tiles of which each query sees each key, but for mask and bias. CAREFUL keeps what is
+    not finite among values from queries that do not see it.
     """
-    for first in range(begin, end, KEYS):
+    for step in range(begin, end - (behind - hole), KEYS):
+        first = tl.where(step < hole, step, step + (behind - hole))
         at = first + tl.arange(0, KEYS)
         keys_of, values_of, slot, slots = key, value, at, kv_len
         if pages is not None:
@@ -54,7 +58,7 @@ def _pass(
         keys = tiles.load(keys_of, key_strides, slot, slots, HEAD_DIM, HEAD_WIDTH)
         product = tl.dot(query, tl.trans(keys), input_precision="ieee")
         logits, _ = logits_of(
-            product, row, at, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            product, row, at, WHOLE, q_len, kv_len, offset, left, right, scale, softcap, slope,
             mask, mask_strides, bias, bias_strides,
         )  # fmt: skip
         now = tl.maximum(highest, tl.max(logits, 1))
@@ -81,30 +85,47 @@ def _pass(
 @triton.jit
 def attend(
     query, key, value, mask, bias, sink, seed, pages, key_strides, value_strides, mask_strides,
-    bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset, left, right,
-    scale, softcap, threshold, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, KEYS: tl.constexpr, HIDES: tl.constexpr,
+    bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, first_row, last_row,
+    offset, left, right, scale, softcap, threshold, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    KEYS: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of queries: sum of weighted values, highest logit and sum of weights."""
+    """Of a block of queries: sum of weighted values, highest logit and sum of weights.
+
+    These are first_row ... last_row; they see none but the keys begin ... end. If it is PLAIN, the
+    keys that all of them see come first, in a loop that tests no bounds.
+    """
     no_result = tl.zeros([row.shape[0], VALUE_WIDTH], tl.float32)
     lowest = tl.zeros([row.shape[0]], tl.float32) + (float("-inf") if sink is None else sink)
     nothing = tl.zeros([row.shape[0]], tl.float32) + (0.0 if sink is None else 1.0)
+    result, highest, total = no_result, lowest, nothing
+    hole, behind = begin, begin
+    if PLAIN:
+        hole, behind = whole_keys(
+            begin, end, first_row, last_row, q_len, kv_len, offset, left, right, KEYS
+        )
+        result, highest, total = _pass(
+            result, highest, total, query, key, value, mask, bias, seed, pages, key_strides,
+            value_strides, mask_strides, bias_strides, batch, row, slope, random_head, q_len,
+            kv_len, hole, behind, 0, 0, offset, left, right, scale, softcap, threshold, HEAD_DIM,
+            VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, True, False,
+        )  # fmt: skip
     result, highest, total = _pass(
-        no_result, lowest, nothing, query, key, value, mask, bias, seed, pages, key_strides,
+        result, highest, total, query, key, value, mask, bias, seed, pages, key_strides,
         value_strides, mask_strides, bias_strides, batch, row, slope, random_head, q_len, kv_len,
-        begin, end, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH,
-        VALUE_WIDTH, KEYS, False,
+        begin, end, hole, behind, offset, left, right, scale, softcap, threshold, HEAD_DIM,
+        VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, False, False,
     )  # fmt: skip
     if HIDES:
         # Nothing times NaN is NaN, also for who does not see it. Where that may have happened
-        # all is computed again; elsewhere the second loop has no keys.
+        # all is computed again; elsewhere the last loop has no keys.
         strange = tl.max(tl.max(tl.where(tl.abs(result) < float("inf"), 0, 1), 1), 0) > 0
         result, highest, total = _pass(
             tl.where(strange, no_result, result), tl.where(strange, lowest, highest),
             tl.where(strange, nothing, total), query, key, value, mask, bias, seed, pages,
             key_strides, value_strides, mask_strides, bias_strides, batch, row, slope, random_head,
-            q_len, kv_len, begin, tl.where(strange, end, begin), offset, left, right, scale,
-            softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, True,
+            q_len, kv_len, begin, tl.where(strange, end, begin), 0, 0, offset, left, right, scale,
+            softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, False, True,
         )  # fmt: skip
     return result, highest, total
 
@@ -116,7 +137,7 @@ def attention_forward(
     q_len, kv_len, left, right, scale, softcap, threshold: tl.uint32, factor,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of QUERIES."""
     block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -147,8 +168,9 @@ def attention_forward(
     random_head = batch * heads + head
     result, highest, total = attend(
         queries, key, value, mask, bias, sink, seed, None, key_strides, value_strides, mask_strides,
-        bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, offset, left,
-        right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, HIDES,
+        bias_strides, batch, row, slope, random_head, q_len, kv_len, begin, end, first,
+        first + QUERIES - 1, offset, left, right, scale, softcap, threshold, HEAD_DIM, VALUE_DIM,
+        HEAD_WIDTH, VALUE_WIDTH, KEYS, PLAIN, HIDES,
     )  # fmt: skip
     result *= tl.where(total == 0, 0, factor / total)[:, None]
     tiles.store(
@@ -186,22 +208,25 @@ def attention_fwd(
         query, key, value, mask, bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k,
         bottom_right, left, right, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    tile, options = tiles_for(arguments, "forward")
-    launch.launch(
-        attention_forward,
-        (blocks_of(arguments, tile["QUERIES"]),),
-        {
-            **arguments,
-            "sinks": sinks,
-            "out": out,
-            "lse": lse,
-            "out_strides": strides_of(out),
-            "lse_strides": strides_of(lse[..., None]),
-            **tile,
-        },
-        writes=("out", "lse"),
-        **options,
-    )
+
+    def launches(tile: Tiles) -> None:
+        launch.launch(
+            attention_forward,
+            (blocks_of(arguments, tile.queries),),
+            {
+                **arguments,
+                "sinks": sinks,
+                "out": out,
+                "lse": lse,
+                "out_strides": strides_of(out),
+                "lse_strides": strides_of(lse[..., None]),
+                **tile.sizes,
+            },
+            writes=("out", "lse"),
+            **tile.options,
+        )
+
+    run_tiled(launches, arguments, "forward")
     return out, lse
 
 
@@ -239,78 +264,81 @@ def attention_bwd(
     grad_query, grad_key, grad_value, grad_bias, grad_sinks = gradients
     if grad_out is None:
         grad_out = query.new_zeros(1).expand(out.shape)
+    delta = torch.empty_like(lse)
     common = arguments_of(
         query, key, value, mask, bias, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k,
         bottom_right, left, right, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
-    tile, options = tiles_for(common, "backward")
-    delta = torch.empty_like(lse)
-    launch.launch(
-        attention_delta,
-        (triton.cdiv(q_len, tile["QUERIES"]), batch * heads),
-        {
-            "grad_out": grad_out,
-            "out": out,
-            "grad_lse": grad_lse,
-            "delta": delta,
-            "grad_out_strides": strides_of(grad_out),
-            "out_strides": strides_of(out),
-            "heads": heads,
-            "q_len": q_len,
-            "VALUE_DIM": common["VALUE_DIM"],
-            "VALUE_WIDTH": common["VALUE_WIDTH"],
-            "QUERIES": tile["QUERIES"],
-        },
-        writes=("delta",),
-        num_warps=4,
-    )
-    common |= tile | {
+    ) | {
         "grad_out": grad_out,
         "grad_out_strides": strides_of(grad_out),
         "lse": lse,
         "delta": delta,
         "lse_strides": strides_of(lse[..., None]),
-    }
-    launch.launch(
-        attention_grad_query,
-        (blocks_of(common, tile["QUERIES"]),),
-        common | {"grad_query": grad_query, "grad_query_strides": strides_of(grad_query)},
-        writes=("grad_query",),
-        **options,
-    )
-    launch.launch(
-        attention_grad_key,
-        (blocks_of(common, tile["KEYS"], of_keys=True),),
-        common
-        | {
-            "grad_key": grad_key,
-            "grad_value": grad_value,
-            "grad_key_strides": strides_of(grad_key),
-            "grad_value_strides": strides_of(grad_value),
-        },
-        writes=("grad_key", "grad_value"),
-        **options,
-    )
-    if need_bias and bias is not None:
-        bias_batches, bias_heads, bias_rows, bias_keys = bias.shape
-        all_queries, all_keys = bias_rows < q_len, bias_keys < kv_len
-        blocks = 1 if all_queries else triton.cdiv(q_len, tile["QUERIES"])
-        blocks *= 1 if all_keys else triton.cdiv(kv_len, tile["KEYS"])
+    }  # fmt: skip
+
+    def launches(tile: Tiles) -> None:
         launch.launch(
-            attention_grad_bias,
-            (blocks * bias_batches * bias_heads,),
-            common
-            | {
-                "grad_bias": grad_bias,
-                "batches": batch,
-                "bias_batches": bias_batches,
-                "bias_heads": bias_heads,
-                "ALL_QUERIES": all_queries,
-                "ALL_KEYS": all_keys,
+            attention_delta,
+            (triton.cdiv(q_len, tile.queries), batch * heads),
+            {
+                "grad_out": grad_out,
+                "out": out,
+                "grad_lse": grad_lse,
+                "delta": delta,
+                "grad_out_strides": strides_of(grad_out),
+                "out_strides": strides_of(out),
+                "heads": heads,
+                "q_len": q_len,
+                "VALUE_DIM": common["VALUE_DIM"],
+                "VALUE_WIDTH": common["VALUE_WIDTH"],
+                "QUERIES": tile.queries,
             },
-            writes=("grad_bias",),
-            **options,
+            writes=("delta",),
+            num_warps=4,
         )
+        arguments = common | tile.sizes
+        launch.launch(
+            attention_grad_query,
+            (blocks_of(arguments, tile.queries),),
+            arguments | {"grad_query": grad_query, "grad_query_strides": strides_of(grad_query)},
+            writes=("grad_query",),
+            **tile.options,
+        )
+        launch.launch(
+            attention_grad_key,
+            (blocks_of(arguments, tile.keys, of_keys=True),),
+            arguments
+            | {
+                "grad_key": grad_key,
+                "grad_value": grad_value,
+                "grad_key_strides": strides_of(grad_key),
+                "grad_value_strides": strides_of(grad_value),
+            },
+            writes=("grad_key", "grad_value"),
+            **tile.options,
+        )
+        if need_bias and bias is not None:
+            bias_batches, bias_heads, bias_rows, bias_keys = bias.shape
+            all_queries, all_keys = bias_rows < q_len, bias_keys < kv_len
+            blocks = 1 if all_queries else triton.cdiv(q_len, tile.queries)
+            blocks *= 1 if all_keys else triton.cdiv(kv_len, tile.keys)
+            launch.launch(
+                attention_grad_bias,
+                (blocks * bias_batches * bias_heads,),
+                arguments
+                | {
+                    "grad_bias": grad_bias,
+                    "batches": batch,
+                    "bias_batches": bias_batches,
+                    "bias_heads": bias_heads,
+                    "ALL_QUERIES": all_queries,
+                    "ALL_KEYS": all_keys,
+                },
+                writes=("grad_bias",),
+                **tile.options,
+            )
+
+    run_tiled(launches, common, "backward")
     if need_sinks and sinks is not None:
         # One number a row, and next to nothing: PyTorch's own functions do.
         weights = torch.exp(sinks[:, None] - lse.double())  # [B, H, Sq]

@@ -6,7 +6,14 @@ import triton
 import triton.language as tl
 
 from fastattn.ops import tiles
-from fastattn.ops.attention.triton_tiles import exponential, head_of, keys_for, logits_of, work_of
+from fastattn.ops.attention.triton_tiles import (
+    all_see,
+    exponential,
+    head_of,
+    keys_for,
+    logits_of,
+    work_of,
+)
 
 
 @triton.jit
@@ -44,13 +51,13 @@ def _load_rows(lse, delta, strides, batch, head, first_query, row, q_len):
 @triton.jit
 def _gradients(
     queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at, lse, delta,
-    slope, random_head, q_len, kv_len, offset, left, right, scale, softcap, threshold, factor,
-    first, KEYS: tl.constexpr,
+    slope, random_head, whole, q_len, kv_len, offset, left, right, scale, softcap, threshold,
+    factor, first, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Weights behind dropout, but for its factor; gradients of logits; and of these by products."""
     product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     logits, slopes = logits_of(
-        product, row, at, q_len, kv_len, offset, left, right, scale, softcap, slope,
+        product, row, at, whole, q_len, kv_len, offset, left, right, scale, softcap, slope,
         mask, mask_strides, bias, bias_strides,
     )  # fmt: skip
     weights = exponential(logits - lse[:, None])
@@ -79,8 +86,8 @@ def _query_gradient(
         values = tiles.load(value, value_strides, at, kv_len, VALUE_DIM, VALUE_WIDTH)
         _, grad, slopes = _gradients(
             queries, grads, keys, values, mask, bias, seed, mask_strides, bias_strides, row, at,
-            lse, delta, slope, random_head, q_len, kv_len, offset, left, right, scale, softcap,
-            threshold, factor, first, KEYS,
+            lse, delta, slope, random_head, False, q_len, kv_len, offset, left, right, scale,
+            softcap, threshold, factor, first, KEYS,
         )  # fmt: skip
         if CAREFUL:
             keys = tiles.finite(keys)
@@ -95,7 +102,7 @@ def attention_grad_query(
     grad_query_strides, lse_strides, heads, group, q_len, kv_len, left, right, scale, softcap,
     threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of QUERIES."""
     block, head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -155,7 +162,8 @@ def attention_grad_key(
     grad_out_strides, grad_key_strides, grad_value_strides, lse_strides, heads, group, q_len,
     kv_len, left, right, scale, softcap, threshold: tl.uint32, factor, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a block of KEYS and their values, summed over the queries of all heads that share them."""
     block, kv_head, batch, first_query, q_len, first_key, kv_len, offset = work_of(
@@ -201,10 +209,16 @@ def attention_grad_key(
             logarithm, deltas = _load_rows(
                 lse, delta, lse_strides, batch, head, first_query, row, q_len
             )
+            whole = False
+            if PLAIN:
+                last_row, last = first_row + QUERIES - 1, first + KEYS - 1
+                whole = all_see(
+                    first_row, last_row, first, last, q_len, kv_len, offset, left, right
+                )
             kept, grad, slopes = _gradients(
                 queries, grads, keys, values, mask_of, bias_of, seed, mask_strides, bias_strides,
-                row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left, right,
-                scale, softcap, threshold, factor, first, KEYS,
+                row, at, logarithm, deltas, slope, random_head, whole, q_len, kv_len, offset, left,
+                right, scale, softcap, threshold, factor, first, KEYS,
             )  # fmt: skip
             value_sum = tl.dot(
                 tl.trans(kept.to(grads.dtype)), grads, value_sum, input_precision="ieee"
@@ -231,7 +245,7 @@ def attention_grad_bias(
     softcap, threshold: tl.uint32, factor, ALL_QUERIES: tl.constexpr, ALL_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BOTTOM_RIGHT: tl.constexpr, HIDES: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Of a tile [QUERIES, KEYS] of bias, contiguous, summed over all dimensions that it broadcasts
     over; of [KEYS] if over ALL_QUERIES, and of [QUERIES] if over ALL_KEYS. No sequence is packed.
@@ -285,8 +299,8 @@ def attention_grad_bias(
                     _, grad, _ = _gradients(
                         queries, grads, keys, values, mask_of,
                         head_of(bias, bias_strides, batch, head), seed, mask_strides, bias_strides,
-                        row, at, logarithm, deltas, slope, random_head, q_len, kv_len, offset, left,
-                        right, scale, softcap, threshold, factor, first, KEYS,
+                        row, at, logarithm, deltas, slope, random_head, False, q_len, kv_len,
+                        offset, left, right, scale, softcap, threshold, factor, first, KEYS,
                     )  # fmt: skip
                     result += grad
     row = begin + tl.arange(0, QUERIES)

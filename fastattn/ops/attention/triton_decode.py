@@ -14,12 +14,13 @@ from fastattn.ops.attention.triton import attend
 from fastattn.ops.attention.triton_tiles import (
     LN2,
     Pages,
+    Tiles,
     exponential,
     head_of,
     keys_for,
     page_of,
+    run_tiled,
     strides_of,
-    tiles_for,
     width_of,
 )
 
@@ -54,9 +55,7 @@ def _turned(
         place = position.to(tl.int64)[:, None]
         cosine = tl.load(cos + place * cos_strides[0] + pair * cos_strides[1], turns, 1)
         sine = tl.load(sin + place * sin_strides[0] + pair * sin_strides[1], turns, 0)
-        across = other.to(tl.float32) * sine.to(tl.float32)
-        turned = own.to(tl.float32) * cosine.to(tl.float32) + tl.where(first, -across, across)
-        own = turned.to(own.dtype)
+        own = tiles.turned(own, other, first, cosine, sine).to(own.dtype)
     return own
 
 
@@ -102,8 +101,9 @@ def attention_split(
     result, highest, total = attend(
         queries, head_of(key, key_strides, lead, kv_head),
         head_of(value, value_strides, lead, kv_head), None, None, None, None, pages, key_strides,
-        value_strides, None, None, batch, row, slope, None, q_len, end, begin, end, offset, left,
-        right, scale, softcap, None, HEAD_DIM, VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, HIDES,
+        value_strides, None, None, batch, row, slope, None, q_len, end, begin, end, first // group,
+        (first + QUERIES - 1) // group, offset, left, right, scale, softcap, None, HEAD_DIM,
+        VALUE_DIM, HEAD_WIDTH, VALUE_WIDTH, KEYS, False, HIDES,
     )  # fmt: skip
     at = ((batch * heads + head).to(tl.int64) * q_len + row) * splits + split
     tl.store(statistics + 2 * at, highest, row < q_len)
@@ -226,19 +226,10 @@ def _cache(
 
 
 def attention_append(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, *pages
 ) -> None:
     """The op of this name."""
     batch, kv_heads, appended, _ = key.shape
-    pages = cache_seqlens, block_table, rotary_cos, rotary_sin, rotary_interleaved
     launch.launch(
         attention_put,
         (batch * kv_heads * appended,),
@@ -275,77 +266,75 @@ def attention_decode(
     value_cache: Tensor,
     cache_seqlens: Tensor,
     appended: int,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    left: int | None,
-    right: int | None,
-    scale: float,
-    softcap: float,
+    *rest,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
+    pages, (alibi_slopes, sinks, left, right, scale, softcap) = rest[:4], rest[4:]
     out, lse = decode.decode_shapes(query, key_cache, value_cache)
     batch, heads, q_len, _ = query.shape
     kv_heads, value_dim = key_cache.shape[1], value_cache.shape[3]
-    pages = cache_seqlens, block_table, rotary_cos, rotary_sin, rotary_interleaved
-    arguments = {"query": query, **_cache(key_cache, value_cache, *pages)}
+    arguments = {
+        "query": query,
+        "key": key_cache,
+        "value": value_cache,
+        **_cache(key_cache, value_cache, cache_seqlens, *pages),
+    }
     furthest = q_len + arguments["room"]
-    tile, options = tiles_for(arguments, "decode")
-    blocks = triton.cdiv(heads // kv_heads * q_len, tile["QUERIES"])
-    splits = splits_of(batch * kv_heads * blocks, arguments["room"])
-    parts = query.new_empty(batch, heads, q_len, splits, value_dim, dtype=torch.float32)
-    statistics = query.new_empty(batch, heads, q_len, splits, 2, dtype=torch.float32)
-    launch.launch(
-        attention_split,
-        (batch * kv_heads * blocks * splits,),
-        {
-            **arguments,
-            "key": key_cache,
-            "value": value_cache,
-            "alibi_slopes": alibi_slopes,
-            "parts": parts,
-            "statistics": statistics,
-            "query_strides": strides_of(query),
-            "key_strides": strides_of(key_cache),
-            "value_strides": strides_of(value_cache),
-            "heads": heads,
-            "group": heads // kv_heads,
-            "q_len": q_len,
-            "blocks": blocks,
-            "splits": splits,
-            "appended": appended,
-            "left": left if left is None else min(left, furthest),
-            "right": right if right is None else min(right, furthest),
-            "scale": scale,
-            "softcap": softcap or None,
-            "HIDES": left is not None or (right is not None and q_len > 1),
-            **tile,
-        },
-        writes=("parts", "statistics"),
-        **options,
+    arguments["left"], arguments["right"] = (
+        bound if bound is None else min(bound, furthest) for bound in (left, right)
     )
-    launch.launch(
-        attention_combine,
-        (batch * heads * q_len,),
-        {
-            "parts": parts,
-            "statistics": statistics,
-            "sinks": sinks,
-            "out": out,
-            "lse": lse,
-            "out_strides": strides_of(out),
-            "heads": heads,
-            "q_len": q_len,
-            "splits": splits,
-            "VALUE_DIM": value_dim,
-            "VALUE_WIDTH": arguments["VALUE_WIDTH"],
-            "SPLITS": triton.next_power_of_2(splits),
-            "SOME": 16,
-        },
-        writes=("out", "lse"),
-        num_warps=4,
-    )
+
+    def launches(tile: Tiles) -> None:
+        blocks = triton.cdiv(heads // kv_heads * q_len, tile.queries)
+        splits = splits_of(batch * kv_heads * blocks, arguments["room"])
+        parts = query.new_empty(batch, heads, q_len, splits, value_dim, dtype=torch.float32)
+        statistics = query.new_empty(batch, heads, q_len, splits, 2, dtype=torch.float32)
+        launch.launch(
+            attention_split,
+            (batch * kv_heads * blocks * splits,),
+            {
+                **arguments,
+                "alibi_slopes": alibi_slopes,
+                "parts": parts,
+                "statistics": statistics,
+                "query_strides": strides_of(query),
+                "key_strides": strides_of(key_cache),
+                "value_strides": strides_of(value_cache),
+                "heads": heads,
+                "group": heads // kv_heads,
+                "q_len": q_len,
+                "blocks": blocks,
+                "splits": splits,
+                "appended": appended,
+                "scale": scale,
+                "softcap": softcap or None,
+                "HIDES": left is not None or (right is not None and q_len > 1),
+                **tile.sizes,
+            },
+            writes=("parts", "statistics"),
+            **tile.options,
+        )
+        launch.launch(
+            attention_combine,
+            (batch * heads * q_len,),
+            {
+                "parts": parts,
+                "statistics": statistics,
+                "sinks": sinks,
+                "out": out,
+                "lse": lse,
+                "out_strides": strides_of(out),
+                "heads": heads,
+                "q_len": q_len,
+                "splits": splits,
+                "VALUE_DIM": value_dim,
+                "VALUE_WIDTH": arguments["VALUE_WIDTH"],
+                "SPLITS": triton.next_power_of_2(splits),
+                "SOME": 16,
+            },
+            writes=("out", "lse"),
+            num_warps=4,
+        )
+
+    run_tiled(launches, arguments, "decode")
     return out, lse

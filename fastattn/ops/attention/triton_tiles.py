@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops import launch, tiles
+from fastattn.ops import launch, tiles, tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -116,11 +117,11 @@ def work_of(
 
 @triton.jit
 def logits_of(
-    product, row, key, q_len, kv_len, offset, left, right, scale, softcap, slope,
+    product, row, key, whole, q_len, kv_len, offset, left, right, scale, softcap, slope,
     mask, mask_strides, bias, bias_strides,
 ):  # fmt: skip
     """Logits of [R] queries and [K] keys, -inf where hidden; and d logits / d product, without the
-    factor `scale`."""
+    factor `scale`. Of a `whole` tile, which has neither mask nor bias, nothing is hidden."""
     apart = row[:, None] + offset - key[None, :]
     seen = (row < q_len)[:, None] & (key < kv_len)[None, :]
     inside = seen
@@ -145,7 +146,9 @@ def logits_of(
         logits += term
     if slope is not None:
         logits -= slope * tl.abs(apart).to(tl.float32)
-    return tl.where(seen, logits, float("-inf")), slopes
+    if not whole:
+        logits = tl.where(seen, logits, float("-inf"))
+    return logits, slopes
 
 
 @triton.jit
@@ -156,7 +159,7 @@ def exponential(x):
 
 @triton.jit
 def keys_for(first, last, kv_len, offset, left, right, KEYS: tl.constexpr):
-    """The blocks of keys (begin, end) that the queries first ... last may see."""
+    """The blocks of keys (begin, end) that some of the queries first ... last may see."""
     begin = 0
     if left is not None:
         begin = tl.maximum(first + offset - left, 0) // KEYS * KEYS
@@ -164,6 +167,32 @@ def keys_for(first, last, kv_len, offset, left, right, KEYS: tl.constexpr):
     if right is not None:
         end = tl.minimum(last + offset + right + 1, kv_len)
     return begin, end
+
+
+@triton.jit
+def all_see(first_row, last_row, first, last, q_len, kv_len, offset, left, right):
+    """Whether all the queries first_row ... last_row may see all the keys first ... last."""
+    seen = (last_row < q_len) & (last < kv_len)
+    if left is not None:
+        seen = seen & (last_row + offset - first <= left)
+    if right is not None:
+        seen = seen & (last - first_row - offset <= right)
+    return seen
+
+
+@triton.jit
+def whole_keys(
+    begin, end, first_row, last_row, q_len, kv_len, offset, left, right, KEYS: tl.constexpr
+):
+    """Of the blocks of keys from `begin` to `end` those (begin, end) that all of them may see."""
+    all_begin = begin
+    if left is not None:
+        all_begin = tl.maximum(begin, tl.cdiv(last_row + offset - left, KEYS) * KEYS)
+    all_end = tl.minimum(end, kv_len)
+    if right is not None:
+        all_end = tl.minimum(all_end, first_row + offset + right + 1)
+    all_end = tl.where(last_row < q_len, all_end // KEYS * KEYS, 0)
+    return all_begin, tl.maximum(all_begin, all_end)
 
 
 @dataclass(frozen=True)
@@ -177,71 +206,102 @@ class Tiles:
     stages: int
     registers: int | None = None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {"QUERIES": self.queries, "KEYS": self.keys}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to launch them."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "fuse": True,
+            "registers": self.registers,
+        }
+
+
+Choices = dict[int, tuple[Tiles, ...]]
+
 
 @dataclass(frozen=True)
 class Knobs:
-    """The tiles for heads of at most so many bytes a row: for what needs no more than products,
-    bounds and sinks, for extras such as bias and dropout, and for fp32, without tensor cores; in
-    `decode` the queries are those of all heads that share keys."""
+    """The tiles for heads of at most so many bytes a row, the first unless `tuning`: for what needs
+    no more than products, bounds and sinks, for extras such as bias and dropout, and for fp32,
+    without tensor cores; in `decode` the queries are those of all heads that share keys."""
 
-    forward: dict[int, Tiles]
-    forward_extra: dict[int, Tiles]
-    forward_fp32: dict[int, Tiles]
-    backward: dict[int, Tiles]
-    backward_extra: dict[int, Tiles]
-    backward_fp32: dict[int, Tiles]
-    decode: dict[int, Tiles]
-    decode_fp32: dict[int, Tiles]
+    forward: Choices
+    forward_extra: Choices
+    forward_fp32: Choices
+    backward: Choices
+    backward_extra: Choices
+    backward_fp32: Choices
+    decode: Choices
+    decode_fp32: Choices
 
 
 KNOBS = {
     80: Knobs(
-        forward={128: Tiles(64, 64, 4, 2), 256: Tiles(64, 64, 8, 2), 512: Tiles(64, 32, 8, 2)},
+        forward={
+            128: (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+            256: (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
+            512: (Tiles(64, 32, 8, 2),),
+        },
         forward_extra={
-            128: Tiles(64, 64, 8, 1),
-            256: Tiles(64, 64, 8, 1),
-            512: Tiles(32, 64, 8, 1),
+            128: (Tiles(64, 64, 8, 1),),
+            256: (Tiles(64, 64, 8, 1),),
+            512: (Tiles(32, 64, 8, 1),),
         },
-        forward_fp32={256: Tiles(16, 64, 8, 1), 512: Tiles(16, 16, 8, 1, 255)},
-        backward={128: Tiles(32, 64, 4, 2), 256: Tiles(32, 64, 8, 2), 512: Tiles(32, 64, 8, 1)},
+        forward_fp32={256: (Tiles(16, 64, 8, 1),), 512: (Tiles(16, 16, 8, 1, 255),)},
+        backward={
+            128: (Tiles(32, 64, 4, 2), Tiles(64, 64, 8, 2)),
+            256: (Tiles(32, 64, 8, 2), Tiles(32, 32, 4, 2)),
+            512: (Tiles(32, 64, 8, 1),),
+        },
         backward_extra={
-            128: Tiles(32, 64, 8, 2),
-            256: Tiles(32, 64, 8, 1),
-            512: Tiles(16, 64, 8, 1),
+            128: (Tiles(32, 64, 8, 2),),
+            256: (Tiles(32, 64, 8, 1),),
+            512: (Tiles(16, 64, 8, 1),),
         },
-        backward_fp32={256: Tiles(16, 64, 8, 1, 255), 512: Tiles(16, 16, 8, 1, 255)},
-        decode={256: Tiles(16, 64, 4, 2), 512: Tiles(16, 32, 4, 2)},
-        decode_fp32={256: Tiles(16, 64, 8, 1), 512: Tiles(16, 16, 8, 1, 255)},
+        backward_fp32={256: (Tiles(16, 64, 8, 1, 255),), 512: (Tiles(16, 16, 8, 1, 255),)},
+        decode={
+            256: (Tiles(16, 64, 4, 2), Tiles(16, 128, 4, 2)),
+            512: (Tiles(16, 32, 4, 2),),
+        },
+        decode_fp32={256: (Tiles(16, 64, 8, 1),), 512: (Tiles(16, 16, 8, 1, 255),)},
     )
 }
+
+
+def _one_stage(choices: Choices) -> Choices:
+    return {
+        width: tuple(replace(tile, stages=1) for tile in tiles) for width, tiles in choices.items()
+    }
+
+
 # On sm_90 Triton 3.9 lets a loop of backward fetch ahead to where `wgmma` may still read.
 KNOBS[90] = replace(
     KNOBS[80],
-    backward={width: replace(tile, stages=1) for width, tile in KNOBS[80].backward.items()},
-    backward_extra={
-        width: replace(tile, stages=1) for width, tile in KNOBS[80].backward_extra.items()
-    },
+    backward=_one_stage(KNOBS[80].backward),
+    backward_extra=_one_stage(KNOBS[80].backward_extra),
 )
 KNOBS[100] = KNOBS[80]
 
 
-def tiles_for(arguments: dict, direction: str) -> tuple[dict[str, int], dict[str, Any]]:
-    """The tile for these arguments, and how to launch it."""
-    query = arguments["query"]
-    kind = "_fp32" if query.dtype == torch.float32 else ""
-    extras = "mask", "bias", "alibi_slopes", "seed", "softcap"
-    if not kind and direction != "decode" and any(arguments[n] is not None for n in extras):
-        kind = "_extra"
+def run_tiled(launches: Callable[[Tiles], None], arguments: dict, direction: str) -> None:
+    """Call `launches` with the tiles for these arguments, "forward", "backward" or "decode"."""
+    query, key = arguments["query"], arguments["key"]
+    kind = "" if direction == "decode" or arguments["PLAIN"] else "_extra"
+    if query.dtype == torch.float32:
+        kind = "_fp32"
     table = getattr(launch.of_architecture(KNOBS, query), direction + kind)
-    width = max(arguments["HEAD_WIDTH"], arguments["VALUE_WIDTH"]) * query.dtype.itemsize
-    tile = table[min(n for n in table if n >= width)]
-    options = {
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "fuse": True,
-        "registers": tile.registers,
-    }
-    return {"QUERIES": tile.queries, "KEYS": tile.keys}, options
+    widths = arguments["HEAD_WIDTH"], arguments["VALUE_WIDTH"]
+    choices = table[min(n for n in table if n >= max(widths) * query.dtype.itemsize)]
+    batch, heads, q_len, _ = query.shape
+    bounds = arguments["left"] is not None, arguments["right"] is not None
+    shape = *widths, *bounds, *tuning.rounded(batch * heads, q_len, key.shape[2])
+    tuning.run(launches, choices, f"attention_{direction}{kind}", shape, query)
 
 
 def blocks_of(arguments: dict, rows: int, of_keys: bool = False) -> int:
@@ -299,6 +359,7 @@ def arguments_of(
         )
     threshold, factor = tiles.threshold_and_factor(dropout_p)
     furthest = q_len + kv_len
+    extra = softcap or any(what is not None for what in (mask, bias, alibi_slopes, seed))
     return {
         "query": query,
         "key": key,
@@ -328,5 +389,7 @@ def arguments_of(
         "HEAD_WIDTH": width_of(head_dim),
         "VALUE_WIDTH": width_of(value_dim),
         "BOTTOM_RIGHT": bottom_right,
+        # If so, tests of bounds are worth being left out where they can be.
+        "PLAIN": query.dtype != torch.float32 and not extra,
         "HIDES": any(what is not None for what in (mask, bias, left, right)),
     }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops import launch, tiles
+from fastattn.ops import launch, tiles, tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # tanh-GELU is x * sigmoid(x * (LINEAR + CUBIC * x^2)).
@@ -225,12 +225,13 @@ class Tile:
 @dataclass(frozen=True)
 class Knobs:
     """Tiles of products of 16-bit numbers, of two that share a tile, and in fp32, which knows no
-    tensor cores; rows of tiles that are worked on together; elements of an elementwise tile; rows
-    and columns of one that sums columns, and of one that drops some, 64 of which Philox serves."""
+    tensor cores: the first unless `tuning`; rows of tiles that are worked on together; elements of
+    an elementwise tile; rows and columns of one that sums columns, and of one that drops some, 64
+    of which Philox serves."""
 
-    product: Tile = Tile(128, 128, 32, 8, 3)
-    gated: Tile = Tile(128, 64, 32, 8, 3)
-    fp32: Tile = Tile(64, 64, 16, 8, 1, 255)
+    product: tuple[Tile, ...] = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3))
+    gated: tuple[Tile, ...] = (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3))
+    fp32: tuple[Tile, ...] = (Tile(64, 64, 16, 8, 1, 255),)
     group: int = 8
     elements: int = 1024
     columns: tuple[int, int] = (32, 32)
@@ -243,27 +244,30 @@ KNOBS = {80: Knobs()}
 def _launch_product(
     kernel: triton.JITFunction, gated: bool, writes: tuple[str, ...], **arguments
 ) -> None:
-    knobs = launch.of_architecture(KNOBS, arguments["out"])
-    tile = knobs.gated if gated else knobs.product
-    if arguments["out"].dtype == torch.float32:
-        tile = knobs.fp32
-    rows, cols = arguments["rows"], arguments["cols"]
-    launch.launch(
-        kernel,
-        (triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),),
-        {
-            **arguments,
-            "ROWS": tile.rows,
-            "COLS": tile.cols,
-            "DEPTH": tile.depth,
-            "GROUP": knobs.group,
-        },
-        writes=writes,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        fuse=True,
-        registers=tile.registers,
-    )
+    out, rows, cols = (arguments[name] for name in ("out", "rows", "cols"))
+    knobs = launch.of_architecture(KNOBS, out)
+    kind = "fp32" if out.dtype == torch.float32 else "gated" if gated else "product"
+
+    def launches(tile: Tile) -> None:
+        launch.launch(
+            kernel,
+            (triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),),
+            {
+                **arguments,
+                "ROWS": tile.rows,
+                "COLS": tile.cols,
+                "DEPTH": tile.depth,
+                "GROUP": knobs.group,
+            },
+            writes=writes,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            fuse=True,
+            registers=tile.registers,
+        )
+
+    shape = tuning.rounded(rows, cols, arguments["depth"])
+    tuning.run(launches, getattr(knobs, kind), f"{kernel.__name__}_{kind}", shape, out)
 
 
 def _project(
@@ -458,9 +462,7 @@ def ffn_bwd(
     gate, activation, dropout_p, *needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op of this name."""
-    tensors = (
-        input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
-    )  # fmt: skip
+    tensors = input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias
     needs = tuple(need and t is not None for need, t in zip(needs, tensors, strict=True))
     found = tuple(_gradient(t, need, input) for t, need in zip(tensors, needs, strict=True))
     grad_input, grad_up_weight, grad_up_bias, grad_gate_weight, grad_gate_bias = found[:5]
@@ -473,12 +475,9 @@ def ffn_bwd(
                 gate, _, _ = _project(input, gate_weight, gate_bias, "identity", False)
         grad_hidden = torch.empty_like(up)
         _multiply(grad_out, down_weight, grad_hidden)
+        grad_hidden = _drop_out(grad_hidden, seed, dropout_p)
         grad_up, grad_gate, hidden = _through_activation(
-            _drop_out(grad_hidden, seed, dropout_p),
-            up,
-            gate if gated else None,
-            activation,
-            needs[5],
+            grad_hidden, up, gate if gated else None, activation, needs[5]
         )
     if needs[0]:
         other = (grad_gate, gate_weight) if gated else None

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops import launch, tiles
+from fastattn.ops import launch, tiles, tuning
 
 
 @triton.jit
@@ -274,7 +274,8 @@ class Knobs:
         return max(self.fewest_warps, tile["ROWS"] * tile["COLS"] // self.for_each_warp)
 
 
-KNOBS = {80: Knobs()}
+# The first serves both ways; of the others `tuning` may choose one for forward.
+KNOBS = {80: (Knobs(), Knobs(for_each_warp=1024, elements=4096), Knobs(for_each_warp=256))}
 
 
 def _sizes(input: Tensor, dims: int) -> tuple[int, int]:
@@ -301,33 +302,37 @@ def _forward(
     mean, rstd = (
         input.new_empty(rows if wanted else 0, dtype=torch.float32) for wanted in (centred, True)
     )
-    knobs = launch.of_architecture(KNOBS, input)
-    tile = knobs.tile(cols)
     threshold, factor = tiles.threshold_and_factor(dropout_p)
-    launch.launch(
-        norm_forward,
-        (triton.cdiv(rows, tile["ROWS"]),),
-        {
-            "input": input,
-            "residual": residual,
-            "weight": weight,
-            "bias": bias,
-            "seed": seed,
-            "out": out,
-            "summed": summed if sums else None,
-            "mean_of": mean if centred else None,
-            "rstd_of": rstd,
-            "rows": rows,
-            "cols": cols,
-            "eps": eps,
-            "threshold": threshold,
-            "factor": factor,
-            **tile,
-            "LONG": cols > tile["COLS"],
-        },
-        writes=("out", "summed", "mean_of", "rstd_of"),
-        num_warps=knobs.warps(tile),
-    )
+
+    def launches(knobs: Knobs) -> None:
+        tile = knobs.tile(cols)
+        launch.launch(
+            norm_forward,
+            (triton.cdiv(rows, tile["ROWS"]),),
+            {
+                "input": input,
+                "residual": residual,
+                "weight": weight,
+                "bias": bias,
+                "seed": seed,
+                "out": out,
+                "summed": summed if sums else None,
+                "mean_of": mean if centred else None,
+                "rstd_of": rstd,
+                "rows": rows,
+                "cols": cols,
+                "eps": eps,
+                "threshold": threshold,
+                "factor": factor,
+                **tile,
+                "LONG": cols > tile["COLS"],
+            },
+            writes=("out", "summed", "mean_of", "rstd_of"),
+            num_warps=knobs.warps(tile),
+        )
+
+    shape = sums, seed is not None, centred, *tuning.rounded(rows, cols)
+    tuning.run(launches, launch.of_architecture(KNOBS, input), "norm_forward", shape, input)
     return out, summed, mean, rstd
 
 
@@ -350,7 +355,7 @@ def _backward(
     grad_input = torch.empty_like(input)
     grad_residual = torch.empty_like(residual) if apart else input.new_empty(0)
     gradients = [input.new_empty(0) if p is None else torch.zeros_like(p) for p in (weight, bias)]
-    knobs = launch.of_architecture(KNOBS, input)
+    knobs, *_ = launch.of_architecture(KNOBS, input)
     tile = knobs.tile(cols)
     long = cols > tile["COLS"]
     count = min(knobs.parts, triton.cdiv(rows, tile["ROWS"]))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.ops import launch
+from fastattn.ops import launch, tiles
 
 
 @triton.jit
@@ -22,9 +22,9 @@ def rope_rows(
     A program has ROWS rows of one batch, heads inside, so that those of one position share what
     they read of the tables. These have `lines`; a position in none of them turns its rows to NaN.
     """
-    tiles = tl.cdiv(heads * length, ROWS)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    programs = tl.cdiv(heads * length, ROWS)
+    batch = (tl.program_id(0) // programs).to(tl.int64)
+    row = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
     here = (row < heads * length)[:, None]
     head, position = (row % heads).to(tl.int64), (row // heads).to(tl.int64)
     x += batch * x_strides[0]
@@ -49,16 +49,18 @@ def rope_rows(
             inside = here & (both < 2 * angles)
             pairs = tl.load(x + x_row + both * x_strides[3], inside, 0).to(tl.float32)
             a, b = tl.split(pairs.reshape(ROWS, ANGLES, 2))
-            pairs = tl.join(a * cosine - b * sine, b * cosine + a * sine)
-            turned = pairs.reshape(ROWS, 2 * ANGLES).to(out.dtype.element_ty)
-            tl.store(out + out_row + both * out_strides[3], turned, inside)
+            pairs = tl.join(
+                tiles.turned(a, b, True, cosine, sine), tiles.turned(b, a, False, cosine, sine)
+            )
+            pairs = pairs.reshape(ROWS, 2 * ANGLES).to(out.dtype.element_ty)
+            tl.store(out + out_row + both * out_strides[3], pairs, inside)
         else:
-            a = tl.load(x + x_row + col * x_strides[3], inside, 0).to(tl.float32)
-            b = tl.load(x + x_row + (angles + col) * x_strides[3], inside, 0).to(tl.float32)
-            turned = (a * cosine - b * sine).to(out.dtype.element_ty)
-            tl.store(out + out_row + col * out_strides[3], turned, inside)
-            turned = (b * cosine + a * sine).to(out.dtype.element_ty)
-            tl.store(out + out_row + (angles + col) * out_strides[3], turned, inside)
+            a = tl.load(x + x_row + col * x_strides[3], inside, 0)
+            b = tl.load(x + x_row + (angles + col) * x_strides[3], inside, 0)
+            first_half = tiles.turned(a, b, True, cosine, sine).to(out.dtype.element_ty)
+            tl.store(out + out_row + col * out_strides[3], first_half, inside)
+            second_half = tiles.turned(b, a, False, cosine, sine).to(out.dtype.element_ty)
+            tl.store(out + out_row + (angles + col) * out_strides[3], second_half, inside)
     if not INPLACE:
         for first in range(2 * angles, width, 2 * ANGLES):
             col = first + tl.arange(0, 2 * ANGLES)[None, :]
