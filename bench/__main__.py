@@ -39,7 +39,7 @@ against float64; one that does not match gets no speed, and the exit status is 1
 
 EPILOG = """\
 examples:
-  python -m bench --quick                        the main cases, under two minutes
+  python -m bench --quick                        the main cases, two to three minutes
   python -m bench --only 'attention*/fwd*'       a pattern of names; --list shows them
   python -m bench --only rms_norm --dtype bf16   any text in a name will do
   python -m bench --threads 1,2 --csv all.csv --html all.html
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = made.add_argument_group("what to run")
-    what.add_argument("--quick", action="store_true", help="the main cases, in under two minutes")
+    what.add_argument("--quick", action="store_true", help="the main cases: 2 to 3 minutes")
     what.add_argument(
         "--only",
         action="extend",

@@ -448,7 +448,7 @@ CASES: tuple[Case, ...] = (
     Model(weights="bert-base", batch=2, seq=512, backward=True, dropout=0.1),
     Generation(task="prefill", batch=1, seq=512),
     Generation(task="decode", batch=1, seq=512),
-    Generation(task="training", batch=8, seq=128, backward=True, dropout=0.1),
+    Generation(task="training", batch=2, seq=128, backward=True, dropout=0.1),
     # attention forward
     Attention(batch=1, heads=12, seq=512, head_dim=64, quick=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, quick=True),

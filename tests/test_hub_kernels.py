@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_parity import check, results
 from torch import Tensor, nn
 
@@ -84,6 +87,56 @@ def test_layers_compute_what_they_replace(
     with fastattn.use_kernel("cpu"):
         check(results(replaced, run), eager, exact, 10)
     assert called == [fastattn.ops.norm.rms_norm, fastattn.ops.rope.apply_rope]
+
+
+class Block(nn.Module):
+    """LLaMA's feed-forward block, or Gemma's."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(16, 24), nn.Linear(16, 24, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(24, 16), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Activation(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        inner = input * 0.7978845608 * (1.0 + 0.044715 * input * input)
+        return 0.5 * input * (1.0 + torch.tanh(inner))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("SwiGLU", lambda: Block(F.silu)),
+        ("GeGLU", lambda: Block(partial(F.gelu, approximate="tanh"))),
+        ("NewGELU", Activation),
+        ("FastGELU", Activation),
+    ],
+)
+def test_blocks_and_activations(name: str, make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    named = type(name, (type(layer),), {})
+    kernels.replace_kernel_forward_from_hub(named, name)
+    model = nn.Sequential(nn.Linear(16, 16), layer)
+    x = torch.randn(5, 16)
+
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+        out = model(x.to(model[0].weight.dtype))
+        return out, out.square().sum()
+
+    exact = results(copy.deepcopy(model).double(), run)
+    eager = results(model, run)
+    layer.__class__ = named
+    with kernels.use_kernel_mapping({}, inherit_mapping=False):
+        ours.register()
+        mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
+        replaced = kernels.kernelize(model, mode=mode, device="cpu")
+    assert "forward" in replaced[1].__dict__
+    with fastattn.use_kernel("cpu"):
+        check(results(replaced, run), eager, exact, 5)
 
 
 def test_registering_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
@@ -14,8 +15,10 @@ def register() -> None:
     """Let `kernels.kernelize(model, device="cpu")` put fastattn's layers into a model.
 
     They take the names "RMSNorm", which the norms of LLaMA, Mistral and Qwen bear in transformers,
-    and "rotary_pos_emb", for training as for inference, with torch.compile too. Other names and
-    devices keep what they are mapped to.
+    "rotary_pos_emb", and those of the activations that it writes out, "NewGELU" and "FastGELU", for
+    training as for inference, with torch.compile too. "SwiGLU" and "GeGLU" are for the feed-forward
+    blocks that you name so with `kernels.replace_kernel_forward_from_hub(LlamaMLP, "SwiGLU")`.
+    Other names and devices keep what they are mapped to.
 
     Raises:
         ImportError: the package kernels is missing.
@@ -65,4 +68,41 @@ class RotaryEmbedding(nn.Module):
         return query, key
 
 
-LAYERS: dict[str, type[nn.Module]] = {"RMSNorm": RMSNorm, "rotary_pos_emb": RotaryEmbedding}
+class TanhGELU(nn.Module):
+    """GELU by a tanh."""
+
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.gelu(input, approximate="tanh")
+
+
+GATED = "up_proj", "down_proj", "gate_proj"  # in the order of patch._mlp
+
+
+class SwiGLU(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)), as LLaMA has it."""
+
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return patch._mlp(self, x, GATED, "silu")
+
+
+class GeGLU(nn.Module):
+    """The same with tanh-GELU, as Gemma has it."""
+
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return patch._mlp(self, x, GATED, "gelu_tanh")
+
+
+LAYERS: dict[str, type[nn.Module]] = {
+    "RMSNorm": RMSNorm,
+    "rotary_pos_emb": RotaryEmbedding,
+    "NewGELU": TanhGELU,
+    "FastGELU": TanhGELU,
+    "SwiGLU": SwiGLU,
+    "GeGLU": GeGLU,
+}
