@@ -20,8 +20,10 @@ from torch import Tensor
 from fastattn.models.generation import generate
 from fastattn.models.t5 import T5, T5Config
 
-BATCH, LENGTH = 16, 128
-SPANS, CUT = 6, 19  # so many spans of so many pieces together, 15 %, are cut out of a row
+BATCH, LENGTH = 16, 120
+# Half of a row is cut out, in long spans (arXiv:2205.05131): in a minute a model learns to write on
+# sooner than to look back at what stands around a gap.
+SPANS, CUT = 3, 60
 SPECIAL = ["<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(SPANS + 1))]
 EOS, SENTINEL = 1, 2  # the first of those that stand for a span
 VOCAB = 1024
@@ -64,18 +66,18 @@ def loss_of(model: T5, read: Tensor, wanted: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> float:
     """Runs the example; returns the held-out loss."""
-    options = common.parser(__doc__, steps=200, width=128).parse_args(arguments)
+    options = common.parser(__doc__, steps=300, width=128).parse_args(arguments)
     torch.manual_seed(0)
     parts = common.split(common.prose())
     tokenizer = common.pieces(parts[0], VOCAB, SPECIAL)
     text, unseen = (common.running(tokenizer, part) for part in parts)
-    sizes = {"d_model": options.width, "d_kv": 32, "d_ff": 4 * options.width, "num_layers": 3}
+    sizes = {"d_model": options.width, "d_kv": 32, "d_ff": 4 * options.width, "num_layers": 2}
     sizes |= {"num_heads": max(1, options.width // 32), "feed_forward_proj": "gated-gelu"}
-    sizes |= {"initializer_factor": 0.2, "dropout_rate": 0.0}  # few steps, no piece seen twice
+    sizes |= {"initializer_factor": 0.5, "dropout_rate": 0.0}  # few steps, no piece seen twice
     model = T5(T5Config(vocab_size=VOCAB, eos_token_id=EOS, **sizes))
     batch = draw(text)
     common.compare_training(model, lambda: loss_of(model, *batch), options.repeats)
-    losses = common.train(model, lambda _: loss_of(model, *draw(text)), options.steps, rate=1e-2)
+    losses = common.train(model, lambda _: loss_of(model, *draw(text)), options.steps, rate=5e-3)
     batches = [draw(unseen) for _ in range(8)]
     with torch.no_grad():
         held_out = sum(loss_of(model, *batch).item() for batch in batches) / len(batches)
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     print(f"held out: {held_out:.3f} nats per piece, by their frequency {by_frequency:.3f}")
     common.plot(losses, held_out, "piece", options.plot)
     read, wanted = batches[0]
-    found = generate(model, read[:1], max_new_tokens=2 * CUT)
+    found = generate(model, read[:1], max_new_tokens=2 * CUT, temperature=0.8, top_p=0.9)
     for name, ids in {"read": read[0], "cut out": wanted[0], "restored": found[0]}.items():
         words = tokenizer.decode(ids.tolist(), skip_special_tokens=False).split()
         print(f"{name}: {' '.join(words)}")
