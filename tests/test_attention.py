@@ -14,6 +14,7 @@ from torch import Tensor
 import fastattn
 from fastattn import attention, scaled_dot_product_attention
 from fastattn.ops import philox
+from fastattn.testing import poisoned
 
 INF, NAN = math.inf, math.nan
 
@@ -310,6 +311,15 @@ def test_terms_of_the_scores(align: str) -> None:
     leaves = [query, key, value, bias, sinks]
     torch.testing.assert_close(ours(*leaves), written(*leaves))
     torch.testing.assert_close(grads(ours, leaves), grads(written, leaves))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_bias_of_one_key_changes_nothing(rows: int) -> None:
+    """Nor is its gradient what its memory held before."""
+    tensors = [*qkv(q_len=rows, kv_len=1), torch.randn(2, rows, 1)]
+    with poisoned():
+        *_, grad = grads(lambda q, k, v, b: attention(q, k, v, bias=b), tensors)
+    assert grad.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +127,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_alone(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file.parent.write_text("a file, no folder")
-    with tuning.measuring(timer_of([2.0, 1.0, 3.0])), caplog.at_level(logging.WARNING):
+    with tuning.measuring(timer_of([2.0, 1.0, 3.0])), caplog.at_level("WARNING", "fastattn"):
         assert run() == [1, 2, 3, 2]
     with tuning.measuring(refuses):
         assert run() == [2]
@@ -149,7 +148,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with tuning.measuring(refuses), caplog.at_level(logging.WARNING):
+    with tuning.measuring(refuses), caplog.at_level("WARNING", "fastattn"):
         assert run() == run() == [1]
     assert caplog.text.count("while a CUDA graph is captured") == 1 and not file.exists()
 

@@ -218,7 +218,9 @@ class BackwardTask {
         store_count<A>(to + c, fresh_bias_ ? grad : grad + load_count<A>(to + c, n), n);
       });
     } else {
-      for (int64_t c = 0; c < key_count; c++) *to += grads[c];
+      A total = fresh_bias_ ? A{0} : *to;
+      for (int64_t c = 0; c < key_count; c++) total += grads[c];
+      *to = total;
     }
   }
 

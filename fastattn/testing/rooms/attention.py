@@ -74,6 +74,7 @@ def attention_cases(function: str) -> Iterator[Case]:
     yield case("padding", USUAL, tensors={"mask": Draw((2, 1, 1, 130), "mask")})
     yield case("bias", USUAL, tensors={"bias": Draw((2, 3, 70, 130), "holes")})
     yield case("bias_of_heads", USUAL, tensors={"bias": Draw((3, 70, 130))}, causal=True)
+    yield case("bias_of_batch", USUAL, tensors={"bias": Draw((3, 70, 130))})
     yield case("bias_of_keys", USUAL, tensors={"bias": Draw((2, 1, 1, 130), "fp32")})
     yield case("bias_of_rows", USUAL, tensors={"bias": Draw((1, 3, 70, 1))}, vanishing=("bias",))
     yield case("alibi", USUAL, tensors={"alibi_slopes": Draw((3,), "slopes")}, causal=True)
