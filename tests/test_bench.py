@@ -398,7 +398,7 @@ def test_page_is_self_contained_and_escapes(tmp_path):
 
 
 def test_a_run_end_to_end_writes_what_was_asked_for(command, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason='pip install ".[test]" brings matplotlib')
     files = {kind: tmp_path / f"out.{kind}" for kind in cli.KEEP}
     status = command(*(part for kind, file in files.items() for part in (f"--{kind}", str(file))))
     said = capsys.readouterr()

@@ -173,7 +173,7 @@ def by_torch(leaves: list[Tensor], target: Tensor, **options: Any) -> list[Tenso
 @pytest.fixture
 def knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of rows and of classes, and tiles, smaller than the calls of these tests."""
-    triton = pytest.importorskip("fastattn.ops.loss.triton")
+    triton = pytest.importorskip("fastattn.ops.loss.triton", reason="pip install triton")
     monkeypatch.setitem(triton.KNOBS, 80, triton.Knobs(rows=7, classes=100, elements=256))
 
 

@@ -107,7 +107,9 @@ def test_every_source_is_measured() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(programs.find("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif(
+    programs.find("nvcc") is None, reason="there is no nvcc: `pip install nvidia-cuda-nvcc`"
+)
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 @pytest.mark.parametrize("room", resources.ROOMS)
 def test_nvcc_warns_of_nothing(room: str, architecture: str, tmp_path: Path) -> None:
