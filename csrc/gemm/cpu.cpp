@@ -264,8 +264,9 @@ class DotProduct {
 
  private:
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;
-  static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
+  static constexpr int kWeights = Count == 1 ? 4 : Tile<A>::sums / Count;
   static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
+  static constexpr int64_t kLine = 64 / sizeof(T);  // of the cache
 
   void widen(A* to) const {
     for (int64_t i = 0; i < Count; i++)
@@ -290,7 +291,8 @@ class DotProduct {
 #pragma GCC unroll 16
         for (int j = 0; j < Weights; j++) {
           factor[j] = load_count<A>(weight.data + j * weight.outer + k, n);
-          __builtin_prefetch(weight.data + (j + Weights) * weight.outer + k);  // the next rows
+          if (k % kLine == 0)  // of the next rows
+            __builtin_prefetch(weight.data + (j + Weights) * weight.outer + k);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < Count; i++) {

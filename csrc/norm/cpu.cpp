@@ -1,31 +1,46 @@
-// Layer norm and RMS norm on the CPU, forward and backward, one row at a time in cache.
+// Layer norm and RMS norm on the CPU, forward and backward, a few rows at a time in cache.
 #include "norm/norm.h"
 #include "simd/philox.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// N sums over a row: f(offset, count, sums) adds its terms to vectors of sums, of which there are
-// four, so that additions overlap. Chains of them are no longer than 64.
-template <class A, int N, class F>
-FASTATTN_INLINE void sum_row(int64_t cols, A (&sums)[N], F&& f) {
+// f(0), f(1) ... f(N - 1) of constants: what they index stays in registers.
+template <int N, class F>
+FASTATTN_INLINE void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// N sums over each of some rows: f(offset, count, sums) adds its terms to vectors of sums, of which
+// one row has several in turn, so that additions overlap. Chains of them are no longer than 64.
+template <class A, int Rows, int N, class F>
+FASTATTN_INLINE void sum_rows(int64_t cols, A (&sums)[Rows][N], F&& f) {
   constexpr std::integral_constant<int64_t, lanes<A>> whole{};
-  constexpr int64_t step = 4 * lanes<A>;
-  double total[N] = {};
+  constexpr int parts = Rows >= 4 ? 1 : 4 / Rows;
+  constexpr int64_t step = parts * lanes<A>;
+  double total[Rows][N] = {};
   int64_t c = 0;
   while (c < cols) {
     const int64_t end = smaller(cols, c + 64 * step);
-    Vec<A> part[4][N] = {};
+    Vec<A> part[parts][Rows][N];
+    unrolled<parts * Rows * N>(  // the initialiser {} would be one slow instruction
+        [&](auto i) { part[i / (Rows * N)][i / N % Rows][i % N] = Vec<A>{}; });
     for (; c + step <= end; c += step)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) f(c + i * lanes<A>, whole, part[i]);
+      unrolled<parts>([&](auto i) { f(c + i * lanes<A>, whole, part[i]); });
     for (; c + lanes<A> <= end; c += lanes<A>) f(c, whole, part[0]);
-    if (c < end) f(c, end - c, part[1]);
+    if (c < end) f(c, end - c, part[parts - 1]);
     c = end;
-    for (int i = 0; i < N; i++)
-      total[i] += sum<A>((part[0][i] + part[1][i]) + (part[2][i] + part[3][i]));
+    unrolled<Rows * N>([&](auto i) {
+      constexpr int r = i / N, n = i % N;
+      Vec<A> all = part[0][r][n];
+      unrolled<parts - 1>([&](auto k) { all += part[k + 1][r][n]; });
+      total[r][n] += sum<A>(all);
+    });
   }
-  for (int i = 0; i < N; i++) sums[i] = static_cast<A>(total[i]);
+  for (int r = 0; r < Rows; r++)
+    for (int i = 0; i < N; i++) sums[r][i] = static_cast<A>(total[r][i]);
 }
 
 // Zeros in the lanes past `count`, whatever was computed there.
@@ -75,6 +90,7 @@ int64_t rows_per_task(int64_t rows, int64_t cols) {
 // Columns of a row that stay in the first-level cache while they are read several times.
 constexpr int64_t kChunk = 4096;
 static_assert(kChunk % kPhiloxBlock == 0);
+constexpr int64_t kShort = 1024;  // columns of a row of which several stay there
 
 // Rows [0, Together) of those that are normalised, in the accumulation type: input, or its sum with
 // a residual, of type R, and with dropout.
@@ -189,8 +205,9 @@ void forward(const NormForward& args) {
   using A = Acc<T>;
   const Norm& in = args.in;
   const int64_t cols = in.cols;
-  constexpr int together = FASTATTN_LANES == 16 ? 2 : 1;
-  const Results<T, together> out(args.out, in.rows, cols);
+  constexpr int together = 4;  // short rows, whose sums would else wait for each other
+  constexpr int written = FASTATTN_LANES == 16 ? 2 : 1;  // of them in turns
+  const Results<T, written> out(args.out, in.rows, cols);
   const Results<R, 1> summed(args.summed, in.rows, cols);
   auto* means = static_cast<A*>(args.mean);
   auto* rstds = static_cast<A*>(args.rstd);
@@ -203,54 +220,69 @@ void forward(const NormForward& args) {
     Scratch scratch;
     Rows<T, R, together> rows(in, nullptr, scratch);
 
-    // Mean and sum of squared distances from it, joined from chunks of columns (Chan et al. 1979).
-    const auto moments = [&](int i, int64_t r, const A*& row, A& mean, A& square) {
-      mean = square = 0;
+    // Means and sums of squared distances from them, joined from chunks of columns (Chan et al.
+    // 1979), of rows from the r-th on.
+    const auto moments = [&](int64_t r, auto many, const A** row, auto& mean, auto& square) {
+      for (int i = 0; i < many; i++) mean[i] = square[i] = 0;
       for (int64_t first = 0; first < cols; first += kChunk) {
         const int64_t count = smaller(kChunk, cols - first);
-        const A* x = rows.load(i, r, first, count);
-        if (first == 0) row = x;
-        if (summed)
-          each_vector<A>(count, [&](int64_t c, auto n) {
-            summed.put(r, first + c, load_count<A>(x + c, n), n);
-          });
-        A own_mean[1] = {}, own_square[1];
-        if (in.centred) {
-          sum_row(count, own_mean,
-                  [&](int64_t c, auto n, Vec<A>* sums) { sums[0] += load_count<A>(x + c, n); });
-          own_mean[0] /= static_cast<A>(count);
+        const A* x[many];
+        for (int i = 0; i < many; i++) {
+          x[i] = rows.load(i, r + i, first, count);
+          if (first == 0) row[i] = x[i];
+          if (summed)
+            each_vector<A>(count, [&](int64_t c, auto n) {
+              summed.put(r + i, first + c, load_count<A>(x[i] + c, n), n);
+            });
         }
-        sum_row(count, own_square, [&](int64_t c, auto n, Vec<A>* sums) {
-          const Vec<A> distance = load_count<A>(x + c, n) - own_mean[0];
-          sums[0] += first_lanes<A>(distance * distance, n);
+        A own_mean[many][1] = {}, own_square[many][1];
+        if (in.centred) {
+          sum_rows(count, own_mean, [&](int64_t c, auto n, auto& sums) {
+            unrolled<many>([&](auto i) { sums[i][0] += load_count<A>(x[i] + c, n); });
+          });
+          for (int i = 0; i < many; i++) own_mean[i][0] /= static_cast<A>(count);
+        }
+        sum_rows(count, own_square, [&](int64_t c, auto n, auto& sums) {
+          unrolled<many>([&](auto i) {
+            const Vec<A> distance = load_count<A>(x[i] + c, n) - own_mean[i][0];
+            sums[i][0] += first_lanes<A>(distance * distance, n);
+          });
         });
-        const A apart = own_mean[0] - mean;
         const A share = static_cast<A>(count) / static_cast<A>(first + count);
-        square += own_square[0] + apart * apart * static_cast<A>(first) * share;
-        mean += apart * share;
+        for (int i = 0; i < many; i++) {
+          const A apart = own_mean[i][0] - mean[i];
+          square[i] += own_square[i][0] + apart * apart * static_cast<A>(first) * share;
+          mean[i] += apart * share;
+        }
       }
     };
 
-    each_rows<together>(task * step, smaller((task + 1) * step, in.rows), [&](int64_t r, auto n) {
-      constexpr int many = n;
+    const auto normalize = [&](int64_t r, auto many) {
       const A* row[many] = {};
-      A mean[many], rstd[many];
+      A mean[many], square[many], rstd[many];
+      moments(r, many, row, mean, square);
       for (int i = 0; i < many; i++) {
-        A square;
-        moments(i, r + i, row[i], mean[i], square);
-        const double variance = static_cast<double>(square) / static_cast<double>(cols);
+        const double variance = static_cast<double>(square[i]) / static_cast<double>(cols);
         rstd[i] = static_cast<A>(1 / std::sqrt(variance + args.eps));
         if (in.centred) means[r + i] = mean[i];
         rstds[r + i] = rstd[i];
       }
-      each_vector<A>(cols, [&](int64_t c, auto count) {
-        const Vec<A> w = weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
-        const Vec<A> b = bias == nullptr ? Vec<A>{} : load_count<A>(bias + c, count);
+      constexpr int turns = many < written ? 1 : written;
+      for (int first = 0; first < many; first += turns)
+        each_vector<A>(cols, [&](int64_t c, auto count) {
+          const Vec<A> w = weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+          const Vec<A> b = bias == nullptr ? Vec<A>{} : load_count<A>(bias + c, count);
 #pragma GCC unroll 4
-        for (int i = 0; i < many; i++)
-          out.put(r + i, c, (load_count<A>(row[i] + c, count) - mean[i]) * rstd[i] * w + b, count);
-      });
-    });
+          for (int i = first; i < first + turns; i++)
+            out.put(r + i, c, (load_count<A>(row[i] + c, count) - mean[i]) * rstd[i] * w + b,
+                    count);
+        });
+    };
+    const int64_t begin = task * step, end = smaller((task + 1) * step, in.rows);
+    if (cols > kShort)
+      each_rows<written>(begin, end, normalize);
+    else
+      each_rows<together>(begin, end, normalize);
     end_stream();
   });
 }
@@ -267,12 +299,15 @@ template <class A>
 void add_parts(void* grad, Dtype dtype, const double* parts, int64_t tasks, int64_t cols) {
   if (grad == nullptr) return;
   Scratch scratch;
-  double* total = scratch.take<double>(cols);
-  std::memset(total, 0, static_cast<size_t>(cols) * sizeof(double));
-  for (int64_t task = 0; task < tasks; task++)
-    for (int64_t c = 0; c < cols; c++) total[c] += parts[task * cols + c];
   A* rounded = scratch.take<A>(cols);
-  for (int64_t c = 0; c < cols; c++) rounded[c] = static_cast<A>(total[c]);
+  constexpr int64_t block = 64;
+  for (int64_t first = 0; first < cols; first += block) {
+    const int64_t count = smaller(block, cols - first);
+    double total[block] = {};
+    for (int64_t task = 0; task < tasks; task++)
+      for (int64_t c = 0; c < count; c++) total[c] += parts[task * cols + first + c];
+    for (int64_t c = 0; c < count; c++) rounded[first + c] = static_cast<A>(total[c]);
+  }
   with_type(dtype, [&](auto* type) {
     using W = std::remove_pointer_t<decltype(type)>;
     auto* to = static_cast<W*>(grad);
@@ -292,35 +327,37 @@ template <class A>
 class RowSum {
  public:
   RowSum(double* total, Scratch& scratch, int64_t cols)
-      : total_(total), block_(total == nullptr ? nullptr : scratch.take<A>(cols)), cols_(cols) {
-    if (total == nullptr) return;
-    std::memset(total, 0, static_cast<size_t>(cols) * sizeof(double));
-    std::memset(block_, 0, static_cast<size_t>(cols) * sizeof(A));
-  }
+      : total_(total), block_(total == nullptr ? nullptr : scratch.take<A>(cols)), cols_(cols) {}
 
   template <class Count>
   FASTATTN_INLINE void add(int64_t c, Vec<A> x, Count n) {
-    if (total_ != nullptr) store_count<A>(block_ + c, load_count<A>(block_ + c, n) + x, n);
+    if (total_ == nullptr) return;
+    store_count<A>(block_ + c, rows_ == 0 ? x : load_count<A>(block_ + c, n) + x, n);
   }
 
-  void end_rows(int count) {
+  FASTATTN_INLINE void end_rows(int count) {
     rows_ += count;
     if (rows_ >= 16) fold();
   }
 
-  void fold() {
-    rows_ = 0;
-    if (total_ == nullptr) return;
-    for (int64_t c = 0; c < cols_; c++) {
-      total_[c] += block_[c];
-      block_[c] = 0;
+  FASTATTN_INLINE void fold() {
+    if (total_ != nullptr && rows_ > 0) {
+      double* __restrict total = total_;
+      const A* __restrict block = block_;
+      if (folded_)
+        for (int64_t c = 0; c < cols_; c++) total[c] += block[c];
+      else
+        for (int64_t c = 0; c < cols_; c++) total[c] = block[c];
+      folded_ = true;
     }
+    rows_ = 0;
   }
 
  private:
-  double* total_;  // [cols], null where not asked for
+  double* total_;  // [cols], null where not asked for; of no row before the first fold
   A* block_;
-  int64_t cols_, rows_ = 0;
+  int64_t cols_, rows_ = 0;  // of the block
+  bool folded_ = false;
 };
 
 template <class T, class R>
@@ -332,7 +369,7 @@ void backward(const NormBackward& args) {
   const auto* grad_summed = static_cast<const R*>(args.grad_summed);
   const auto* means = static_cast<const A*>(args.mean);
   const auto* rstds = static_cast<const A*>(args.rstd);
-  constexpr int together = 4;
+  constexpr int together = 2;
   const Results<T, together> grad_input(args.grad_input, in.rows, cols);
   const Results<R, together> grad_residual(args.grad_residual, in.rows, cols);
   Scratch shared;
@@ -340,6 +377,8 @@ void backward(const NormBackward& args) {
   const int64_t tasks = partial_sums(in.rows, cols);
   double* weight_parts = args.grad_weight == nullptr ? nullptr : shared.take<double>(tasks * cols);
   double* bias_parts = args.grad_bias == nullptr ? nullptr : shared.take<double>(tasks * cols);
+  const bool plain =
+      grad_out != nullptr && grad_summed == nullptr && !grad_residual && in.dropout_p == 0;
 
   parallel(tasks, [&](int64_t task) {
     Scratch scratch;
@@ -351,49 +390,65 @@ void backward(const NormBackward& args) {
       constexpr int many = n;
       const A* x[many];
       A mean[many], rstd[many];
-      A means_of_grad[many][2] =
-          {};  // of grad_out * weight, and of its product with the normal row
-      const auto normal = [&](int i, int64_t c, auto count) {
-        return (load_count<A>(x[i] + c, count) - mean[i]) * rstd[i];
-      };
-      const auto grad = [&](int i, int64_t c, auto count) {
-        return load_count<A>(grad_out + (r + i) * cols + c, count);
-      };
-      const auto weight_at = [&](int64_t c, auto count) {
-        return weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
-      };
+      // Of grad_out * weight, and of its product with the normal row, both times rstd.
+      A means_of_grad[many][2] = {};
       for (int i = 0; i < many; i++) {
         x[i] = rows.load(i, r + i, 0, cols);
         mean[i] = in.centred ? means[r + i] : A{0};
         rstd[i] = rstds[r + i];
-        if (grad_out == nullptr) continue;
-        sum_row(cols, means_of_grad[i], [&](int64_t c, auto count, Vec<A>* sums) {
-          const Vec<A> scaled = grad(i, c, count) * weight_at(c, count);
-          sums[0] += scaled;
-          sums[1] += scaled * normal(i, c, count);
-        });
-        for (A& sum : means_of_grad[i]) sum /= static_cast<A>(cols);
-        if (!in.centred) means_of_grad[i][0] = 0;
       }
-      each_vector<A>(cols, [&](int64_t c, auto count) {
-        const Vec<A> w = weight_at(c, count);
-        Vec<A> weight_grad{}, bias_grad{};
+      const auto grad = [=](int i, int64_t c, auto count) {
+        return load_count<A>(grad_out + (r + i) * cols + c, count);
+      };
+      const auto distance = [=](int i, int64_t c, auto count) {
+        return load_count<A>(x[i] + c, count) - mean[i];
+      };
+      const auto weight_at = [=](int64_t c, auto count) {
+        return weight == nullptr ? set(A{1}) : load_count<A>(weight + c, count);
+      };
+      if (grad_out != nullptr) {
+        sum_rows(cols, means_of_grad, [=](int64_t c, auto count, auto& sums) {
+          const Vec<A> w = weight_at(c, count);
 #pragma GCC unroll 4
-        for (int i = 0; i < many; i++) {
-          Vec<A> dx{};
-          if (grad_out != nullptr) {
-            const Vec<A> g = grad(i, c, count), y = normal(i, c, count);
-            weight_grad += g * y;
-            bias_grad += g;
-            dx = (g * w - means_of_grad[i][0] - y * means_of_grad[i][1]) * rstd[i];
+          for (int i = 0; i < many; i++) {
+            const Vec<A> scaled = grad(i, c, count) * w;
+            sums[i][0] += scaled;
+            sums[i][1] += scaled * distance(i, c, count);
           }
-          if (grad_summed != nullptr) dx += load_count<A>(grad_summed + (r + i) * cols + c, count);
-          if (grad_residual) grad_residual.put(r + i, c, dx, count);
-          grad_input.put(r + i, c, rows.dropped(i, dx, c, count), count);
+        });
+        for (int i = 0; i < many; i++) {
+          const A scale = rstd[i] / static_cast<A>(cols);
+          means_of_grad[i][0] *= in.centred ? scale : A{0};
+          means_of_grad[i][1] = means_of_grad[i][1] * rstd[i] * scale;  // rstd^2 may be infinite
         }
-        weight_sum.add(c, weight_grad, count);
-        bias_sum.add(c, bias_grad, count);
-      });
+      }
+      // Copies, or each store would seem to change what they were read from.
+      const auto finish = [=, &rows, &weight_sum, &bias_sum](auto plain) {
+        each_vector<A>(cols, [&](int64_t c, auto count) {
+          const Vec<A> w = weight_at(c, count);
+          Vec<A> weight_grad{}, bias_grad{};
+#pragma GCC unroll 4
+          for (int i = 0; i < many; i++) {
+            Vec<A> dx{};
+            if (plain || grad_out != nullptr) {
+              const Vec<A> g = grad(i, c, count), y = distance(i, c, count) * rstd[i];
+              weight_grad += g * y;
+              bias_grad += g;
+              dx = g * w * rstd[i] - means_of_grad[i][0] - y * means_of_grad[i][1];
+            }
+            if (!plain && grad_summed != nullptr)
+              dx += load_count<A>(grad_summed + (r + i) * cols + c, count);
+            if (!plain && grad_residual) grad_residual.put(r + i, c, dx, count);
+            grad_input.put(r + i, c, plain ? dx : rows.dropped(i, dx, c, count), count);
+          }
+          weight_sum.add(c, weight_grad, count);
+          bias_sum.add(c, bias_grad, count);
+        });
+      };
+      if (plain)
+        finish(std::true_type{});
+      else
+        finish(std::false_type{});
       weight_sum.end_rows(many);
       bias_sum.end_rows(many);
     });
