@@ -42,16 +42,21 @@ class Op:
     cuda_backward: bool = field(init=False)  # whether the library has it for a GPU
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed."""
+        """Run the op on the kernel that dispatch chooses, recording a gradient if one is needed.
+
+        Returns the outputs that carry one.
+        """
         kernel = dispatch.kernel_for(self, args)
         if kernel == "reference":
-            return self.reference(*args)
+            return self.reference(*args)[: self.differentiable]
         ops = self.triton if kernel in TRITON else self.compiled
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
-        ):
-            return ops.function.apply(*(_distinct(args) if torch.compiler.is_compiling() else args))
-        return ops.forward(*args)
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    if torch.compiler.is_compiling():
+                        args = _distinct(args)
+                    return ops.function.apply(*args)
+        return ops.forward(*args)[: self.differentiable]
 
     def backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the backward op, which `derivative` calls, on the kernel that dispatch chooses."""
@@ -282,21 +287,21 @@ def _function(record: Op, forward_op: Any) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
             outs = forward_op(*args)
             tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
-            ctx.save_for_backward(*tensors, *(outs[i] for i in keep))
+            ctx.save_for_backward(*tensors, *[outs[i] for i in keep])
             ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*outs[differentiable:])
-            return outs
+            return outs[:differentiable]
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Tensors:
             count = len(ctx.others)
             saved = ctx.saved_tensors
             args = tuple(
-                other if tensor is None else tensor
-                for tensor, other in zip(saved[:count], ctx.others, strict=True)
+                [
+                    other if tensor is None else tensor
+                    for tensor, other in zip(saved, ctx.others, strict=False)
+                ]
             )
-            grads = grads[:differentiable]
             if all(grad is None for grad in grads):
                 return (None,) * count
             if torch.is_grad_enabled():  # create_graph=True: the reference is differentiable again

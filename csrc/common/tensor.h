@@ -219,6 +219,18 @@ inline Seed checked_seed(double dropout_p, const OptionalTensor& seed, Place pla
   return {place.is_cpu() ? *address : 0, address};
 }
 
+// A str argument, which is the op's to delete. Torch's own conversion to std::string leaks one in
+// each call, up to 2.13 at least (pytorch/pytorch#191340).
+inline std::string taken(StringHandle argument) {
+  size_t length = 0;
+  const char* text = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(argument, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(argument, &text));
+  const std::string value(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(argument));
+  return value;
+}
+
 inline const void* read(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

@@ -5,7 +5,8 @@
 namespace fastattn {
 namespace {
 
-Activation activation_of(const std::string& name) {
+Activation activation_of(StringHandle argument) {
+  const std::string name = taken(argument);
   static const std::pair<const char*, Activation> known[] = {{"identity", Activation::identity},
                                                              {"relu", Activation::relu},
                                                              {"gelu", Activation::gelu},
@@ -61,7 +62,7 @@ FASTATTN_PLACED(activation_backward, ActivationBackward)
 FASTATTN_PLACED(linear_backward, LinearBackward)
 
 std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
-                                      std::string activation, bool save) {
+                                      StringHandle activation, bool save) {
   const Dtype dtype = dtype_of(input);
   const Place place = place_of(input);
   const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Tensor weight,
                                               OptionalTensor bias, Tensor pre,
-                                              std::string activation, bool need_input,
+                                              StringHandle activation, bool need_input,
                                               bool need_weight, bool need_bias) {
   const Dtype dtype = dtype_of(input);
   const Place place = place_of(input);
@@ -123,7 +124,7 @@ struct Block {
   Block(const Tensor& input, const Tensor& up_weight, const OptionalTensor& up_bias,
         const OptionalTensor& gate_weight, const OptionalTensor& gate_bias,
         const Tensor& down_weight, const OptionalTensor& down_bias, const OptionalTensor& seed,
-        const std::string& activation, double dropout_p)
+        StringHandle activation, double dropout_p)
       : input(input),
         down_weight(down_weight),
         gate_weight(gate_weight),
@@ -162,7 +163,7 @@ struct Block {
 std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, OptionalTensor up_bias,
                                            OptionalTensor gate_weight, OptionalTensor gate_bias,
                                            Tensor down_weight, OptionalTensor down_bias,
-                                           OptionalTensor seed, std::string activation,
+                                           OptionalTensor seed, StringHandle activation,
                                            double dropout_p, bool save) {
   const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed,
                  activation, dropout_p);
@@ -192,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
     Tensor grad_out, Tensor input, Tensor up_weight, OptionalTensor up_bias,
     OptionalTensor gate_weight, OptionalTensor gate_bias, Tensor down_weight,
-    OptionalTensor down_bias, OptionalTensor seed, Tensor up, Tensor gate, std::string activation,
+    OptionalTensor down_bias, OptionalTensor seed, Tensor up, Tensor gate, StringHandle activation,
     double dropout_p, bool need_input, bool need_up_weight, bool need_up_bias,
     bool need_gate_weight, bool need_gate_bias, bool need_down_weight, bool need_down_bias) {
   const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed,

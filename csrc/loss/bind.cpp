@@ -69,11 +69,16 @@ void compute(LinearCrossEntropy args) {
   linear_cross_entropy(args);
 }
 
-bool is_mean(const std::string& reduction) {
-  FASTATTN_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction '",
-                 reduction, "' is unknown");
-  return reduction == "mean";
-}
+// How losses of rows become one, if they do.
+struct Reduction {
+  bool reduced, mean;
+
+  explicit Reduction(StringHandle argument) {
+    const std::string name = taken(argument);
+    reduced = name != "none", mean = name == "mean";
+    FASTATTN_CHECK(!reduced || mean || name == "sum", "reduction '", name, "' is unknown");
+  }
+};
 
 // Tensors for the gradients by input, weight and bias, which the call then writes, in at least
 // fp32; empty where not wanted.
@@ -91,15 +96,15 @@ std::array<Tensor, 3> gradients(LinearCrossEntropy& args, const Tensor& input, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
-    Tensor input, Tensor weight, OptionalTensor bias, Tensor target, std::string reduction,
+    Tensor input, Tensor weight, OptionalTensor bias, Tensor target, StringHandle reduction,
     int64_t ignore_index, double label_smoothing, double softcap, bool save_input, bool save_weight,
     bool save_bias) {
+  const auto [reduced, mean] = Reduction(reduction);
   std::vector<int64_t> live;
   LinearCrossEntropy args =
       checked(input, weight, bias, target, ignore_index, label_smoothing, softcap, live);
   const Dtype kept = wide(args.dtype);
-  const bool reduced = reduction != "none";
-  if (is_mean(reduction)) args.scale = args.loss_scale = 1.0 / static_cast<double>(args.count);
+  if (mean) args.scale = args.loss_scale = 1.0 / static_cast<double>(args.count);
   const auto found = gradients(args, input, weight, bias, {save_input, save_weight, save_bias});
   Tensor losses = reduced ? empty(args.rows, kept) : empty_like(target, kept);
   Tensor loss = reduced ? empty(std::vector<int64_t>{}, kept) : losses;
@@ -111,17 +116,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
     Tensor grad_loss, Tensor input, Tensor weight, OptionalTensor bias, Tensor target,
-    std::string reduction, int64_t ignore_index, double label_smoothing, double softcap,
+    StringHandle reduction, int64_t ignore_index, double label_smoothing, double softcap,
     bool need_input, bool need_weight, bool need_bias) {
+  const auto [reduced, mean] = Reduction(reduction);
   std::vector<int64_t> live;
   LinearCrossEntropy args =
       checked(input, weight, bias, target, ignore_index, label_smoothing, softcap, live);
   const Dtype kept = wide(args.dtype);
-  const bool reduced = reduction != "none";
   check_dtype("grad_loss", grad_loss, kept);
   FASTATTN_CHECK(grad_loss.is_contiguous() && grad_loss.numel() == (reduced ? 1 : args.rows),
                  "grad_loss has not the shape of the loss");
-  if (is_mean(reduction)) args.scale = 1.0 / static_cast<double>(args.count);
+  if (mean) args.scale = 1.0 / static_cast<double>(args.count);
   if (reduced) {
     const void* data = grad_loss.const_data_ptr();
     args.scale *= kept == Dtype::f64 ? *static_cast<const double*>(data)

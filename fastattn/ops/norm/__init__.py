@@ -314,7 +314,7 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as `layer_norm`; also when `residual` or an option does not fit.
     """
-    out, summed, *_ = LAYER_NORM(
+    out, summed = LAYER_NORM(
         *_add_layer_norm_args(
             input,
             residual,
@@ -368,7 +368,7 @@ def add_rms_norm(
 
     Takes `rms_norm`'s arguments and the others, returns and raises as `add_layer_norm`.
     """
-    out, summed, _ = RMS_NORM(
+    out, summed = RMS_NORM(
         *_add_rms_norm_args(
             input,
             residual,
