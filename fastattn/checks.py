@@ -53,7 +53,7 @@ def readable(value: Tensor) -> bool:
 
 def finite(name: str, value: object) -> None:
     """`value` is a number, neither infinite nor NaN."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")

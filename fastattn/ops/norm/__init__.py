@@ -131,7 +131,7 @@ def _checked(
 ) -> tuple[list[Tensor | None], int]:
     """Check the arguments of a norm; the tensors, contiguous, and how many dimensions it spans."""
     checks.floating("input", input)
-    if not isinstance(normalized_shape, (int, Sequence)):
+    if not isinstance(normalized_shape, (int, tuple, Sequence)):  # of which the last is slow to ask
         raise TypeError(
             "normalized_shape must be an int or a sequence of ints, "
             f"got {type(normalized_shape).__name__}"
