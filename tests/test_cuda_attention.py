@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,11 +69,12 @@ def gradients(
 
 
 def assert_moved_whole(reports: list[emulator.Report]) -> None:
-    """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores."""
+    """Tiles without bank conflicts, rows without wasted sectors, and products on tensor cores, but
+    for those of fp32."""
     for report in reports:
         assert report.counters.bank_conflicts == 1, report.counters
         assert report.counters.sector_efficiency >= 0.95, report.counters
-        multiplies = "statistics" not in report.kernel
+        multiplies = "statistics" not in report.kernel and "f32" not in report.kernel
         assert any(op.startswith("mma.sync") for op in report.counters.mix()) == multiplies
 
 
@@ -98,25 +98,49 @@ def test_memory_of_packed_sequences_is_moved_whole() -> None:
     assert_moved_whole(reports)
 
 
-def test_a_mask_and_a_bias_leave_shared_memory_as_it_is() -> None:
-    """Tiles without bank conflicts, but for two stores at the end of the bias' gradient, which the
-    compiler does not join. Elements of masks and biases come one by one, and half of each sector
-    for them is left to the next instruction: what is not theirs is moved whole.
-    """
-    *tensors, grad_out = (torch.randn(1, 1, 64, 64).bfloat16() for _ in range(4))
-    bias, mask = torch.randn(1, 64, 64).bfloat16().requires_grad_(), torch.rand(64, 64) < 0.8
+@pytest.mark.parametrize("wide", [False, True], ids=["", "fp32 bias"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [
+        (torch.float32, 32),
+        (torch.float32, 64),
+        (torch.float32, 128),
+        (torch.bfloat16, 64),
+        (torch.float16, 128),
+        (torch.bfloat16, 256),
+    ],
+)
+def test_masks_and_biases_are_moved_whole(dtype: torch.dtype, head_dim: int, wide: bool) -> None:
+    *tensors, grad_out = (torch.randn(1, 1, 64, head_dim).to(dtype) for _ in range(4))
+    bias = torch.randn(1, 64, 64, dtype=torch.float32 if wide else dtype, requires_grad=True)
+    mask = torch.rand(64, 64) < 0.8
     with device.watching() as reports:
         gradients(tensors, grad_out, bias=bias, mask=mask, wanted=[bias])
     assert len(reports) == 5
+    assert_moved_whole(reports)
+
+
+@pytest.mark.parametrize("terms", [{"mask": (1, 1, 64)}, {"bias": (1, 1, 64)}, {"bias": (64, 1)}])
+def test_what_broadcasts_is_moved_whole(terms: dict[str, tuple[int, ...]]) -> None:
+    *tensors, grad_out = (torch.randn(1, 2, 64, 64).bfloat16() for _ in range(4))
+    given = {
+        name: torch.rand(shape) < 0.8 if name == "mask" else torch.randn(shape).bfloat16()
+        for name, shape in terms.items()
+    }
+    with device.watching() as reports:
+        gradients(tensors, grad_out, **given)
+    assert_moved_whole(reports)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_odd_rows_meet_no_bank_twice(dtype: torch.dtype) -> None:
+    """Nor do they when they cannot be moved 16 bytes at a time."""
+    tensors = [torch.randn(1, 2, rows, 13).to(dtype) for rows in (37, 53, 53)]
+    terms = {"bias": torch.randn(37, 53).to(dtype), "mask": torch.rand(37, 53) < 0.8}
+    with device.watching() as reports:
+        gradients(tensors, torch.randn(1, 2, 37, 13).to(dtype), **terms)
     for report in reports:
-        most = 1.02 if "bias" in report.kernel else 1
-        assert report.counters.bank_conflicts <= most, report.counters
-        wasted = [
-            site
-            for site in report.counters.sites
-            if site.space == "global" and site.ideal < 0.95 * site.transfers
-        ]
-        assert all(re.match(r"ld\.global\.u(8|16)\b", site.place.text) for site in wasted), wasted
+        assert report.counters.bank_conflicts == 1, report.counters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

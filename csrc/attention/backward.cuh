@@ -54,9 +54,10 @@ struct SideTiles {
   Tile<T, Dim> scored, weighed;
 
   __device__ explicit SideTiles(T* memory) : scored{memory}, weighed{memory + Rows * Dim} {}
+  template <bool Dealt>  // as keys are, see Runs
   __device__ void fetch(const Side<T>& from, int first) const {
-    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads>(scored, from.scored, first);
-    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads>(weighed, from.weighed, first);
+    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads, Dealt>(scored, from.scored, first);
+    copy<Rows, BackwardTiles<sizeof(T), Dim>::kThreads, Dealt>(weighed, from.weighed, first);
   }
   // Takes what is not finite for 0.
   __device__ void clean() const {
@@ -91,41 +92,51 @@ struct Band {
 
 // The products of 16 rows of this side, in `weights` and `grads`, become the weights that met the
 // values, and the gradients of the logits or, if OfProducts, of what softcap made them from. The
-// rows begin at `first` and the columns at `other`; `statistic(column)` and `statistic(row)` are
-// those of a query.
-template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
+// rows begin at `first` and the columns at `other`; `bits` and `hidden_by(scores)` say what dropout
+// keeps and the mask hides, see Runs; `statistic(query)` is that of a query behind the first.
+template <class T, bool OfKeys, bool OfProducts, int N, class Hidden, class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
                               const Sequence& sequence, int head, int first, int other,
-                              uint32_t bits, bool whole, const Statistic& statistic) {
+                              uint32_t bits, bool whole, const Hidden& hidden_by,
+                              const Statistic& statistic) {
+  using Own = Runs<OfKeys, N>;
   const AttentionScalars& in = from.all.in;
-  const int lane = lane_index(), r = lane / 4, q = lane % 4;
-  if (in.threshold != 0) drop<N>(grads, bits, in.kept);
-  const auto each = [&](const auto& gradient_of) {
-#pragma unroll
-    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int row = r + e / 2 * 8, col = n * 8 + 2 * q + e % 2;
-        gradient_of(weights[n][e], grads[n][e], row, col, statistic(OfKeys ? col : row));
-      }
-  };
+  if (in.threshold != 0) drop<OfKeys, N>(grads, bits, in.kept);
   if (whole && in.plain) {
-    each([&](float& weight, float& grad, int, int, const float2& of_query) {
-      weight = ptx::exp2(fmaf(weight, in.scale, -of_query.x));
-      grad = weight * (grad - of_query.y);
-    });
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++)
+#pragma unroll
+      for (int k = 0; k < Own::kLength; k++) {
+        const int n = Own::n(run, k), e = Own::e(run, k);
+        const float2 of_query = statistic(Own::query(run));
+        weights[n][e] = ptx::exp2(fmaf(weights[n][e], in.scale, -of_query.x));
+        grads[n][e] = weights[n][e] * (grads[n][e] - of_query.y);
+      }
   } else {
     const Scores<T> scores(in, sequence, from.terms, head);
-    each([&](float& weight, float& grad, int row, int col, const float2& of_query) {
-      const int i = OfKeys ? other + col : first + row, j = OfKeys ? first + row : other + col;
-      float steepness = 1;
-      const float logit =
-          scores.template operator()<true>(weight, i, j, OfProducts ? &steepness : nullptr);
-      weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
-      grad = weight == 0 ? 0 : weight * (grad - of_query.y) * steepness;
-    });
+    const uint32_t hidden = scores.mask == nullptr ? 0 : hidden_by(scores);
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++) {
+      const int i = (OfKeys ? other : first) + Own::query(run);
+      const int j = (OfKeys ? first : other) + Own::key(run);
+      const float2 of_query = statistic(Own::query(run));
+      const auto sight = scores.sight(i, j);
+      float terms[Own::kLength];
+      scores.bias_of(terms, i, j);
+#pragma unroll
+      for (int k = 0; k < Own::kLength; k++) {
+        float &weight = weights[Own::n(run, k)][Own::e(run, k)],
+              &grad = grads[Own::n(run, k)][Own::e(run, k)];
+        float steepness = 1;
+        const float logit = scores.template operator()<true>(weight, sight, k, terms[k],
+                                                             hidden >> Own::bit(run, k) & 1,
+                                                             OfProducts ? &steepness : nullptr);
+        weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
+        grad = weight == 0 ? 0 : weight * (grad - of_query.y) * steepness;
+      }
+    }
   }
-  if (in.threshold != 0) drop<N>(weights, bits, in.kept);
+  if (in.threshold != 0) drop<OfKeys, N>(weights, bits, in.kept);
 }
 
 }  // namespace

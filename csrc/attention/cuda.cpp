@@ -20,11 +20,11 @@ Memory memory(const View<Pointer>& view, std::initializer_list<int64_t> sizes, i
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether rows can be moved 16 bytes at a time.
+// Whether rows of elements of `bytes` can be moved `each` at a time.
 template <class Pointer>
-bool aligned(const View<Pointer>& view, int64_t bytes) {
-  bool whole = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride[3] == 1;
-  for (int dim = 0; dim < 3; dim++) whole = whole && view.stride[dim] * bytes % 16 == 0;
+bool aligned(const View<Pointer>& view, int64_t bytes, int64_t each = 16) {
+  bool whole = reinterpret_cast<uintptr_t>(view.data) % each == 0 && view.stride[3] == 1;
+  for (int dim = 0; dim < 3; dim++) whole = whole && view.stride[dim] * bytes % each == 0;
   return whole;
 }
 
@@ -86,6 +86,7 @@ AttentionScalars scalars(const Attention& in, int64_t rows) {
   std::copy(in.mask.stride, in.mask.stride + 4, to.mask);
   std::copy(in.bias.stride, in.bias.stride + 4, to.bias);
   to.wide_bias = in.bias_dtype == Dtype::f32;
+  to.aligned_bias = aligned(in.bias, size_of(in.bias_dtype), 4 * size_of(in.bias_dtype));
   to.offset = static_cast<int32_t>(in.offset);
   to.left = static_cast<int32_t>(std::min<int64_t>(in.left, kFar));
   to.right = static_cast<int32_t>(std::min<int64_t>(in.right, kFar));

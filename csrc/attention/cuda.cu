@@ -18,8 +18,11 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   if (work.none(false)) return;
   const int own = work.head / in.group;  // head of keys
   const int lane = lane_index(), q = lane % 4;
-  const int row = static_cast<int>(threadIdx.x / kWarp) * 16,
-            first_row = work.first + row + lane / 4;
+  const int row = static_cast<int>(threadIdx.x / kWarp) * 16;
+  const auto first_row = [&] {  // of this lane, counted anew each time, for registers are few
+    const int thread = ptx::thread_index();
+    return work.first + thread / 32 * 16 + thread % 32 / 4;
+  };
 
   T* memory = reinterpret_cast<T*>(shared_memory);
   const Tile<T, Dim> query_tile{memory};
@@ -58,17 +61,17 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   __shared__ int careful;
   if (threadIdx.x == 0) careful = 0;
   const auto fetch = [&](int j) {
-    copy<keys, Tiles::kThreads>(key_tile(j / keys % 2),
-                                matrix(first_key, in.key, sequence.kv_len, in.head_dim), j);
-    copy<keys, Tiles::kThreads>(value_tile(j / keys % 2),
-                                matrix(first_value, in.value, sequence.kv_len, in.value_dim), j);
+    copy<keys, Tiles::kThreads, true>(key_tile(j / keys % 2),
+                                      matrix(first_key, in.key, sequence.kv_len, in.head_dim), j);
+    copy<keys, Tiles::kThreads, true>(
+        value_tile(j / keys % 2), matrix(first_value, in.value, sequence.kv_len, in.value_dim), j);
   };
   // What has been fetched is there, and nobody reads what will be overwritten.
   const auto take_turns = [] {
     ptx::wait_for_copies();
     __syncthreads();
   };
-  copy<Tiles::kQueries, Tiles::kThreads>(query_tile, all_queries, work.first);
+  copy<Tiles::kQueries, Tiles::kThreads, false>(query_tile, all_queries, work.first);
   while (true) {
     const int begin = max(work.first + sequence.offset - in.left, 0) / keys * keys;
     if (begin < end) fetch(begin);
@@ -101,12 +104,26 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
           for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
             total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
       } else {
+        using Own = Runs<false, keys>;
+        const uint32_t hidden =
+            Extras && scores.mask != nullptr ? scores.template hidden<keys>(upper, j) : 0;
 #pragma unroll
-        for (int n = 0; n < keys / 8; n++)
+        for (int half = 0; half < 2; half++) {
+          const int i = first_row() + half * 8, first = j + Own::key(0);
+          const auto sight = scores.sight(i, first);
 #pragma unroll
-          for (int e = 0; e < 4; e++)
-            weights[n][e] = scores.template operator()<Extras>(weights[n][e], first_row + e / 2 * 8,
-                                                               j + n * 8 + 2 * q + e % 2);
+          for (int run = half; run < Own::kCount; run += 2) {
+            const int behind = run / 2 * 16;
+            float terms[Own::kLength] = {};
+            if constexpr (Extras) scores.bias_of(terms, i, first + behind);
+#pragma unroll
+            for (int k = 0; k < Own::kLength; k++) {
+              float& weight = weights[Own::n(run, k)][Own::e(run, k)];
+              weight = scores.template operator()<Extras>(weight, sight, behind + k, terms[k],
+                                                          hidden >> Own::bit(run, k) & 1);
+            }
+          }
+        }
       }
       if (careful) {
         find_strange<keys, Dim>(tile, in.value_dim, weights, sum);
@@ -116,11 +133,11 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
       }
       weigh<keys, Dim>(weights, whole ? in.scale : 1, highest, total, sum);
       if (Extras && in.threshold != 0)
-        drop<keys>(
-            weights,
-            kept<keys>(in.threshold, seed,
-                       static_cast<uint32_t>(sequence.index * in.heads + work.head), first_row, j),
-            in.kept);
+        drop<false, keys>(weights,
+                          kept<keys>(in.threshold, seed,
+                                     static_cast<uint32_t>(sequence.index * in.heads + work.head),
+                                     first_row(), j),
+                          in.kept);
       multiply<keys>(sum, weights, tile);
     }
     const bool again = !careful && in.hides;
@@ -142,14 +159,14 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     const float factor = total[half] == 0 ? 0 : 1 / total[half];
 #pragma unroll
     for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
-    const int i = first_row + 8 * half;
+    const int i = first_row() + 8 * half;
     if (q == 0 && i < sequence.q_len)
       lse[sequence.row(in, work.head) + i] =
           total[half] == 0 ? -kInfinity : (highest[half] + log2f(total[half])) * kLn2;
   }
   const auto all_outs =
       matrix(out, in.out, sequence.index, work.head, sequence.query, sequence.q_len, in.value_dim);
-  store(all_outs, work.first, sum, query_tile, row);
+  store<false>(all_outs, work.first, sum, query_tile, row);
 }
 
 }  // namespace
@@ -159,7 +176,9 @@ using namespace fastattn::cuda;
 
 #define FASTATTN_ATTENTION(name, T, Dim, Extras)                                               \
   extern "C" __global__ void __launch_bounds__(AttentionTiles<sizeof(T), Dim>::kThreads,       \
-                                               !Extras && Dim == 64 ? 2 : 1)                   \
+                                               (!Extras && Dim == 64) ? 2                      \
+                                               : Dim == 32            ? 4                      \
+                                                                      : 1)                     \
       attention_forward_##name##_##Dim(                                                        \
           const T* query, const T* key, const T* value, const uint8_t* mask, const void* bias, \
           const float* alibi_slopes, const double* sinks, const uint64_t* seed,                \

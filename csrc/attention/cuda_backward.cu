@@ -21,7 +21,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   const Sequence& sequence = work.sequence;
   if (work.none(OfKeys)) return;
   const int head = work.head, first = work.first;
-  const int lane = lane_index(), q = lane % 4, warp = static_cast<int>(threadIdx.x / kWarp);
+  const int lane = lane_index(), warp = static_cast<int>(threadIdx.x / kWarp);
   const int row = warp * 16;
   // If apart, every other block has the values' gradient.
   const bool of_values = OfKeys && Tiles::kApart && blockIdx.y == 1;
@@ -32,7 +32,9 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
     return SideTiles<T, Dim, others>(memory + 2 * Dim * (rows + parity * others));
   };
   __shared__ float2 others_statistics[2][OfKeys ? others : 1];
-  __shared__ uint16_t bits_of_keys[OfKeys ? others : 1][Tiles::kWarps];
+  // What dropout keeps of 16 keys of each warp, and what the mask hides of 32.
+  __shared__ uint16_t kept_keys[OfKeys ? others : 1][Tiles::kWarps];
+  __shared__ uint32_t hidden_keys[OfKeys ? others : 1][Tiles::kWarps / 2];
 
   const auto own_side =
       OfKeys ? Side<T>::keys(from, sequence, head) : Side<T>::queries(from, sequence, head);
@@ -53,7 +55,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   const auto fetch = [&](const Step& step, int parity) {
     const auto side = OfKeys ? Side<T>::queries(from, sequence, step.head)
                              : Side<T>::keys(from, sequence, step.head);
-    other_tiles(parity).fetch(side, step.first);
+    other_tiles(parity).template fetch<!OfKeys>(side, step.first);
     if constexpr (OfKeys) {
       const int i = step.first + static_cast<int>(threadIdx.x);
       const float2* statistics = from.statistics_of(sequence, step.head);
@@ -85,7 +87,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
     ptx::wait_for_copies();
     __syncthreads();
   };
-  own.fetch(own_side, first);
+  own.template fetch<OfKeys>(own_side, first);
   while (true) {
     if (begin < end) fetch(start, 0);
     take_turns();
@@ -112,6 +114,15 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
         __syncthreads();
       }
       uint32_t bits = 0;
+      if (OfKeys && from.terms.mask != nullptr) {
+        const Scores<T> scores(in, sequence, from.terms, step.head);
+#pragma unroll 1
+        for (int i = warp; i < others; i += Tiles::kWarps)
+#pragma unroll
+          for (int w = 0; w < Tiles::kWarps / 2; w++)
+            hidden_keys[i][w] = scores.hidden_keys(step.first + i, first + 32 * w);
+        __syncthreads();
+      }
       if (OfKeys && in.threshold != 0) {
         // Warps draw the words of two queries at a time, which serve the keys of all warps.
 #pragma unroll 2
@@ -121,8 +132,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
                      from.head_number(sequence, step.head));
           for (int w = 0; w < 4; w++) {
             const uint32_t votes = __ballot_sync(kAllLanes, word(words, w) >= in.threshold);
-            if (lane % 16 == w)
-              bits_of_keys[i][w] = static_cast<uint16_t>(votes >> (lane / 16 * 16));
+            if (lane % 16 == w) kept_keys[i][w] = static_cast<uint16_t>(votes >> (lane / 16 * 16));
           }
         }
         __syncthreads();
@@ -132,23 +142,28 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
       Accumulator<others> weights = {}, grads = {};
       multiply_transposed<others>(weights, scored, tiles.scored, in.head_dim);
       if (!of_values) multiply_transposed<others>(grads, weighed, tiles.weighed, in.value_dim);
+      using Own = Runs<OfKeys, others>;
       if constexpr (!OfKeys) {
         if (in.threshold != 0)
           bits = kept<others>(in.threshold, seed, from.head_number(sequence, head),
                               first + row + lane / 4, step.first);
       } else if (in.threshold != 0) {
 #pragma unroll
-        for (int n = 0; n < others / 8; n++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            bits |= (static_cast<uint32_t>(bits_of_keys[n * 8 + 2 * q + e % 2][warp]) >>
-                         (lane / 4 + e / 2 * 8) &
-                     1)
-                    << (4 * n + e);
+        for (int run = 0; run < Own::kCount; run++)
+          bits |= (kept_keys[Own::query(run)][warp] >> Own::key(run) & 3) << Own::bit(run, 0);
       }
+      const auto hidden_by = [&](const Scores<T>& scores) {
+        if constexpr (!OfKeys) return scores.template hidden<others>(first + row, step.first);
+        uint32_t hidden = 0;
+#pragma unroll
+        for (int run = 0; run < Own::kCount; run++)
+          hidden |= (hidden_keys[Own::query(run)][warp / 2] >> (warp % 2 * 16 + Own::key(run)) & 3)
+                    << Own::bit(run, 0);
+        return hidden;
+      };
       differentiate<T, OfKeys, true, others>(
           weights, grads, from, sequence, OfKeys ? step.head : head, first + row, step.first, bits,
-          band.whole(first + row, 16, step.first, others),
+          band.whole(first + row, 16, step.first, others), hidden_by,
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });
       if constexpr (sums == 2) {
         multiply<others>(sum[0], grads, tiles.scored);
@@ -182,9 +197,9 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
       for (int e = 0; e < 4; e++) sum[0][n][e] *= all.scale;
   const auto leave = [&](T* grad, const Layout& layout, int cols, const Accumulator<Dim>& of,
                          const Tile<T, Dim>& tile) {
-    store(matrix(grad, layout, sequence.index, head, OfKeys ? sequence.key : sequence.query,
-                 band.rows, cols),
-          first, of, tile, row);
+    store<OfKeys>(matrix(grad, layout, sequence.index, head, OfKeys ? sequence.key : sequence.query,
+                         band.rows, cols),
+                  first, of, tile, row);
   };
   if (of_values) {
     leave(grad_weighed, all.grad_value, in.value_dim, sum[0], own.weighed);

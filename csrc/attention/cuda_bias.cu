@@ -23,7 +23,7 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
   };
   const int2 keys = range(sizes[3], in.kv_len, others), queries = range(sizes[2], in.q_len, rows);
   const int2 heads = range(sizes[1], in.heads, 1), batches = range(sizes[0], in.batch, 1);
-  const int lane = lane_index(), q = lane % 4, row = static_cast<int>(threadIdx.x / kWarp) * 16;
+  const int lane = lane_index(), row = static_cast<int>(threadIdx.x / kWarp) * 16;
 
   T* memory = reinterpret_cast<T*>(shared_memory);
   const SideTiles<T, Dim, rows> own(memory);
@@ -37,8 +37,8 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
       for (int first = queries.x; first < queries.y; first += rows)
         for (int other = keys.x; other < keys.y; other += others) {
           if (other >= band.end(first, rows) || other + others <= band.begin(first)) continue;
-          own.fetch(Side<T>::queries(from, sequence, head), first);
-          tiles.fetch(Side<T>::keys(from, sequence, head / in.group), other);
+          own.template fetch<false>(Side<T>::queries(from, sequence, head), first);
+          tiles.template fetch<true>(Side<T>::keys(from, sequence, head / in.group), other);
           ptx::wait_for_copies();
           __syncthreads();
           Accumulator<others> weights = {}, grads = {};
@@ -55,7 +55,11 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
                   : kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
           differentiate<T, false, false, others>(
               weights, grads, from, sequence, head, first + row, other, bits,
-              band.whole(first + row, 16, other, others), [&](int r) { return of_rows[r / 8]; });
+              band.whole(first + row, 16, other, others),
+              [&](const Scores<T>& scores) {
+                return scores.template hidden<others>(first + row, other);
+              },
+              [&](int r) { return of_rows[r / 8]; });
 #pragma unroll
           for (int n = 0; n < others / 8; n++)
 #pragma unroll
@@ -64,16 +68,16 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
         }
   }
 
-  constexpr int pitch = others + 8;  // so that the lanes of a store meet all banks
+  constexpr int pitch = others / 32 * 32 + 16;  // so that the lanes of a store meet all banks
   float* table = reinterpret_cast<float*>(shared_memory);  // [rows, others] of pitch
   static_assert(rows * pitch * sizeof(float) <= Tiles::kShared);
+  using Own = Runs<false, others>;
 #pragma unroll
-  for (int n = 0; n < others / 8; n++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float* to = table + (row + lane / 4 + 8 * half) * pitch + n * 8 + 2 * q;
-      *reinterpret_cast<float2*>(to) = {sum[n][2 * half], sum[n][2 * half + 1]};
-    }
+  for (int run = 0; run < Own::kCount; run++) {
+    const auto of = [&](int k) { return sum[Own::n(run, k)][Own::e(run, k)]; };
+    ptx::store_shared(table + (row + Own::query(run)) * pitch + Own::key(run), of(0), of(1), of(2),
+                      of(3));
+  }
   __syncthreads();
   const int share_rows = sizes[2] == 1 ? rows : 1, share_cols = sizes[3] == 1 ? others : 1;
   const int own_rows = sizes[2] == 1 ? 1 : queries.y - queries.x;
@@ -104,7 +108,7 @@ using namespace fastattn::cuda;
 
 #define FASTATTN_BIAS(name, T, Dim)                                                              \
   using Tiles_##name##_##Dim = BackwardTiles<sizeof(T), Dim>;                                    \
-  FASTATTN_KERNEL(Tiles_##name##_##Dim, 1)                                                       \
+  FASTATTN_KERNEL(Tiles_##name##_##Dim, Dim == 64 ? 3 : 1)                                       \
   attention_backward_bias_##name##_##Dim(FASTATTN_INPUTS(T), void* grad_bias,                    \
                                          const __grid_constant__ AttentionBackwardScalars all) { \
     bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                                             \

@@ -176,9 +176,14 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
 #pragma unroll
     for (int n = 0; n < keys / 8; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        weights[n][e] = scores[e / 2].template operator()<true>(
-            weights[n][e], query_of(lane / 4 + e / 2 * 8), j + n * 8 + 2 * q + e % 2);
+      for (int half = 0; half < 2; half++) {
+        const auto sight = scores[half].sight(query_of(lane / 4 + half * 8), j + n * 8 + 2 * q);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          float& weight = weights[n][2 * half + k];
+          weight = scores[half].template operator()<true>(weight, sight, k);
+        }
+      }
     // Nothing times NaN is NaN, so that values which some of the rows do not see are looked at.
     if (j < last / in.group + offset - in.left ||
         min(j + keys, end) > query_of(0) + offset + in.right + 1) {

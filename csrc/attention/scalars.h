@@ -57,14 +57,15 @@ struct AttentionScalars {
   Boundaries query_starts, key_starts;
   Layout query, key, value, out;
   int64_t mask[4], bias[4];
-  int32_t wide_bias;    // fp32, whatever query is
-  int32_t offset;       // where sequences are not packed
-  int32_t left, right;  // query i sees the keys i + offset - left ... i + offset + right
-  int32_t hides;        // whether some keys may be invisible
-  int32_t plain;        // whether logits are no more than products times a positive scale
-  float scale;          // of products, to logits in base 2, or to softcap's argument
-  float softcap;        // in base 2, 0 for none
-  uint32_t threshold;   // of dropout, 0 without
+  int32_t wide_bias;     // fp32, whatever query is
+  int32_t aligned_bias;  // four elements of a row can be loaded at once
+  int32_t offset;        // where sequences are not packed
+  int32_t left, right;   // query i sees the keys i + offset - left ... i + offset + right
+  int32_t hides;         // whether some keys may be invisible
+  int32_t plain;         // whether logits are no more than products times a positive scale
+  float scale;           // of products, to logits in base 2, or to softcap's argument
+  float softcap;         // in base 2, 0 for none
+  uint32_t threshold;    // of dropout, 0 without
   float kept;
 };
 

@@ -130,6 +130,35 @@ struct Terms {
 // To within an eps or so of 1, which is what matters for a logit of that size.
 __device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
 
+// The elements that a lane has of an Accumulator whose rows are queries and whose columns are dealt
+// keys or, if OfKeys, the other way round: runs of neighbouring keys of one query. Flags of all of
+// them fit into 32 bits.
+template <bool OfKeys, int N>
+struct Runs {
+  static constexpr int kLength = OfKeys ? 2 : 4, kCount = N / 2 / kLength;
+
+  // Where the element k of a run is: [n][e].
+  __device__ static constexpr int n(int run, int k) {
+    return OfKeys ? run / 2 : run / 2 * 2 + k % 2;
+  }
+  __device__ static constexpr int e(int run, int k) {
+    return OfKeys ? k * 2 + run % 2 : run % 2 * 2 + k / 2;
+  }
+  // Its bit among the flags.
+  __device__ static constexpr int bit(int run, int k) {
+    return OfKeys ? run * 2 + k : run / 2 % 2 * 16 + run % 2 * 8 + run / 4 * 4 + k;
+  }
+  // The query of a run and the first of its keys, from the accumulator's first on.
+  __device__ static int query(int run) {
+    const int lane = lane_index();
+    return OfKeys ? run / 2 * 8 + lane % 4 * 2 + run % 2 : lane / 4 + run % 2 * 8;
+  }
+  __device__ static int key(int run) {
+    const int lane = lane_index();
+    return OfKeys ? lane / 4 * 2 : run / 2 * 16 + lane % 4 * 4;
+  }
+};
+
 // Products of queries and keys of one head of a sequence become logits in base 2, -inf where a key
 // is invisible.
 template <class T>
@@ -153,31 +182,94 @@ struct Scores {
     if (terms.alibi_slopes != nullptr) slope = terms.alibi_slopes[batch * in.heads + head] * kLog2e;
   }
 
-  // Of query i and key j. `steepness` receives the derivative of softcap, where there is one.
+  // A query and the keys from j on: it sees the k-th if `before` + k, unsigned, is below `count`,
+  // and is apart - k keys away from it.
+  struct Sight {
+    unsigned before, count;
+    float apart;
+  };
+  __device__ Sight sight(int i, int j) const {
+    const int place = i + sequence.offset, begin = place - in.left;
+    const int end = i < sequence.q_len ? min(place + in.right + 1, sequence.kv_len) : begin;
+    return {static_cast<unsigned>(j - begin), static_cast<unsigned>(max(end, begin) - begin),
+            static_cast<float>(place - j)};
+  }
+
+  // Of the k-th key, to which the bias adds `term`, unless the mask hides it. `steepness` receives
+  // the derivative of softcap, where there is one.
   template <bool Extras>
-  __device__ float operator()(float product, int i, int j, float* steepness = nullptr) const {
-    const int apart = i + sequence.offset - j;
-    if (j >= sequence.kv_len || i >= sequence.q_len || apart > in.left || -apart > in.right)
-      return -kInfinity;
+  __device__ float operator()(float product, const Sight& sight, int k, float term = 0,
+                              bool hidden = false, float* steepness = nullptr) const {
+    if (sight.before + static_cast<unsigned>(k) >= sight.count) return -kInfinity;
     // What is infinite is visible all the same, and no number.
     float logit = (product - product + product) * in.scale;
     if constexpr (Extras) {
-      if (mask != nullptr && !mask[i * in.mask[2] + j * in.mask[3]]) return -kInfinity;
+      if (hidden || term == -kInfinity) return -kInfinity;
       if (in.softcap != 0) {
         const float tangent = hyperbolic_tangent(logit);
         logit = tangent * in.softcap;
         if (steepness != nullptr) *steepness = 1 - tangent * tangent;
       }
-      if (bias != nullptr) {
-        const int64_t at = i * in.bias[2] + j * in.bias[3];
-        const float term = in.wide_bias ? static_cast<const float*>(bias)[at]
-                                        : static_cast<float>(static_cast<const T*>(bias)[at]);
-        if (term == -kInfinity) return term;
-        logit += term * kLog2e;
-      }
-      logit -= slope * static_cast<float>(abs(apart));
+      logit += term * kLog2e - slope * fabsf(sight.apart - static_cast<float>(k));
     }
     return logit;
+  }
+
+  // The bias of query i at keys from j on, and 0 past the ends.
+  template <int N>
+  __device__ void bias_of(float (&to)[N], int i, int j) const {
+    const auto read = [&](const auto* from) {
+      from += i * in.bias[2] + j * in.bias[3];
+      if (in.aligned_bias && i < sequence.q_len && j + N <= sequence.kv_len) return load(to, from);
+#pragma unroll
+      for (int k = 0; k < N; k++)
+        to[k] = i < sequence.q_len && j + k < sequence.kv_len
+                    ? static_cast<float>(from[k * in.bias[3]])
+                    : 0;
+    };
+    if (bias == nullptr)
+      for (float& term : to) term = 0;
+    else if (in.wide_bias)
+      read(static_cast<const float*>(bias));
+    else
+      read(static_cast<const T*>(bias));
+  }
+
+  // Where the mask has a query, and a key of its row; past the ends, the last.
+  __device__ const uint8_t* mask_row(int i, int last) const {
+    return mask + min(i, last) * in.mask[2];
+  }
+  __device__ int64_t mask_col(int j) const { return min(j, sequence.kv_len - 1) * in.mask[3]; }
+  // Whether the mask hides keys j + lane from query i, a bit each.
+  __device__ uint32_t hidden_keys(int i, int j) const {
+    return __ballot_sync(kAllLanes, !mask_row(i, sequence.q_len - 1)[mask_col(j + lane_index())]);
+  }
+  // Which of 16 rows of queries and so many keys, as this lane has them, the mask hides: see Runs.
+  template <int Keys>
+  __device__ uint32_t hidden(int first, int other) const {
+    constexpr int words = (Keys + 31) / 32;  // of a row
+    const int lane = lane_index(), last = sequence.q_len - 1;
+    int64_t cols[words];
+#pragma unroll
+    for (int w = 0; w < words; w++) cols[w] = mask_col(other + 32 * w + lane);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint32_t own[words] = {};
+#pragma unroll
+      for (int r = 0; r < 8; r++) {
+        const uint8_t* row = mask_row(first + r + 8 * half, last);
+#pragma unroll
+        for (int w = 0; w < words; w++) {
+          const uint32_t votes = __ballot_sync(kAllLanes, !row[cols[w]]);
+          if (lane / 4 == r) own[w] = votes;
+        }
+      }
+#pragma unroll
+      for (int w = 0; w < words; w++)
+        bits |= (own[w] >> lane % 4 * 4 & 0x000f000f) << (w * 4 + half * 8);
+    }
+    return bits;
   }
 };
 
@@ -255,8 +347,8 @@ __device__ void clean(T* memory, int count, int thread, int threads) {
     if (!isfinite(static_cast<float>(memory[i]))) memory[i] = T(0.0f);
 }
 
-// The weights that dropout keeps of queries i and i + 8 and the keys from j on, as this lane holds
-// them in an Accumulator: bit 4 n + e for its element [n][e].
+// The weights that dropout keeps of queries i and i + 8 and the keys from j on, as this lane has
+// them: see Runs.
 template <int Keys>
 __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i, int j) {
   static_assert(Keys % 16 == 0 && Keys <= 64);
@@ -265,25 +357,28 @@ __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i
 #pragma unroll 1  // four chains of rounds are enough side by side
   for (int half = 0; half < 2; half++)
 #pragma unroll
-    for (int own = 0; own < 4; own++) {  // counters 2 q, 2 q + 1 and 8 behind them
-      const uint4 words = philox(seed, j / 64 * 16 + own / 2 * 8 + 2 * q + own % 2,
-                                 static_cast<uint32_t>(i + 8 * half), head);
+    for (int own = 0; own < 4; own++) {
+      const uint4 words =
+          philox(seed, j / 64 * 16 + 4 * q + own, static_cast<uint32_t>(i + 8 * half), head);
 #pragma unroll
-      for (int n = own / 2; n < Keys / 8; n += 2)
-        bits |= static_cast<uint32_t>(word(words, j % 64 / 16 + n / 2) >= threshold)
-                << (4 * n + 2 * half + own % 2);
+      for (int n = 0; n < Keys / 16; n++)
+        bits |= static_cast<uint32_t>(word(words, j % 64 / 16 + n) >= threshold)
+                << Runs<false, Keys>::bit(2 * n + half, own);
     }
   return bits;
 }
 
 // Multiplies by the factor what is kept, and makes the rest 0.
-template <int N>
+template <bool OfKeys, int N>
 __device__ void drop(Accumulator<N>& values, uint32_t bits, float factor) {
+  using Own = Runs<OfKeys, N>;
 #pragma unroll
-  for (int n = 0; n < N / 8; n++)
+  for (int run = 0; run < Own::kCount; run++)
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      values[n][e] = (bits >> (4 * n + e) & 1) && factor != 0 ? values[n][e] * factor : 0;
+    for (int k = 0; k < Own::kLength; k++) {
+      float& value = values[Own::n(run, k)][Own::e(run, k)];
+      value = (bits >> Own::bit(run, k) & 1) && factor != 0 ? value * factor : 0;
+    }
 }
 
 }  // namespace

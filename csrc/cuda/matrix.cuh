@@ -46,6 +46,10 @@ struct Matrix {
   bool aligned;
 };
 
+// Which row of a matrix is a tile's where rows are dealt: of each 16 the even ones come first, so
+// that a lane of an Accumulator has neighbours, two as rows, and four as columns.
+__device__ constexpr int dealt(int row) { return row / 16 * 16 + row % 8 * 2 + row / 8 % 2; }
+
 // Copies a chunk which is not aligned: `count` elements from `from` on, and zeros behind.
 template <class T>
 __device__ void copy_elements(T* to, const T* from, int64_t stride, int count) {
@@ -54,25 +58,33 @@ __device__ void copy_elements(T* to, const T* from, int64_t stride, int count) {
     to[k] = k < count ? *from : T(0.0f);
 }
 
-// Begins to copy the rows first ... first + Rows to a tile, with zeros where the matrix ends. All
-// Threads of the block take part, each in a column of chunks.
-template <int Rows, int Threads, class T, int Cols, bool Permuted>
+// Begins to copy the rows first ... first + Rows to a tile, dealt or in their order, with zeros
+// where the matrix ends. All Threads of the block take part, each in a column of chunks or, where
+// these are not aligned, of elements.
+template <int Rows, int Threads, bool Dealt, class T, int Cols, bool Permuted>
 __device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& from, int first) {
   constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
   constexpr int step = Threads / chunks;
   static_assert(Threads % chunks == 0 && Rows % step == 0);
-  const int thread = ptx::thread_index(), row = thread / chunks, chunk = thread % chunks;
-  const int cols = min(max(from.cols - chunk * each, 0), each);
-  const T* at = from.data + (first + row) * from.row_stride + chunk * each * from.col_stride;
-  const auto count = [&](int r) { return first + row + r < from.rows ? cols : 0; };
+  const int thread = ptx::thread_index();
+  const auto source = [](int row) { return Dealt ? dealt(row) : row; };
   if (from.aligned) {
+    const int row = thread / chunks, chunk = thread % chunks, begin = first + source(row);
+    const int cols = min(max(from.cols - chunk * each, 0), each);
+    const T* at = from.data + begin * from.row_stride + chunk * each;
+    // No bit is in both row and r, so that source(row + r) is source(row) + source(r).
 #pragma unroll
-    for (int r = 0; r < Rows; r += step, at += step * from.row_stride)
-      ptx::copy_async(to.chunk(row + r, chunk), at, count(r) * static_cast<int>(sizeof(T)));
+    for (int r = 0; r < Rows; at += (source(r + step) - source(r)) * from.row_stride, r += step)
+      ptx::copy_async(to.chunk(row + r, chunk), at,
+                      begin + source(r) < from.rows ? cols * static_cast<int>(sizeof(T)) : 0);
   } else {
 #pragma unroll 1
-    for (int r = 0; r < Rows; r += step, at += step * from.row_stride)
-      copy_elements(to.chunk(row + r, chunk), at, from.col_stride, count(r));
+    for (int i = thread; i < Rows * Cols; i += Threads) {
+      const int row = i / Cols, col = i % Cols, at = first + source(row);
+      *to.at(row, col) = at < from.rows && col < from.cols
+                             ? from.data[at * from.row_stride + col * from.col_stride]
+                             : T(0.0f);
+    }
   }
 }
 
@@ -180,9 +192,10 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
   }
 }
 
-// Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`. The tile's
-// rows are this warp's own to write to, since a barrier: through them, rows leave in whole chunks.
-template <class T, int Cols>
+// Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`, and may be
+// dealt. The tile's rows are this warp's own to write to, since a barrier: through them, rows leave
+// whole.
+template <bool Dealt, class T, int Cols>
 __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
                       const Tile<T, Cols>& tile, int row) {
   constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
@@ -191,25 +204,34 @@ __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& f
   for (int n = 0; n < Cols / 8; n++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      T* at = tile.at(r + 8 * half, n * 8 + 2 * q);
-      const float* pair = from[n] + 2 * half;
       if constexpr (std::is_same_v<T, float>) {
-        *reinterpret_cast<float2*>(at) = {pair[0], pair[1]};
+        // A row and the next have these two chunks in the same banks, so that these take turns.
+        const bool odd = r % 2 != 0;
+        const float* pair = from[n] + 2 * half;
+        const float* other = from[n ^ 2] + 2 * half;
+        ptx::store_shared(tile.at(r + 8 * half, (odd ? n ^ 2 : n) * 8 + 2 * q),
+                          odd ? other[0] : pair[0], odd ? other[1] : pair[1]);
       } else {
-        *reinterpret_cast<uint32_t*>(at) = packed<T>(pair);
+        *reinterpret_cast<uint32_t*>(tile.at(r + 8 * half, n * 8 + 2 * q)) =
+            packed<T>(from[n] + 2 * half);
       }
     }
   __syncwarp();
+  const auto target = [&](int own) { return first + row + (Dealt ? dealt(own) : own); };
+  if (to.aligned) {
 #pragma unroll 1
-  for (int i = lane; i < 16 * chunks; i += static_cast<int>(kWarp)) {
-    const int own = row + i / chunks, chunk = i % chunks, col = chunk * each;
-    if (first + own >= to.rows || col >= to.cols) continue;
-    const T* source = tile.chunk(own, chunk);
-    T* at = to.data + (first + own) * to.row_stride + col * to.col_stride;
-    if (to.aligned) {
-      ptx::store_global(at, *reinterpret_cast<const uint4*>(source));
-    } else {
-      for (int k = 0; k < min(each, to.cols - col); k++) at[k * to.col_stride] = source[k];
+    for (int i = lane; i < 16 * chunks; i += static_cast<int>(kWarp)) {
+      const int own = i / chunks, chunk = i % chunks, at = target(own);
+      if (at >= to.rows || chunk * each >= to.cols) continue;
+      const uint4 words = *reinterpret_cast<const uint4*>(tile.chunk(row + own, chunk));
+      ptx::store_global(to.data + at * to.row_stride + chunk * each, words);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < 16 * Cols; i += static_cast<int>(kWarp)) {
+      const int own = i / Cols, col = i % Cols, at = target(own);
+      if (at < to.rows && col < to.cols)
+        to.data[at * to.row_stride + col * to.col_stride] = *tile.at(row + own, col);
     }
   }
 }

@@ -31,9 +31,15 @@ __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// Stores 8 bytes, which the compiler would take apart.
+// Store 8 and 16 bytes, which the compiler would take apart.
 __device__ inline void store_shared(void* to, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)), "f"(first), "f"(second)
+               : "memory");
+}
+__device__ inline void store_shared(void* to, float first, float second, float third,
+                                    float fourth) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "f"(first),
+               "f"(second), "f"(third), "f"(fourth)
                : "memory");
 }
 

@@ -50,6 +50,8 @@ __device__ void load(float (&to)[N], const T* from) {
   const auto* at = reinterpret_cast<const uint32_t*>(from);
   if constexpr (N == 1) {
     to[0] = static_cast<float>(*from);
+  } else if constexpr (words == 1) {
+    unpack<T>(to, *at);
   } else if constexpr (words == 2) {
     const auto word = *reinterpret_cast<const uint2*>(at);
     unpack<T>(to, word.x);
