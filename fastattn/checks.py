@@ -67,3 +67,30 @@ def broadcastable(name: str, value: Tensor, scores: tuple[int, ...]) -> Tensor:
             f"{name} must broadcast to (B, H, Sq, Sk) = {list(scores)}, got {list(value.shape)}"
         )
     return value if value.dim() == 4 else value.reshape(shape)
+
+
+def features(input: object) -> None:
+    """`input` is a tensor [..., in_features]."""
+    floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must be (..., in_features), got a 0-dimensional tensor")
+
+
+def projection(
+    prefix: str, weight: object, bias: object | None, input: Tensor, in_features: int
+) -> int:
+    """`weight` and `bias` are those of a linear layer of `in_features`; how many it puts out."""
+    same(prefix + "weight", weight, "input", input, shape=False)
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != in_features:
+        raise ValueError(f"{prefix}weight must be (out_features, {in_features}), got {list(shape)}")
+    if bias is not None:
+        same(prefix + "bias", bias, "input", input, shape=False)
+        if bias.shape != shape[:1]:
+            raise ValueError(f"{prefix}bias must have shape [{shape[0]}], got {list(bias.shape)}")
+    return shape[0]
+
+
+def contiguous(value: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous, where there is one."""
+    return None if value is None else value.contiguous()

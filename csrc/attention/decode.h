@@ -336,21 +336,25 @@ void decode(const AttentionDecode& args) {
 template <class T>
 void append(const AttentionAppend& args) {
   using A = Acc<T>;
-  parallel(args.kv_heads, [&](int64_t h) {
+  constexpr int64_t worth = 16384;  // elements, to wake a thread for
+  const int64_t size = args.batch * args.new_len * (args.head_dim + args.value_dim);  // of a head
+  const int64_t step = larger(1, worth / larger(1, size));
+  parallel(ceil_div(args.kv_heads, step), [&](int64_t task) {
     Scratch scratch;
     A* row = scratch.take<A>(larger(args.head_dim, args.value_dim));
-    for (int64_t b = 0; b < args.batch; b++) {
-      Walk<T> walk(args.paging, b, args.lengths[b]);
-      const Source key = sequence(args.key, b, 0), value = sequence(args.value, b, 0);
-      for (int64_t j = 0; j < args.new_len; j++, walk.next()) {
-        Scratch angles;
-        load_row(row, at<T>(key, h, j, 0), key.stride[3], args.head_dim);
-        Rotation<A>(args.rotary, angles, args.lengths[b] + j).turn(row);
-        store_row(walk(args.key_cache, h), args.key_cache.stride[3], row, args.head_dim);
-        load_row(row, at<T>(value, h, j, 0), value.stride[3], args.value_dim);
-        store_row(walk(args.value_cache, h), args.value_cache.stride[3], row, args.value_dim);
+    for (int64_t h = task * step; h < smaller((task + 1) * step, args.kv_heads); h++)
+      for (int64_t b = 0; b < args.batch; b++) {
+        Walk<T> walk(args.paging, b, args.lengths[b]);
+        const Source key = sequence(args.key, b, 0), value = sequence(args.value, b, 0);
+        for (int64_t j = 0; j < args.new_len; j++, walk.next()) {
+          Scratch angles;
+          load_row(row, at<T>(key, h, j, 0), key.stride[3], args.head_dim);
+          Rotation<A>(args.rotary, angles, args.lengths[b] + j).turn(row);
+          store_row(walk(args.key_cache, h), args.key_cache.stride[3], row, args.head_dim);
+          load_row(row, at<T>(value, h, j, 0), value.stride[3], args.value_dim);
+          store_row(walk(args.value_cache, h), args.value_cache.stride[3], row, args.value_dim);
+        }
       }
-    }
   });
 }
 

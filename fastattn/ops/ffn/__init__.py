@@ -146,35 +146,10 @@ FFN = registry.op(
 )
 
 
-def _checked_linear(
-    prefix: str, weight: Tensor, bias: Tensor | None, input: Tensor, in_features: int
-) -> int:
-    """Check one projection of `in_features`; returns its number of output features."""
-    checks.same(prefix + "weight", weight, "input", input, shape=False)
-    shape = weight.shape
-    if len(shape) != 2 or shape[1] != in_features:
-        raise ValueError(f"{prefix}weight must be (out_features, {in_features}), got {list(shape)}")
-    if bias is not None:
-        checks.same(prefix + "bias", bias, "input", input, shape=False)
-        if bias.shape != shape[:1]:
-            raise ValueError(f"{prefix}bias must have shape [{shape[0]}], got {list(bias.shape)}")
-    return shape[0]
-
-
-def _checked_input(input: Tensor) -> None:
-    checks.floating("input", input)
-    if input.dim() == 0:
-        raise ValueError("input must be (..., in_features), got a 0-dimensional tensor")
-
-
 def _checked_activation(activation: str | None, choices: tuple) -> str:
     if activation not in choices:
         raise ValueError(f"activation must be one of {list(choices)}, got {activation!r}")
     return "identity" if activation is None else activation
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _save(*tensors: Tensor | None) -> bool:
@@ -185,12 +160,12 @@ def _linear_args(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> tuple:
     input, weight, bias = dispatch.autocast(input, weight, bias)
-    _checked_input(input)
-    _checked_linear("", weight, bias, input, input.shape[-1])
+    checks.features(input)
+    checks.projection("", weight, bias, input, input.shape[-1])
     return (
         input.contiguous(),
         weight.contiguous(),
-        _contiguous(bias),
+        checks.contiguous(bias),
         _checked_activation(activation, (None, *ACTIVATIONS)),
         activation is not None and _save(input, weight, bias),
     )
@@ -233,11 +208,11 @@ def _ffn_args(
     input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias = dispatch.autocast(
         input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias
     )
-    _checked_input(input)
-    hidden = _checked_linear("up_", up_weight, up_bias, input, input.shape[-1])
-    _checked_linear("down_", down_weight, down_bias, input, hidden)
+    checks.features(input)
+    hidden = checks.projection("up_", up_weight, up_bias, input, input.shape[-1])
+    checks.projection("down_", down_weight, down_bias, input, hidden)
     if gate_weight is not None:
-        gate = _checked_linear("gate_", gate_weight, gate_bias, input, input.shape[-1])
+        gate = checks.projection("gate_", gate_weight, gate_bias, input, input.shape[-1])
         if gate != hidden:
             raise ValueError(f"gate_weight must have up_weight's {hidden} rows, got {gate}")
     elif gate_bias is not None:
@@ -248,7 +223,7 @@ def _ffn_args(
         raise TypeError(f"recompute must be a bool, got {type(recompute).__name__}")
     tensors = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     save = not recompute and _save(input, *tensors)
-    tensors = (input.contiguous(), *(_contiguous(tensor) for tensor in tensors))
+    tensors = (input.contiguous(), *(checks.contiguous(tensor) for tensor in tensors))
     return (*tensors, seed, activation, float(dropout_p), save)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastattn import checks, dispatch, registry
-from fastattn.ops.ffn import _checked_input, _checked_linear, _contiguous
 from fastattn.ops.loss import reference
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -89,8 +88,8 @@ def _args(
     softcap: float | None = None,
 ) -> tuple:
     input, linear_weight, linear_bias = dispatch.autocast(input, linear_weight, linear_bias)
-    _checked_input(input)
-    classes = _checked_linear("linear_", linear_weight, linear_bias, input, input.shape[-1])
+    checks.features(input)
+    classes = checks.projection("linear_", linear_weight, linear_bias, input, input.shape[-1])
     if classes == 0:
         raise ValueError(f"linear_weight must have a class, got {list(linear_weight.shape)}")
     checks.on_device("target", target, "input", input)
@@ -117,7 +116,7 @@ def _args(
     trained = torch.is_grad_enabled() and reduction != "none"
     saves = (trained and t is not None and t.requires_grad for t in tensors)
     return (
-        *(_contiguous(tensor) for tensor in tensors),
+        *(checks.contiguous(tensor) for tensor in tensors),
         target.contiguous(),
         reduction,
         ignore_index,
