@@ -80,12 +80,13 @@ struct Chunk {
     };
     const double total = summed(end, [&](int64_t j) { return power(load<A>(logits + j)); });
     const double share = args.label_smoothing / static_cast<double>(args.classes);
-    double loss = top + std::log(total) - (1 - args.label_smoothing) * own;
+    const double highest_logit = top;
+    double loss = std::log(total) + (1 - args.label_smoothing) * (highest_logit - own);
     if (share != 0) {
       const int64_t whole = args.classes / lanes<A> * lanes<A>;
       double all = summed(whole, [&](int64_t j) { return load<A>(logits + j); });
       for (int64_t j = whole; j < args.classes; j++) all += logits[j];
-      loss -= share * all;
+      loss += share * (static_cast<double>(args.classes) * highest_logit - all);
     }
     static_cast<A*>(args.losses)[index] = static_cast<A>(loss);
     if (args.grad_input == nullptr && args.grad_weight == nullptr && args.grad_bias == nullptr)

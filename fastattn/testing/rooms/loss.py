@@ -48,7 +48,9 @@ def loss_cases(function: str) -> Iterator[Case]:
     yield case("vector", (), (96, 48))
     yield case("one_row", (1,), (257, 130))
     yield case("odd_sizes", (3, 7), (11, 5))
-    yield case("one_class", (9,), (8, 1), vanishing=("input", "linear_weight", "linear_bias"))
+    everything = ("input", "linear_weight", "linear_bias")
+    yield case("one_class", (9,), (8, 1), vanishing=everything)
+    yield case("one_class_smooth", (), (128, 1), vanishing=everything, label_smoothing=0.1)
     yield case("chunks", (270,), (5, 4099), ignored=11)  # more rows than logits are made of at once
     yield case(
         "everything",
