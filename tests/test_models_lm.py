@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from model_parity import BART_SIZES, check, results, sharpened
+from model_parity import BART_SIZES, check, errors, results, sharpened
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -142,9 +142,9 @@ def test_fused_is_eager(kind: Kind, kernels: str, side: str) -> None:
     model = kind.build("reference")
     run = task(kind, batch(kind, left=side == "left"))
     exact = results(copy.deepcopy(model).double(), run)
-    eager = results(model, run)
+    eager, others = results(model, run), errors(model, run, exact)
     model.kernels = kernels
-    check(results(model, run), eager, exact, sum(LENGTHS))
+    check(results(model, run), eager, exact, sum(LENGTHS), others)
 
 
 @ALL
@@ -166,9 +166,9 @@ def test_the_loss(kind: Kind) -> None:
         return logits, loss
 
     exact = results(copy.deepcopy(model).double(), run)
-    eager = results(model, run)
+    eager, others = results(model, run), errors(model, run, exact)
     model.kernels = "fused"
-    check(results(model, run), eager, exact, sum(LENGTHS))
+    check(results(model, run), eager, exact, sum(LENGTHS), others)
 
 
 @FOUR

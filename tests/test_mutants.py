@@ -141,6 +141,7 @@ GRADIENTS_BF16 = (
     functools.partial(attend_backward, BF16, 140, 20),  # queries that see nothing
     functools.partial(attend_backward, BF16, 37, 53, 8),
     functools.partial(attend_backward, BF16, 37, 53, 9),
+    lambda: attend_backward(BF16, 70, 100, mask=torch.rand(70, 100) < 0.7),
     functools.partial(attend_packed, BF16),
 )
 BIAS_BF16 = (
@@ -205,6 +206,11 @@ HARMLESS: dict[tuple[str, ...], str] = {
     ("const bool inside = first_row", "loosened"): "a warp more, whose sums nobody stores",
     ("return typename Right::Lines", "lt loosened"): "line 32 of 64, where lines are below 32",
     ("c < cols; c += 4", "loosened"): "columns more, which are zeros",
+    ("i < Rows * Cols", "gt loosened"): "no thread begins so far behind",
+    (
+        "i < Rows * Cols",
+        "lt loosened",
+    ): "an element behind the tile, which the same thread copies next if it is read",
     (
         "attention_forward_f32",
         "copies of all",

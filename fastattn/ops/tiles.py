@@ -85,3 +85,49 @@ def stop_if(bad):
 def tanh(x):
     """To an absolute error of a few roundings of 1."""
     return 2 / (1 + tl.exp2(x * -2.885390081777927)) - 1
+
+
+@triton.jit
+def product(
+    total, left, right, left_strides, right_strides, row, col, rows, cols, depth,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """total + left [rows, depth] right [depth, cols], of the rows and columns given."""
+    if left.dtype.element_ty == tl.float32:
+        # The rounding errors of one long chain of sums would grow with the depth.
+        for start in range(0, depth, 8 * DEPTH):
+            part = tl.zeros(total.shape, tl.float32)
+            total += _span(
+                part, left, right, left_strides, right_strides, row, col, rows, cols, start,
+                tl.minimum(depth, start + 8 * DEPTH), DEPTH,
+            )  # fmt: skip
+    else:
+        total = _span(
+            total, left, right, left_strides, right_strides, row, col, rows, cols, 0, depth, DEPTH
+        )
+    return total
+
+
+@triton.jit
+def _span(
+    total, left, right, left_strides, right_strides, row, col, rows, cols, start, end,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The same, of depths [start, end)."""
+    across = row.to(tl.int64)[:, None] * left_strides[0]
+    down = col.to(tl.int64)[None, :] * right_strides[1]
+    for first in range(start, end, DEPTH):
+        at = (first + tl.arange(0, DEPTH)).to(tl.int64)
+        inside = at < end
+        a = tl.load(
+            left + across + at[None, :] * left_strides[1],
+            (row < rows)[:, None] & inside[None, :],
+            0,
+        )
+        b = tl.load(
+            right + down + at[:, None] * right_strides[0],
+            inside[:, None] & (col < cols)[None, :],
+            0,
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total

@@ -66,52 +66,6 @@ def _places(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
-def _product(
-    total, left, right, left_strides, right_strides, row, col, rows, cols, depth,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """total + left [rows, depth] right [depth, cols], of the rows and columns given."""
-    if left.dtype.element_ty == tl.float32:
-        # The rounding errors of one long chain of sums would grow with the depth.
-        for start in range(0, depth, 8 * DEPTH):
-            part = tl.zeros(total.shape, tl.float32)
-            total += _span(
-                part, left, right, left_strides, right_strides, row, col, rows, cols, start,
-                tl.minimum(depth, start + 8 * DEPTH), DEPTH,
-            )  # fmt: skip
-    else:
-        total = _span(
-            total, left, right, left_strides, right_strides, row, col, rows, cols, 0, depth, DEPTH
-        )
-    return total
-
-
-@triton.jit
-def _span(
-    total, left, right, left_strides, right_strides, row, col, rows, cols, start, end,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """The same, of depths [start, end)."""
-    across = row.to(tl.int64)[:, None] * left_strides[0]
-    down = col.to(tl.int64)[None, :] * right_strides[1]
-    for first in range(start, end, DEPTH):
-        at = (first + tl.arange(0, DEPTH)).to(tl.int64)
-        inside = at < end
-        a = tl.load(
-            left + across + at[None, :] * left_strides[1],
-            (row < rows)[:, None] & inside[None, :],
-            0,
-        )
-        b = tl.load(
-            right + down + at[:, None] * right_strides[0],
-            inside[:, None] & (col < cols)[None, :],
-            0,
-        )
-        total = tl.dot(a, b, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
 def _add_bias(total, bias, col, cols):
     if bias is not None:
         total += tl.load(bias + col, col < cols, 0).to(tl.float32)[None, :]
@@ -138,7 +92,7 @@ def ffn_forward(
     """
     row, col = _places(rows, cols, ROWS, COLS, GROUP)
     total = tl.zeros([ROWS, COLS], tl.float32)
-    total = _product(
+    total = tiles.product(
         total, input, weight, input_strides, weight_strides, row, col, rows, cols, depth, DEPTH
     )
     total = _add_bias(total, bias, col, cols)
@@ -147,7 +101,7 @@ def ffn_forward(
         total, _ = _activate(total, ACTIVATION)
     else:
         other = tl.zeros([ROWS, COLS], tl.float32)
-        other = _product(
+        other = tiles.product(
             other, input, gate_weight, input_strides, weight_strides, row, col, rows, cols, depth,
             DEPTH,
         )  # fmt: skip
@@ -166,11 +120,11 @@ def ffn_product(
     """out [rows, cols] = left right, and with others, laid out alike, + other_left other_right."""
     row, col = _places(rows, cols, ROWS, COLS, GROUP)
     total = tl.zeros([ROWS, COLS], tl.float32)
-    total = _product(
+    total = tiles.product(
         total, left, right, left_strides, right_strides, row, col, rows, cols, depth, DEPTH
     )
     if other_left is not None:
-        total = _product(
+        total = tiles.product(
             total, other_left, other_right, left_strides, right_strides, row, col, rows, cols,
             depth, DEPTH,
         )  # fmt: skip
