@@ -64,11 +64,12 @@ def errors(
     a rounding one a hundred times as large here and there, so that one draw says little.
     """
     found = dict.fromkeys(exact, 0.0)
+    generator = torch.Generator().manual_seed(0)  # not the one that `results` sets anew
     for _ in range(draws):
         other = copy.deepcopy(model)
         with torch.no_grad():
             for parameter in other.parameters():
-                toward = torch.randint(-1, 2, parameter.shape) * torch.inf
+                toward = torch.randint(-1, 2, parameter.shape, generator=generator) * torch.inf
                 moved = torch.nextafter(parameter, toward.to(parameter))
                 parameter.copy_(torch.where(toward.isnan(), parameter, moved))
         for name, tensor in results(other, run).items():
@@ -86,7 +87,7 @@ def check(
 ) -> None:
     """The error rule against eager PyTorch; `terms` tokens add to a gradient.
 
-    `others` are errors that eager may make beside those seen here.
+    `others` are errors that eager makes in other draws: twice as large ones are allowed too.
     """
     assert found.keys() == eager.keys() == exact.keys()
     for name, oracle in exact.items():
@@ -95,7 +96,7 @@ def check(
             noise = found[name].to(found["logits"].dtype)  # bf16 under autocast
             assert_vanishes(noise, size, terms=terms, name=name)
         else:
-            extra = (others or {}).get(name, 0.0)
+            extra = (others or {}).get(name, 0.0) * 2 / FACTOR
             assert_close_to_oracle(found[name], eager[name], oracle, FACTOR, name, extra)
 
 
