@@ -130,7 +130,7 @@ void forward(const NormForward& args) {
     };
     const int64_t begin = task * step, end = smaller((task + 1) * step, in.rows);
     if (cols > kShort)
-      each_rows<written>(begin, end, normalize);
+      each_rows<2>(begin, end, normalize);
     else
       each_rows<together>(begin, end, normalize);
     end_stream();

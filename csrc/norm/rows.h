@@ -60,7 +60,7 @@ FASTATTN_INLINE Vec<A> first_lanes(Vec<A> v, Count count) {
 // Columns of a row that stay in the first-level cache while they are read several times.
 constexpr int64_t kChunk = 4096;
 static_assert(kChunk % kPhiloxBlock == 0);
-constexpr int64_t kShort = 1024;  // columns of a row of which several stay there
+constexpr int64_t kShort = 1024;  // columns of a row of which four stay there
 
 // Where rows of results go: past the caches if they are too many to be found there. Not so in fresh
 // memory, which the kernel has just zeroed in the caches, nor where several rows are written in
