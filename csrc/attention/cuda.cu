@@ -18,10 +18,10 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   if (work.none(false)) return;
   const int own = work.head / in.group;  // head of keys
   const int lane = lane_index(), q = lane % 4;
-  const int row = static_cast<int>(threadIdx.x / kWarp) * 16;
-  const auto first_row = [&] {  // of this lane, counted anew each time, for registers are few
-    const int thread = ptx::thread_index();
-    return work.first + thread / 32 * 16 + thread % 32 / 4;
+  // Of this warp, and of this lane among all: counted anew each time, for registers are few.
+  const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
+  const auto first_row = [&] {
+    return work.first + row() + ptx::thread_index() % static_cast<int>(kWarp) / 4;
   };
 
   T* memory = reinterpret_cast<T*>(shared_memory);
@@ -49,7 +49,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   const int end =
       min(min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset + in.right,
           sequence.kv_len);
-  const int upper = work.first + row, nearest = upper + sequence.offset - in.left;
+  const int upper = work.first + row();
   const int last =
       upper < sequence.q_len ? min(upper + sequence.offset + in.right + 1, sequence.kv_len) : -more;
 
@@ -76,7 +76,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     const int begin = max(work.first + sequence.offset - in.left, 0) / keys * keys;
     if (begin < end) fetch(begin);
     take_turns();
-    const Left<T, Dim, Tiles::kNarrow> queries(query_tile, row);
+    const Left<T, Dim, Tiles::kNarrow> queries(query_tile, row());
 #pragma unroll
     for (int n = 0; n < Dim / 8; n++)
 #pragma unroll
@@ -92,11 +92,12 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     for (int j = begin; j < end; j += keys, take_turns()) {
       if (j + keys < end) fetch(j + keys);
       const Values tile = value_tile(j / keys % 2);
+      const int nearest = work.first + row() + sequence.offset - in.left;
       if (!careful && !(j < last + more && j + keys > nearest)) continue;
+      const bool whole = in.plain && j >= nearest + more && j + keys <= last;
 
       Accumulator<keys> weights = {};
       multiply_transposed<keys>(weights, queries, key_tile(j / keys % 2), in.head_dim);
-      const bool whole = in.plain && j >= nearest + more && j + keys <= last;
       if (whole) {
 #pragma unroll
         for (int n = 0; n < keys / 8; n++)
@@ -166,7 +167,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   }
   const auto all_outs =
       matrix(out, in.out, sequence.index, work.head, sequence.query, sequence.q_len, in.value_dim);
-  store<false>(all_outs, work.first, sum, query_tile, row);
+  store<false>(all_outs, work.first, sum, query_tile, row());
 }
 
 }  // namespace
