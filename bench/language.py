@@ -34,10 +34,10 @@ def build(case: Generation, *, compiled: bool = False) -> Work:
     return models.raced(
         case,
         made,
-        output(ids),
+        output(case, ids),
         name,
         compiled=compiled,
-        **measures(made["fused"], *ids[:, 1:].shape),
+        **measures(made["fused"], case),
     )
 
 
@@ -66,7 +66,7 @@ def gpt2_models(case: Generation) -> dict[str, nn.Module]:
     return share(ours, theirs)
 
 
-def prefill(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+def prefill(case: Generation, ids: Tensor) -> Callable[[nn.Module], Tensor]:
     """Reads a prompt, fills a cache with it and returns the logits [B, V] of the next token."""
     prompt = ids[:, :-1]
 
@@ -79,7 +79,7 @@ def prefill(ids: Tensor) -> Callable[[nn.Module], Tensor]:
     return output
 
 
-def decode(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+def decode(case: Generation, ids: Tensor) -> Callable[[nn.Module], Tensor]:
     """Adds a token to a cache of all others, and takes it away; the logits [B, V] after it."""
     prompt, token = ids[:, :-1], ids[:, -1:]
     length = prompt.shape[1]
@@ -106,17 +106,17 @@ def decode(ids: Tensor) -> Callable[[nn.Module], Tensor]:
     return output
 
 
-def prefill_measures(model: gpt2.GPT2, batch: int, seq: int) -> dict[str, float]:
+def prefill_measures(model: gpt2.GPT2, case: Generation) -> dict[str, float]:
     """The floating-point operations, the product with the head for one token of each row."""
-    width, config = model.config.n_embd, model.config
+    width, seq, config = model.config.n_embd, case.seq, model.config
     per_layer = 2.0 * 12 * width**2 * seq + 4.0 * width * seq * (seq + 1) / 2
-    return {"flops": batch * (config.n_layer * per_layer + 2.0 * width * config.vocab_size)}
+    return {"flops": case.batch * (config.n_layer * per_layer + 2.0 * width * config.vocab_size)}
 
 
-def decode_measures(model: gpt2.GPT2, batch: int, seq: int) -> dict[str, float]:
+def decode_measures(model: gpt2.GPT2, case: Generation) -> dict[str, float]:
     """The bytes of all weights but the positions, and of the cache."""
     weights = sum(p.numel() for p in model.parameters()) - model.transformer["wpe"].weight.numel()
-    cached = 2 * batch * (seq + 1) * model.config.n_embd * model.config.n_layer
+    cached = 2 * case.batch * (case.seq + 1) * model.config.n_embd * model.config.n_layer
     return {"traffic": float(model.lm_head.weight.element_size() * (weights + cached))}
 
 
@@ -135,28 +135,29 @@ def t5_models(case: Generation) -> dict[str, nn.Module]:
     return share(ours, theirs)
 
 
-def loss(ids: Tensor) -> Callable[[nn.Module], Tensor]:
-    """Reads the first tokens and writes what follows; the mean loss of all that it writes."""
-    read, wanted = ids[:, :-1], ids[:, 1:]
+def loss(case: Generation, ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    """Reads tokens and writes some of them again; the mean loss of all that it writes."""
+    read, written, wanted = ids[:, :-1], ids[:, : case.written], ids[:, 1 : case.written + 1]
 
     def output(model: nn.Module) -> Tensor:
         if isinstance(model, t5.T5):
-            return model.loss(model.states(read, model.remember(read)), wanted)
-        logits = model(input_ids=read, decoder_input_ids=read).logits
+            return model.loss(model.states(written, model.remember(read)), wanted)
+        logits = model(input_ids=read, decoder_input_ids=written).logits
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
     return output
 
 
-def training_measures(model: t5.T5, batch: int, seq: int) -> dict[str, float]:
+def training_measures(model: t5.T5, case: Generation) -> dict[str, float]:
     """The floating-point operations: backward, two products for each, five for attention's two."""
     config = model.config
     inner, width = config.num_heads * config.d_kv, config.d_model
-    ffn = 2 * width * config.d_ff
-    weights = config.num_layers * (4 * width * inner + ffn)  # of the encoder
-    weights += config.num_layers * (8 * width * inner + ffn) + width * config.vocab_size
-    pairs = config.num_layers * (2 * seq**2 + seq * (seq + 1) / 2)
-    return {"flops": batch * (3 * 2.0 * seq * weights + 3.5 * 4 * inner * pairs)}
+    square, ffn = width * inner, 2 * width * config.d_ff
+    read, written = case.seq, case.written
+    products = read * config.num_layers * (6 * square + ffn)  # the decoder's keys and values too
+    products += written * (config.num_layers * (6 * square + ffn) + width * config.vocab_size)
+    pairs = config.num_layers * (read**2 + read * written + written * (written + 1) / 2)
+    return {"flops": case.batch * (3 * 2.0 * products + 3.5 * 4 * inner * pairs)}
 
 
 TASKS = {  # the models, their output and its name, what it costs
