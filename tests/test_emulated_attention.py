@@ -125,6 +125,17 @@ def test_memory_is_moved_whole(head_dim: int, paged: bool) -> None:
 
 
 @in_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_rows_meet_no_bank_twice(dtype: torch.dtype) -> None:
+    """Nor do they when they cannot be moved 16 bytes at a time."""
+    query, *caches = (tensor.to(dtype) for tensor in cached(150, 13, (8, 2)))
+    with device.watching() as reports:
+        attention_decode(query, *caches, cache_seqlens=149)
+    for report in reports:
+        assert report.counters.bank_conflicts == 1, report.counters
+
+
+@in_cuda
 def test_keys_are_read_once_for_all_heads_that_share_them() -> None:
     moved = []
     for heads in (1, 8):

@@ -33,9 +33,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 def pair(transformers: Any, kind: Kind) -> tuple[models.LanguageModel, nn.Module]:
     theirs = lively(kind.build_theirs(transformers))
-    ours = kind.build()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return kind.build_like(theirs), theirs
 
 
 def expected(theirs: nn.Module, kind: Kind, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:

@@ -116,20 +116,32 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
   const auto all_keys = head_of(key_cache, all.cache.key, head, in.head_dim);
   const auto all_values = head_of(value_cache, all.cache.value, head, in.value_dim);
 
+  // The lanes are each in a chunk or, where these are not aligned, in an element.
   const auto copy = [&](const auto& to, const auto& from, const Layout& layout,
                         Cache::Place place) {
     constexpr int chunks = Tile<T, Dim>::kChunks, each = Tile<T, Dim>::kEach;
-#pragma unroll 4
-    for (int i = lane; i < keys * chunks; i += static_cast<int>(kWarp)) {
-      const int row = i / chunks, chunk = i % chunks, col = chunk * each;
+    const auto row_at = [&](int row, bool& there) {
       const Cache::Place at = {__shfl_sync(kAllLanes, place.page, row),
                                __shfl_sync(kAllLanes, place.slot, row)};
-      const int count = at.page >= 0 ? min(max(from.cols - col, 0), each) : 0;
-      const T* source = row_of(from, layout, at) + col * from.col_stride;
-      if (from.aligned)
+      there = at.page >= 0;
+      return row_of(from, layout, at);
+    };
+    bool there;
+    if (from.aligned) {
+#pragma unroll 4
+      for (int i = lane; i < keys * chunks; i += static_cast<int>(kWarp)) {
+        const int row = i / chunks, chunk = i % chunks, col = chunk * each;
+        const T* source = row_at(row, there) + col;
+        const int count = there ? min(max(from.cols - col, 0), each) : 0;
         ptx::copy_async(to.chunk(row, chunk), source, count * static_cast<int>(sizeof(T)));
-      else
-        copy_elements(to.chunk(row, chunk), source, from.col_stride, count);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = lane; i < keys * Dim; i += static_cast<int>(kWarp)) {
+        const int row = i / Dim, col = i % Dim;
+        const T* source = row_at(row, there) + col * from.col_stride;
+        *to.at(row, col) = there && col < from.cols ? *source : T(0.0f);
+      }
     }
   };
   // Each lane knows where one of the keys from j on lies; past the end there is none.
@@ -214,10 +226,12 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
                         sum[n][2 * half + 1]);
   }
   __syncthreads();
-  const int chunks = all.width / 4;
+  // Eight lanes, which take turns with others, are in one row, for two rows share banks.
+  const int chunks = all.width / 4, lanes = (chunks + 7) / 8 * 8;
 #pragma unroll 1
-  for (int i = thread; i < (last - first + 1) * chunks; i += static_cast<int>(blockDim.x)) {
-    const int r = i / chunks, chunk = i % chunks;
+  for (int i = thread; i < (last - first + 1) * lanes; i += static_cast<int>(blockDim.x)) {
+    const int r = i / lanes, chunk = i % lanes;
+    if (chunk >= chunks) continue;
     float top = -kInfinity, weight = 0, values[4] = {};
 #pragma unroll
     for (int w = 0; w < warps; w++) top = fmaxf(top, of_warps[w][r].x);

@@ -50,14 +50,6 @@ struct Matrix {
 // that a lane of an Accumulator has neighbours, two as rows, and four as columns.
 __device__ constexpr int dealt(int row) { return row / 16 * 16 + row % 8 * 2 + row / 8 % 2; }
 
-// Copies a chunk which is not aligned: `count` elements from `from` on, and zeros behind.
-template <class T>
-__device__ void copy_elements(T* to, const T* from, int64_t stride, int count) {
-#pragma unroll 1
-  for (int k = 0; k < static_cast<int>(16 / sizeof(T)); k++, from += stride)
-    to[k] = k < count ? *from : T(0.0f);
-}
-
 // Begins to copy the rows first ... first + Rows to a tile, dealt or in their order, with zeros
 // where the matrix ends. All Threads of the block take part, each in a column of chunks or, where
 // these are not aligned, of elements.
