@@ -128,6 +128,18 @@ def test_other_inputs(transformers: Any, name: str) -> None:
     assert left(report) == own_attention(model) and len(report.rows) > 1
 
 
+def test_writes_of_sounds_what_it_did(transformers: Any) -> None:
+    model, inputs = small(transformers, "WhisperForConditionalGeneration")
+    sounds = inputs["input_features"]
+    ends = {"eos_token_id": 3, "pad_token_id": 1, "decoder_start_token_id": 2}
+    model.generation_config = transformers.GenerationConfig(**ends, max_length=12)
+    write = transformers.GenerationMixin.generate  # Whisper's own asks for the tokens of speech
+    wanted = write(model, sounds, do_sample=False)
+    fastattn.patch(model)
+    assert torch.equal(write(model, sounds, do_sample=False), wanted)
+    assert wanted.unique().numel() > 3
+
+
 def test_the_table(transformers: Any) -> None:
     model = build(transformers, "GPT2LMHeadModel")
     report = fastattn.patch(model)
