@@ -66,8 +66,10 @@ class Walk {
   auto operator()(const View<Pointer>& cache, int64_t head) const {
     return at<T>(cache, head, slot_, 0) + *page_ * cache.stride[0];
   }
-  void next() {
-    if (++slot_ < paging_.size) return;
+  // Positions that this page has left, of which that many may be skipped.
+  int64_t left() const { return paging_.size - slot_; }
+  void skip(int64_t count) {
+    if ((slot_ += count) < paging_.size) return;
     slot_ = 0;
     page_++;
   }
@@ -228,7 +230,12 @@ class DecodeTask {
   void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
             const T** rows) const {
     Walk<T> walk(args_.paging, in_.index, first);
-    for (int64_t j = 0; j < count; j++, walk.next()) rows[j] = walk(cache, key_head_);
+    for (int64_t j = 0; j < count;) {
+      const T* row = walk(cache, key_head_);
+      const int64_t stride = cache.stride[2], end = smaller(count, j + walk.left());
+      walk.skip(end - j);
+      for (; j < end; j++, row += stride) rows[j] = row;
+    }
     if (cache.stride[3] != 1) {
       T* copy = scratch.take<T>(count * cols);
       for (int64_t j = 0; j < count; j++) {
@@ -346,7 +353,7 @@ void append(const AttentionAppend& args) {
       for (int64_t b = 0; b < args.batch; b++) {
         Walk<T> walk(args.paging, b, args.lengths[b]);
         const Source key = sequence(args.key, b, 0), value = sequence(args.value, b, 0);
-        for (int64_t j = 0; j < args.new_len; j++, walk.next()) {
+        for (int64_t j = 0; j < args.new_len; j++, walk.skip(1)) {
           Scratch angles;
           load_row(row, at<T>(key, h, j, 0), key.stride[3], args.head_dim);
           Rotation<A>(args.rotary, angles, args.lengths[b] + j).turn(row);
