@@ -165,7 +165,9 @@ def _refusals(
     tensors: tuple[torch.Tensor | None, ...],
 ) -> list[str]:
     """The reasons in the library, `missing` if any, in the tensors, and in where a call stands."""
-    reasons = [missing] if missing else []
+    reasons = transforms()
+    if missing:
+        reasons.append(missing)
     for tensor in tensors:
         if tensor is None:
             continue
@@ -175,7 +177,7 @@ def _refusals(
         if tensor.dtype not in dtypes:
             reasons.append(f"dtype {tensor.dtype} has no {language} kernel")
             break
-    return reasons + transforms()
+    return reasons
 
 
 def transforms() -> list[str]:
@@ -215,18 +217,15 @@ def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
 def kernel_for(op: Op, args: tuple[Any, ...]) -> str:
     """The name of the kernel that `choose` gives, logged where it says something new."""
     choice = choose(op, args)
+    kernel, refused = choice
     if torch.compiler.is_compiling():
-        return choice.kernel
+        return kernel
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: %s", op.name, choice)
-    elif (
-        choice.kernel == "reference"
-        and choice.refused
-        and (op.name, text := str(choice)) not in _told
-    ):
+    elif refused and kernel == "reference" and (op.name, text := str(choice)) not in _told:
         _told.add((op.name, text))
         log.warning("%s falls back: %s", op.name, text)
-    return choice.kernel
+    return kernel
 
 
 def backward_in_triton(op: Op, args: tuple[Any, ...]) -> bool:

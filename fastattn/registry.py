@@ -37,6 +37,7 @@ class Op:
     differentiable: int  # the leading outputs that carry a gradient
     keep: tuple[int, ...]  # the outputs that the derivative reads
     backward_arguments: Callable[..., tuple]
+    tensors: int = field(init=False)  # the leading arguments that are tensors or None: all of them
     compiled: TorchOps = field(init=False)  # C++, on the CPU and on a GPU
     triton: TorchOps | None = field(init=False)
     cuda_backward: bool = field(init=False)  # whether the library has it for a GPU
@@ -51,8 +52,8 @@ class Op:
             return self.reference(*args)[: self.differentiable]
         ops = self.triton if kernel in TRITON else self.compiled
         if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            for tensor in args[: self.tensors]:
+                if tensor is not None and tensor.requires_grad:
                     if torch.compiler.is_compiling():
                         args = _distinct(args)
                     return ops.function.apply(*args)
@@ -127,8 +128,11 @@ def op(
             "triton", (imported(module, f"{name}_fwd"), imported(module, f"{name}_bwd"))
         )
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    compiled = define("", (reference, reference_backward))
+    arguments = compiled.forward._schema.arguments
     for attribute, value in (
-        ("compiled", define("", (reference, reference_backward))),
+        ("tensors", sum("Tensor" in str(argument.type) for argument in arguments)),
+        ("compiled", compiled),
         ("triton", triton),
         ("cuda_backward", has_kernel(f"fastattn::{name}_bwd", "CUDA")),
     ):

@@ -64,7 +64,7 @@ class Kind(NamedTuple):
         return sharpened(kind(kind.config_class(**settings)), self.scale)
 
     def build_like(self, theirs: nn.Module) -> models.LanguageModel:
-        """Ours with their weights, tied as theirs are: T5's in transformers 5 whatever its config."""
+        """Ours with their weights, tied as theirs are: T5 in transformers 5 is in any case."""
         tied = "tie_word_embeddings"
         model = self.build(**{tied: getattr(theirs.config, tied)} if tied in self.own else {})
         model.load_state_dict(theirs.state_dict())
