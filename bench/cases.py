@@ -507,6 +507,8 @@ CASES: tuple[Case, ...] = (
     Norm(kind="layer_norm", rows=8192, cols=64, backward=True),
     Norm(kind="layer_norm", rows=64, cols=16384, backward=True),
     Norm(kind="layer_norm", rows=128, cols=768),
+    Norm(kind="layer_norm", rows=512, cols=768),
+    Norm(kind="layer_norm", rows=512, cols=768, backward=True),
     Norm(kind="layer_norm", rows=4096, cols=4096, quick=True),
     Norm(kind="layer_norm", rows=4096, cols=4096, backward=True),
     Norm(kind="rms_norm", rows=1, cols=16384),
