@@ -9,11 +9,10 @@ namespace {
 // Keys of a task. It depends on nothing, so that a sequence's sums depend on no other sequence and
 // on no number of threads.
 constexpr int64_t kSplit = 256;
-// A tile of queries and keys has so many scores, each a vector of sums: some half of the registers.
+// Vectors of sums in registers, of which there are some twice as many, and keys of a tile.
 constexpr int kTile = FASTATTN_LANES == 8 ? 8 : 16;
-constexpr int kTileRows = kTile / 4;  // queries that share a load of a key
+constexpr int kTileRows = 4;  // that share a load of a key or value
 static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
-constexpr int64_t kAhead = kTile;  // keys between a prefetch and its use
 
 template <class A, class T>
 void store_row(T* to, int64_t stride, const A* from, int64_t count) {
@@ -91,11 +90,14 @@ struct Part {
 };
 
 // One sequence and one key head, whose rows are the queries of all heads that share it.
+//
+// A tile takes a key from each of kTile equal parts of a split: of n tiles, tile t has the keys t,
+// t + n, t + 2 n ... A processor fetches ahead by itself what is read in order, as long as it is
+// read at one place of a page of memory and not at several that lie next to each other; and of
+// several such streams, each on pages of its own, it fetches more than of one.
 template <class T>
 class DecodeTask {
   using A = Acc<T>;
-
-  static constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
 
  public:
   DecodeTask(const AttentionDecode& args, int64_t n, int64_t key_head)
@@ -116,25 +118,22 @@ class DecodeTask {
   void run(int64_t split, Part<A> part) const {
     const int64_t block = (seen_.first / kSplit + split) * kSplit;
     const int64_t first = larger(seen_.first, block), end = smaller(seen_.end, block + kSplit);
-    const int64_t count = end - first, padded = round_up(count, kTile);
+    const int64_t count = end - first, tiles = ceil_div(count, kTile);
     Scratch scratch;
-    const T** keys = scratch.take<const T*>(kSplit + kAhead);
-    const T** values = scratch.take<const T*>(kSplit + kAhead);
+    const T** keys = scratch.take<const T*>(kSplit);
+    const T** values = scratch.take<const T*>(kSplit);
     find(scratch, args_.key_cache, in_.head_dim, first, count, keys);
     find(scratch, args_.value_cache, in_.value_dim, first, count, values);
-    std::memcpy(keys + padded, values, kAhead * sizeof(*values));  // to be fetched after the keys
     A* query = scratch.take<A>(rows_ * width_);
     load_queries(scratch, query);
     A* weights = scratch.take<A>(rows_ * kSplit);
-    for (int64_t c = 0; c < padded; c += kTile) {
-      each_tile([&](int64_t r, auto rows) {
-        for (int64_t k = c; k < c + kTile; k += kTile / rows)
-          dots<rows>(query + r * width_, keys + k, weights + r * kSplit + k);
+    for (int64_t t = 0; t < tiles; t++)
+      each_rows([&](int64_t r, auto rows) {
+        dots<rows>(query + r * width_, keys + t * kTile, weights + r * kSplit + t, tiles);
       });
-    }
     for (int64_t r = 0; r < rows_; r++) {
       A* row = weights + r * kSplit;
-      const int64_t width = round_up(padded, lanes<A>);
+      const int64_t width = round_up(tiles * kTile, lanes<A>);
       const Scores<A> scores(in_, head(r));
       scores.finish(row, r % in_.q_len, first, count, width, nullptr);
       part.row_max[r] = minus_infinity<A>;
@@ -144,17 +143,16 @@ class DecodeTask {
     // What every row sees takes the fast path; elsewhere a weight of zero hides its value.
     const int64_t shared_first = visible_keys(in_, in_.q_len - 1).first - first;
     const int64_t shared_end = smaller(visible_keys(in_, 0).end - first, count);
-    for (int64_t c = 0; c < padded; c += kTile) {
-      const bool shared = c >= shared_first && c + kTile <= shared_end;
-      each_tile([&](int64_t r, auto rows) {
-        for (int64_t k = c; k < c + kTile; k += kTile / rows) {
-          const A* weight = weights + r * kSplit + k;
-          A* out = part.out + r * value_width_;
-          if (shared) {
-            add_values<rows>(weight, values + k, out);
-          } else {
-            add_seen_values<rows>(weight, values + k, out);
-          }
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t last = t + (count - 1 - t) / tiles * tiles;
+      const bool shared = t >= shared_first && last < shared_end;
+      each_rows([&](int64_t r, auto rows) {
+        const A* weight = weights + r * kSplit + t;
+        A* out = part.out + r * value_width_;
+        if (shared) {
+          add_values<rows>(weight, tiles, values + t * kTile, out);
+        } else {
+          add_seen_values<rows>(weight, tiles, values + t * kTile, out);
         }
       });
     }
@@ -198,16 +196,17 @@ class DecodeTask {
  private:
   int64_t head(int64_t r) const { return key_head_ * group_ + r / in_.q_len; }
 
-  // Calls f(first row, number of rows as a constant) for tiles of rows.
+  // Calls f(first row, number of rows as a constant) until all rows have been.
   template <class F>
-  void each_tile(const F& f) const {
+  void each_rows(const F& f) const {
     int64_t r = 0;
-    for (; r + kTileRows <= rows_; r += kTileRows) f(r, std::integral_constant<int, kTileRows>{});
-    if (kTileRows > 2 && r + 2 <= rows_) {
-      f(r, std::integral_constant<int, 2>{});
-      r += 2;
-    }
-    if (r < rows_) f(r, std::integral_constant<int, 1>{});
+    const auto call = [&](auto rows) {
+      f(r, rows);
+      r += rows;
+    };
+    while (r + kTileRows <= rows_) call(std::integral_constant<int, kTileRows>{});
+    if (r + 2 <= rows_) call(std::integral_constant<int, 2>{});
+    if (r < rows_) call(std::integral_constant<int, 1>{});
   }
 
   void load_queries(Scratch& scratch, A* to) const {
@@ -225,84 +224,112 @@ class DecodeTask {
     }
   }
 
-  // The rows at `count` positions of a cache, the last again beyond them. Only rows whose
-  // elements lie apart are copied.
+  // The rows at `count` positions of a cache in the order of tiles, and zeros where the last tiles
+  // have none. Only rows that are no whole vectors are copied.
   void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
             const T** rows) const {
+    const int64_t tiles = ceil_div(count, kTile), step = cache.stride[3];
+    const int64_t width = round_up(cols, lanes<A>);
+    int64_t tile = 0, place = 0;
+    const auto add = [&](const T* row) {
+      rows[tile * kTile + place] = row;
+      if (++tile < tiles) return;
+      tile = 0;
+      place++;
+    };
+    const auto padded = [&](T* to, const T* from, int64_t there) {
+      for (int64_t c = 0; c < there; c++) to[c] = from[c * step];
+      std::memset(static_cast<void*>(to + there), 0,
+                  static_cast<size_t>(width - there) * sizeof(T));
+      return to;
+    };
+    const bool whole = step == 1 && width == cols;
+    T* copy = whole ? nullptr : scratch.take<T>(count * width);
     Walk<T> walk(args_.paging, in_.index, first);
     for (int64_t j = 0; j < count;) {
       const T* row = walk(cache, key_head_);
-      const int64_t stride = cache.stride[2], end = smaller(count, j + walk.left());
+      const int64_t end = smaller(count, j + walk.left());
       walk.skip(end - j);
-      for (; j < end; j++, row += stride) rows[j] = row;
+      for (; j < end; j++, row += cache.stride[2])
+        add(whole ? row : padded(copy + j * width, row, cols));
     }
-    if (cache.stride[3] != 1) {
-      T* copy = scratch.take<T>(count * cols);
-      for (int64_t j = 0; j < count; j++) {
-        for (int64_t c = 0; c < cols; c++) copy[j * cols + c] = rows[j][c * cache.stride[3]];
-        rows[j] = copy + j * cols;
-      }
-    }
-    for (int64_t j = count; j < kSplit + kAhead; j++) rows[j] = rows[count - 1];
+    if (place == kTile) return;
+    const T* zeros = padded(scratch.take<T>(width), nullptr, 0);
+    while (place < kTile) add(zeros);
   }
 
+  // The products with the keys of a tile, which are to lie `apart`.
   template <int Rows>
-  void dots(const A* query, const T* const* keys, A* to) const {
+  void dots(const A* query, const T* const* keys, A* to, int64_t apart) const {
     constexpr int count = kTile / Rows;
     const int64_t width = width_;
-    Vec<A> sums[kTile] = {};
-    each_vector<A>(in_.head_dim, [&](int64_t d, auto n) {
-      Vec<A> row[Rows];
+    for (int first = 0; first < kTile; first += count) {
+      Vec<A> sums[kTile] = {};
+      for (int64_t d = 0; d < width; d += lanes<A>) {
+        Vec<A> row[Rows];
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
+        for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
 #pragma GCC unroll 16
-      for (int k = 0; k < count; k++) {
-        const Vec<A> key = load_count<A>(keys[k] + d, n);
-        if (d % kLine == 0) __builtin_prefetch(keys[k + kAhead] + d);
+        for (int k = 0; k < count; k++) {
+          const Vec<A> key = load<A>(keys[first + k] + d);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
+          for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
+        }
       }
-    });
-    A totals[kTile];
-    sum_each(sums, totals);
-    for (int r = 0; r < Rows; r++)
-      std::memcpy(to + r * kSplit, totals + r * count, count * sizeof(A));
+      A totals[kTile];
+      sum_each(sums, totals);
+      for (int r = 0; r < Rows; r++)
+        for (int k = 0; k < count; k++)
+          to[r * kSplit + (first + k) * apart] = totals[r * count + k];
+    }
   }
 
+  // Adds the values of a tile, whose weights lie `apart`.
   template <int Rows>
-  void add_values(const A* weights, const T* const* values, A* out) const {
-    constexpr int count = kTile / Rows;
-    const int64_t width = value_width_;
-    A weight[kTile];
+  void add_values(const A* weights, int64_t apart, const T* const* values, A* out) const {
+    constexpr int vecs = kTile / (Rows == 1 ? 4 : Rows);
+    A weight[Rows][kTile];
     for (int r = 0; r < Rows; r++)
-      std::memcpy(weight + r * count, weights + r * kSplit, count * sizeof(A));
-    each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {
-      Vec<A> sums[Rows];
+      for (int k = 0; k < kTile; k++) weight[r][k] = weights[r * kSplit + k * apart];
+    int64_t d = 0;
+    for (; d + vecs * lanes<A> <= value_width_; d += vecs * lanes<A>)
+      add_columns<Rows, vecs>(weight, values, d, out + d);
+    for (; d < value_width_; d += lanes<A>) add_columns<Rows, 1>(weight, values, d, out + d);
+  }
+  template <int Rows, int Vecs>
+  FASTATTN_INLINE void add_columns(const A (&weight)[Rows][kTile], const T* const* values,
+                                   int64_t d, A* out) const {
+    const int64_t width = value_width_;
+    Vec<A> sums[Rows][Vecs];
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) sums[r] = load<A>(out + r * width + d);
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vecs; v++) sums[r][v] = load<A>(out + r * width + v * lanes<A>);
 #pragma GCC unroll 16
-      for (int k = 0; k < count; k++) {
-        const Vec<A> value = load_count<A>(values[k] + d, n);
-        if (d % kLine == 0) __builtin_prefetch(values[k + kAhead] + d);
+    for (int k = 0; k < kTile; k++)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vecs; v++) {
+        const Vec<A> value = load<A>(values[k] + d + v * lanes<A>);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) sums[r] += weight[r * count + k] * value;
+        for (int r = 0; r < Rows; r++) sums[r][v] += weight[r][k] * value;
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) store(out + r * width + d, sums[r]);
-    });
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vecs; v++) store(out + r * width + v * lanes<A>, sums[r][v]);
   }
 
   // The same where a row may not see a key, whose value may be NaN.
   template <int Rows>
-  void add_seen_values(const A* weights, const T* const* values, A* out) const {
+  void add_seen_values(const A* weights, int64_t apart, const T* const* values, A* out) const {
     for (int r = 0; r < Rows; r++)
-      for (int k = 0; k < kTile / Rows; k++) {
-        const A weight = weights[r * kSplit + k];
+      for (int k = 0; k < kTile; k++) {
+        const A weight = weights[r * kSplit + k * apart];
         if (weight == 0) continue;
-        each_vector<A>(in_.value_dim, [&](int64_t d, auto n) {
+        for (int64_t d = 0; d < value_width_; d += lanes<A>) {
           A* to = out + r * value_width_ + d;
-          store(to, load<A>(to) + weight * load_count<A>(values[k] + d, n));
-        });
+          store(to, load<A>(to) + weight * load<A>(values[k] + d));
+        }
       }
   }
 

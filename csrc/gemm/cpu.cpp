@@ -18,10 +18,9 @@ struct Product {
   int64_t count;  // of weights
   Finish<A> finish;
 
-  // Tasks that are worth their start, and enough of them to even out threads of unequal speed.
-  int64_t tasks(int64_t most) const {
-    constexpr int64_t worth = 500'000;  // multiply-adds
-    const int64_t work = rows * cols * larger(depth, 1) / worth;
+  // Tasks that are worth their start when `work` would be, and enough of them to even out threads
+  // of unequal speed.
+  static int64_t tasks(int64_t work, int64_t most) {
     return larger(1, smaller(smaller(most, work), int64_t{32} * thread_count()));
   }
 };
@@ -49,7 +48,8 @@ class TiledProduct {
     blocks_ = ceil_div(packed_.rows, block_rows_);
     spans_ = larger(1, ceil_div(in_.depth, kSpan));
     groups_ = ceil_div(placed_.rows, kGroup);
-    ranges_ = smaller(groups_, ceil_div(in_.tasks(groups_ * blocks_), blocks_));
+    const int64_t work = in_.rows * in_.cols * larger(in_.depth, 1) / kWorth;
+    ranges_ = smaller(groups_, ceil_div(in_.tasks(work, groups_ * blocks_), blocks_));
     ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
   }
 
@@ -93,6 +93,7 @@ class TiledProduct {
   static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
+  static constexpr int64_t kWorth = 500'000;  // multiply-adds for which a thread is started
   static_assert(kGroup % lanes<A> == 0);
 
   struct Side {
@@ -227,34 +228,38 @@ class TiledProduct {
   int64_t block_rows_, blocks_, spans_, groups_, ranges_;
 };
 
-// Up to Count rows of A against rows of a weight that are vectors along depth: the weight streams
-// through once.
-template <class A, class T, int Count>
+// Up to Count * Passes rows of A against rows of a weight that are vectors along depth: the weight
+// streams through once. Rows that are read at the same time lie apart, on different pages of
+// memory: a processor fetches ahead by itself, one stream in each page, and more of several streams
+// than of one.
+template <class A, class T, int Count, int Passes = 1>
 class DotProduct {
  public:
   explicit DotProduct(const Product<A, T>& product)
       : in_(product), padded_(round_up(in_.depth, lanes<A>)) {
     groups_ = ceil_div(in_.cols, kGroup);
-    ranges_ = in_.tasks(groups_);
+    ranges_ = in_.tasks(in_.cols * in_.depth / kWorth, groups_);
   }
 
   void run() const {
     workers(ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
-      A* rows = scratch.take<A>(Count * padded_);
-      A* block = scratch.take<A>(2 * Count * kGroup);
-      A* const blocks[2] = {block, block + (in_.count - 1) * Count * kGroup};
+      A* rows = scratch.take<A>(kRows * padded_);
+      A* block = scratch.take<A>(2 * kRows * kGroup);
+      A* const blocks[2] = {block, block + (in_.count - 1) * kRows * kGroup};
       widen(rows);
       for (int64_t task; queue.next(task);) {
         const int64_t end = (task + 1) * groups_ / ranges_;
         for (int64_t group = task * groups_ / ranges_; group < end; group++) {
           const int64_t col = group * kGroup, cols = smaller(kGroup, in_.cols - col);
+          const int64_t apart = cols / kWeights;
           for (int64_t w = 0; w < in_.count; w++) {
-            int64_t j = 0;
-            A* to = block + w * Count * kGroup;
-            for (; j + kWeights <= cols; j += kWeights)
-              dot<kWeights>(rows, in_.weights[w].from(col + j, 0), to + j);
-            for (; j < cols; j++) dot<1>(rows, in_.weights[w].from(col + j, 0), to + j);
+            const Operand<T> weight = in_.weights[w].from(col, 0);
+            A* to = block + w * kRows * kGroup;
+            for (int64_t j = 0; j < apart; j++)
+              dot<kWeights>(rows, weight.from(j, 0), apart, to + j);
+            for (int64_t j = apart * kWeights; j < cols; j++)
+              dot<1>(rows, weight.from(j, 0), 0, to + j);
           }
           in_.finish.call(in_.finish.body, {0, col, in_.rows, cols, kGroup}, blocks);
         }
@@ -263,13 +268,15 @@ class DotProduct {
   }
 
  private:
-  static constexpr int64_t kGroup = 2 * Tile<A>::sums;
-  static constexpr int kWeights = Count == 1 ? 4 : Tile<A>::sums / Count;
+  static constexpr int64_t kRows = Count * Passes;
+  static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
+  static constexpr int64_t kGroup = 8 * kWeights;
   static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
-  static constexpr int64_t kLine = 64 / sizeof(T);  // of the cache
+  static constexpr int64_t kWorth = 65'536;  // elements of a weight for which a thread is started
+  static_assert(kGroup % lanes<A> == 0);
 
   void widen(A* to) const {
-    for (int64_t i = 0; i < Count; i++)
+    for (int64_t i = 0; i < kRows; i++)
       for (int64_t k = 0; k < padded_; k += lanes<A>) {
         Vec<A> x{};
         for (int64_t j = 0; i < in_.rows && j < smaller(lanes<A>, in_.depth - k); j++)
@@ -278,38 +285,35 @@ class DotProduct {
       }
   }
 
-  // to[i * kGroup + j] = row i of A times row j of the weight, for j < Weights. What was summed
-  // over kChain is added to the sum of the others: an error grows with the length of a chain.
+  // to[i * kGroup + j * apart] = row i of A times row j * apart of the weight, for j < Weights.
+  // What was summed over kChain is added to the sum of the others: an error grows with a chain's
+  // length.
   template <int Weights>
-  void dot(const A* rows, Operand<T> weight, A* to) const {
-    Vec<A> total[Count][Weights] = {};
-    for (int64_t start = 0; start < in_.depth; start += kChain) {
-      Vec<A> sums[Count][Weights] = {};
-      each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
-        const int64_t k = start + offset;
-        Vec<A> factor[Weights];
+  void dot(const A* rows, Operand<T> weight, int64_t apart, A* to) const {
+    Vec<A> total[kRows][Weights] = {};
+    for (int64_t start = 0; start < in_.depth; start += kChain)
+      for (int64_t pass = 0; pass < kRows; pass += Count) {
+        Vec<A> sums[Count][Weights] = {};
+        each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
+          const int64_t k = start + offset;
+          Vec<A> factor[Weights];
 #pragma GCC unroll 16
-        for (int j = 0; j < Weights; j++) {
-          factor[j] = load_count<A>(weight.data + j * weight.outer + k, n);
-          if (k % kLine == 0)  // of the next rows
-            __builtin_prefetch(weight.data + (j + Weights) * weight.outer + k);
-        }
+          for (int j = 0; j < Weights; j++)
+            factor[j] = load_count<A>(weight.data + j * apart * weight.outer + k, n);
 #pragma GCC unroll 16
-        for (int i = 0; i < Count; i++) {
-          const Vec<A> x = load<A>(rows + i * padded_ + k);
+          for (int i = 0; i < Count; i++) {
+            const Vec<A> x = load<A>(rows + (pass + i) * padded_ + k);
 #pragma GCC unroll 16
-          for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
-        }
-      });
+            for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
+          }
+        });
 #pragma GCC unroll 16
-      for (int i = 0; i < Count; i++)
+        for (int i = 0; i < Count; i++)
 #pragma GCC unroll 16
-        for (int j = 0; j < Weights; j++) total[i][j] += sums[i][j];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < Count; i++)
-#pragma GCC unroll 16
-      for (int j = 0; j < Weights; j++) to[i * kGroup + j] = sum<A>(total[i][j]);
+          for (int j = 0; j < Weights; j++) total[pass + i][j] += sums[i][j];
+      }
+    for (int i = 0; i < kRows; i++)
+      for (int j = 0; j < Weights; j++) to[i * kGroup + j * apart] = sum<A>(total[i][j]);
   }
 
   const Product<A, T>& in_;
@@ -326,7 +330,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
   const Product<A, T> product{
       rows, cols, depth, a, {weights.begin()[0], weights.begin()[count - 1]}, count, finish};
   if (weights.begin()->inner != 1 || rows > 8) return TiledProduct<A, T>(product).run();
-  if (rows > 4) return DotProduct<A, T, 8>(product).run();
+  if (rows > 4) return DotProduct<A, T, 4, 2>(product).run();
   if (rows > 2) return DotProduct<A, T, 4>(product).run();
   if (rows > 1) return DotProduct<A, T, 2>(product).run();
   return DotProduct<A, T, 1>(product).run();
