@@ -16,22 +16,20 @@ from fastattn.ops.attention import arguments, reference
 PAGES = "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 
 
-def _refusals(*args: Any) -> list[str]:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    reasons = dispatch.cpu_refusals(*floating)
-    if any(0 in tensor.shape for tensor in tensors):
-        reasons.append("a tensor is empty")
-    return reasons
+def _empty(*args: Any) -> list[str]:
+    if any([isinstance(arg, Tensor) and 0 in arg.shape for arg in args]):
+        return ["a tensor is empty"]
+    return []
+
+
+def _refusals(first: Tensor, *rest: Any) -> list[str]:
+    # The others are on its device. They have its dtype or another that the kernels take.
+    return dispatch.cpu_refusals(first) + _empty(first, *rest)
 
 
 def _gpu_refusals(common: Callable[..., list[str]], *args: Any) -> list[str]:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    of_heads = [tensor for tensor in tensors if tensor.dim() == 4]
-    reasons = common(*of_heads)
-    if any(0 in tensor.shape for tensor in tensors):
-        reasons.append("a tensor is empty")
-    return reasons + arguments.too_wide(128, 256, *of_heads)
+    of_heads = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]
+    return common(*of_heads) + _empty(*args) + arguments.too_wide(128, 256, *of_heads)
 
 
 def decode_shapes(
@@ -73,12 +71,15 @@ DECODE = registry.inference_op(
 
 def _check_sizes(name: str, tensor: Tensor, sizes: tuple[int | None, ...], words: str) -> None:
     """Four dimensions of the sizes given; None is any."""
-    fits = tensor.dim() == 4 and all(
-        size is None or size == own for size, own in zip(sizes, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = ["any" if size is None else size for size in sizes]
-        raise ValueError(f"{name} must be {words} = {wanted}, got {list(tensor.shape)}")
+    shape = tensor.shape
+    if len(shape) == 4:
+        for size, own in zip(sizes, shape, strict=True):
+            if size is not None and size != own:
+                break
+        else:
+            return
+    wanted = ["any" if size is None else size for size in sizes]
+    raise ValueError(f"{name} must be {words} = {wanted}, got {list(shape)}")
 
 
 def _check_integers(name: str, tensor: Tensor, query: Tensor, words: str, *sizes: int) -> None:
@@ -210,7 +211,9 @@ def _split_args(
             length = None if name == "key" or key.dim() != 4 else key.shape[2]
             sizes = (batch, kv_heads, length, cache.shape[3])
             _check_sizes(name, tensor, sizes, "(B, Hkv, new keys, D)")
-            if any(n > 1 and s == 0 for n, s in zip(cache.shape, cache.stride(), strict=True)):
+            if 0 in cache.stride() and any(
+                n > 1 and s == 0 for n, s in zip(cache.shape, cache.stride(), strict=True)
+            ):
                 raise ValueError(
                     f"{name}_cache must not be expanded to be appended to, "
                     f"got strides {list(cache.stride())}"
@@ -219,24 +222,23 @@ def _split_args(
     left, right = arguments.bounds(causal, window)
     alibi_slopes, sinks = arguments.terms_of_heads(alibi_slopes, sinks, query, batch, heads)
     scale, softcap = arguments.scale_and_softcap(width, scale, softcap)
-    given = query, key_cache, value_cache, key, value, rotary_cos, rotary_sin, alibi_slopes, sinks
-    names = [
-        "query",
-        "key_cache",
-        "value_cache",
-        "key",
-        "value",
-        "rotary_cos",
-        "rotary_sin",
-        "alibi_slopes",
-        "sinks",
-    ]
-    for name, tensor in zip(names, given, strict=True):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} must not require a gradient, for attention_decode has none: call it under "
-                "torch.no_grad(), got requires_grad=True"
-            )
+    if torch.is_grad_enabled():
+        for name, tensor in (
+            ("query", query),
+            ("key_cache", key_cache),
+            ("value_cache", value_cache),
+            ("key", key),
+            ("value", value),
+            ("rotary_cos", rotary_cos),
+            ("rotary_sin", rotary_sin),
+            ("alibi_slopes", alibi_slopes),
+            ("sinks", sinks),
+        ):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} must not require a gradient, for attention_decode has none: call it "
+                    "under torch.no_grad(), got requires_grad=True"
+                )
     appended = 0 if key is None else key.shape[2]
     if not torch.compiler.is_compiling() and query.device.type == "cpu":
         _check_positions(cache_seqlens, block_table, key_cache, appended, q_len, rotary_cos)
