@@ -276,13 +276,9 @@ class DotProduct {
   static_assert(kGroup % lanes<A> == 0);
 
   void widen(A* to) const {
-    for (int64_t i = 0; i < kRows; i++)
-      for (int64_t k = 0; k < padded_; k += lanes<A>) {
-        Vec<A> x{};
-        for (int64_t j = 0; i < in_.rows && j < smaller(lanes<A>, in_.depth - k); j++)
-          x[j] = load_one<A>(in_.a.from(i, k + j).data);
-        store(to + i * padded_ + k, x);
-      }
+    std::memset(to, 0, static_cast<size_t>(kRows * padded_) * sizeof(A));
+    for (int64_t i = 0; i < in_.rows; i++)
+      load_row(to + i * padded_, in_.a.from(i, 0).data, in_.a.inner, in_.depth);
   }
 
   // to[i * kGroup + j * apart] = row i of A times row j * apart of the weight, for j < Weights.

@@ -114,10 +114,12 @@ template <class A>
 FASTATTN_INLINE Vec<float> load(const bf16* from) {
   VecH half;
   std::memcpy(&half, from, sizeof(half));
+  // GCC 12 converts in two halves.
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
-  // GCC 12 converts in halves of 256 bits.
   return bits<Vec<float>>(bits<VecU>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(half)))
                           << 16);
+#elif defined(__AVX2__) && FASTATTN_LANES == 8
+  return bits<Vec<float>>(bits<VecU>(_mm256_cvtepu16_epi32(bits<__m128i>(half))) << 16);
 #else
   return bits<Vec<float>>(__builtin_convertvector(half, VecU) << 16);
 #endif
@@ -134,8 +136,8 @@ FASTATTN_INLINE void store(double* to, Vec<double> from) { std::memcpy(to, &from
 FASTATTN_INLINE void store(bf16* to, Vec<float> from) {
   const VecU all = bits<VecU>(from);
   const VecU rounded = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;  // to nearest even
-  const VecU is_nan = bits<VecU>((all & 0x7fffffffu) > 0x7f800000u);
-  const VecH half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecH);
+  const VecU number = bits<VecU>(from == from);
+  const VecH half = __builtin_convertvector((rounded & number) | (~number & 0x7fc0u), VecH);
   std::memcpy(to, &half, sizeof(half));
 }
 FASTATTN_INLINE void store(f16* to, Vec<float> from) {
