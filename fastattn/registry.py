@@ -37,7 +37,7 @@ class Op:
     differentiable: int  # the leading outputs that carry a gradient
     keep: tuple[int, ...]  # the outputs that the derivative reads
     backward_arguments: Callable[..., tuple]
-    tensors: int = field(init=False)  # the leading arguments that are tensors or None: all of them
+    tensors: int = field(init=False)  # the leading arguments, which are tensors or None
     compiled: TorchOps = field(init=False)  # C++, on the CPU and on a GPU
     triton: TorchOps | None = field(init=False)
     cuda_backward: bool = field(init=False)  # whether the library has it for a GPU
@@ -129,9 +129,8 @@ def op(
         )
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     compiled = define("", (reference, reference_backward))
-    arguments = compiled.forward._schema.arguments
     for attribute, value in (
-        ("tensors", sum("Tensor" in str(argument.type) for argument in arguments)),
+        ("tensors", _tensors(compiled.forward)),
         ("compiled", compiled),
         ("triton", triton),
         ("cuda_backward", has_kernel(f"fastattn::{name}_bwd", "CUDA")),
@@ -139,6 +138,11 @@ def op(
         object.__setattr__(record, attribute, value)
     OPS[name] = record
     return record
+
+
+def _tensors(op: torch._ops.OpOverload) -> int:
+    """How many arguments are tensors or None, which are the leading ones."""
+    return sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
 
 def define_op(
@@ -283,37 +287,31 @@ def _distinct(args: tuple) -> tuple:
 
 def _function(record: Op, forward_op: Any) -> type[torch.autograd.Function]:
     # Plain names for the methods to close over: torch.compile in torch 2.10 knows no other objects.
-    name, derivative = record.name, record.derivative
+    name, derivative, tensors = record.name, record.derivative, _tensors(forward_op)
     differentiable, keep = record.differentiable, record.keep
 
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
             outs = forward_op(*args)
-            tensors = [arg if isinstance(arg, torch.Tensor) else None for arg in args]
-            ctx.save_for_backward(*tensors, *[outs[i] for i in keep])
-            ctx.others = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+            ctx.save_for_backward(*args[:tensors], *[outs[i] for i in keep])
+            ctx.others = args[tensors:]
             ctx.set_materialize_grads(False)
             return outs[:differentiable]
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Tensors:
-            count = len(ctx.others)
             saved = ctx.saved_tensors
-            args = tuple(
-                [
-                    other if tensor is None else tensor
-                    for tensor, other in zip(saved, ctx.others, strict=False)
-                ]
-            )
-            if all(grad is None for grad in grads):
+            args = (*saved[:tensors], *ctx.others)
+            count = len(args)
+            if all([grad is None for grad in grads]):
                 return (None,) * count
             if torch.is_grad_enabled():  # create_graph=True: the reference is differentiable again
                 wanted = tuple(i for i in range(count) if ctx.needs_input_grad[i])
                 found = vjp(OPS[name], args, grads, wanted, create_graph=True)
                 by_position = dict(zip(wanted, found, strict=True))
                 return tuple(by_position.get(i) for i in range(count))
-            return derivative(ctx.needs_input_grad, args, saved[count:], grads)
+            return derivative(ctx.needs_input_grad, args, saved[tensors:], grads)
 
     Fused.__name__ = Fused.__qualname__ = name
     return Fused

@@ -48,7 +48,8 @@ def _by_argument(needs: tuple, args: tuple, found: tuple) -> tuple:
     input, residual = args[:2]
     if not _apart(input, residual, args[-2]):
         found = (found[0], found[0], *found[2:])
-    return tuple(found[i] if i < len(found) and needs[i] else None for i in range(len(args)))
+    wanted = [grad if need else None for grad, need in zip(found, needs, strict=False)]
+    return (*wanted, *[None] * (len(args) - len(wanted)))
 
 
 def _layer_norm_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
