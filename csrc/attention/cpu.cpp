@@ -7,9 +7,17 @@
 namespace fastattn::FASTATTN_ISA {
 
 void attention_forward(const AttentionForward& args) {
+  // To pack keys pays once some queries share them.
+  constexpr int64_t few = 4;
   note_run(kIsa);
-  with_type(args.in.dtype,
-            [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(args); });
+  with_type(args.in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (args.in.q_len <= few && args.in.sequences == nullptr && args.in.dropout_p == 0) {
+      forward_few<T>(args);
+    } else {
+      forward<T>(args);
+    }
+  });
 }
 
 void attention_backward(const AttentionBackward& args) {

@@ -1,4 +1,5 @@
-// Attention of few queries to a long cache: keys and values are read once, where they lie.
+// Attention of few queries, most often to a long cache: keys and values are read once, where they
+// lie.
 #pragma once
 
 #include "attention/scores.h"
@@ -122,8 +123,11 @@ class DecodeTask {
     Scratch scratch;
     const T** keys = scratch.take<const T*>(kSplit);
     const T** values = scratch.take<const T*>(kSplit);
-    find(scratch, args_.key_cache, in_.head_dim, first, count, keys);
-    find(scratch, args_.value_cache, in_.value_dim, first, count, values);
+    T* zeros = scratch.take<T>(larger(width_, value_width_));
+    std::memset(static_cast<void*>(zeros), 0,
+                static_cast<size_t>(larger(width_, value_width_)) * sizeof(T));
+    find(scratch, args_.key_cache, in_.head_dim, first, count, zeros, keys);
+    find(scratch, args_.value_cache, in_.value_dim, first, count, zeros, values);
     A* query = scratch.take<A>(rows_ * width_);
     load_queries(scratch, query);
     A* weights = scratch.take<A>(rows_ * kSplit);
@@ -140,19 +144,24 @@ class DecodeTask {
       part.row_sum[r] = weigh(row, width, part.row_max[r]);
     }
     std::memset(part.out, 0, static_cast<size_t>(rows_ * value_width_) * sizeof(A));
-    // What every row sees takes the fast path; elsewhere a weight of zero hides its value.
+    // Where not every row sees every key, a weight of zero hides a value, which may be NaN.
+    const bool bare = in_.mask.data == nullptr && in_.bias.data == nullptr;
     const int64_t shared_first = visible_keys(in_, in_.q_len - 1).first - first;
     const int64_t shared_end = smaller(visible_keys(in_, 0).end - first, count);
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t last = t + (count - 1 - t) / tiles * tiles;
-      const bool shared = t >= shared_first && last < shared_end;
+      const bool shared = bare && t >= shared_first && last < shared_end;
       each_rows([&](int64_t r, auto rows) {
         const A* weight = weights + r * kSplit + t;
+        const T* const* value = values + t * kTile;
         A* out = part.out + r * value_width_;
+        const T* own[kTile];
         if (shared) {
-          add_values<rows>(weight, tiles, values + t * kTile, out);
+          add_values<rows>(weight, tiles, value, out);
+        } else if (seen_alike<rows>(weight, tiles, value, zeros, own)) {
+          add_values<rows>(weight, tiles, own, out);
         } else {
-          add_seen_values<rows>(weight, tiles, values + t * kTile, out);
+          add_seen_values<rows>(weight, tiles, value, out);
         }
       });
     }
@@ -227,35 +236,36 @@ class DecodeTask {
   // The rows at `count` positions of a cache in the order of tiles, and zeros where the last tiles
   // have none. Only rows that are no whole vectors are copied.
   void find(Scratch& scratch, const Source& cache, int64_t cols, int64_t first, int64_t count,
-            const T** rows) const {
-    const int64_t tiles = ceil_div(count, kTile), step = cache.stride[3];
-    const int64_t width = round_up(cols, lanes<A>);
+            const T* zeros, const T** rows) const {
+    const int64_t tiles = ceil_div(count, kTile);
     int64_t tile = 0, place = 0;
-    const auto add = [&](const T* row) {
-      rows[tile * kTile + place] = row;
-      if (++tile < tiles) return;
-      tile = 0;
-      place++;
+    const auto put = [&](const T* row, int64_t stride, int64_t rest) {
+      for (int64_t some; rest > 0; rest -= some) {
+        some = smaller(rest, tiles - tile);
+        for (int64_t end = tile + some; tile < end; tile++, row += stride)
+          rows[tile * kTile + place] = row;
+        if (tile < tiles) continue;
+        tile = 0;
+        place++;
+      }
     };
-    const auto padded = [&](T* to, const T* from, int64_t there) {
-      for (int64_t c = 0; c < there; c++) to[c] = from[c * step];
-      std::memset(static_cast<void*>(to + there), 0,
-                  static_cast<size_t>(width - there) * sizeof(T));
-      return to;
-    };
-    const bool whole = step == 1 && width == cols;
-    T* copy = whole ? nullptr : scratch.take<T>(count * width);
     Walk<T> walk(args_.paging, in_.index, first);
     for (int64_t j = 0; j < count;) {
-      const T* row = walk(cache, key_head_);
-      const int64_t end = smaller(count, j + walk.left());
-      walk.skip(end - j);
-      for (; j < end; j++, row += cache.stride[2])
-        add(whole ? row : padded(copy + j * width, row, cols));
+      const int64_t some = smaller(count - j, walk.left());
+      put(walk(cache, key_head_), cache.stride[2], some);
+      walk.skip(some);
+      j += some;
     }
-    if (place == kTile) return;
-    const T* zeros = padded(scratch.take<T>(width), nullptr, 0);
-    while (place < kTile) add(zeros);
+    const int64_t width = round_up(cols, lanes<A>), step = cache.stride[3];
+    if (step != 1 || width != cols) {
+      T* copy = scratch.take<T>(count * width);
+      for (int64_t j = 0; j < count; j++, copy += width) {
+        const T*& row = rows[j % tiles * kTile + j / tiles];
+        for (int64_t c = 0; c < width; c++) copy[c] = c < cols ? row[c * step] : T{};
+        row = copy;
+      }
+    }
+    put(zeros, 0, tiles * kTile - count);
   }
 
   // The products with the keys of a tile, which are to lie `apart`.
@@ -319,7 +329,21 @@ class DecodeTask {
       for (int v = 0; v < Vecs; v++) store(out + r * width + v * lanes<A>, sums[r][v]);
   }
 
-  // The same where a row may not see a key, whose value may be NaN.
+  // Whether each value of a tile is seen by all of the rows or by none, to whom it is zeros.
+  template <int Rows>
+  bool seen_alike(const A* weights, int64_t apart, const T* const* values, const T* zeros,
+                  const T** own) const {
+    bool alike = true;
+    for (int k = 0; k < kTile; k++) {
+      int seeing = 0;
+      for (int r = 0; r < Rows; r++) seeing += weights[r * kSplit + k * apart] != 0;
+      own[k] = seeing > 0 ? values[k] : zeros;
+      alike = alike && (seeing == 0 || seeing == Rows);
+    }
+    return alike;
+  }
+
+  // Adds the values of a tile to those rows which see them.
   template <int Rows>
   void add_seen_values(const A* weights, int64_t apart, const T* const* values, A* out) const {
     for (int r = 0; r < Rows; r++)
@@ -363,6 +387,24 @@ void decode(const AttentionDecode& args) {
     const int64_t splits = pieces.count(n) / in.kv_heads;
     DecodeTask<T>(args, n, h).combine(parts + (pieces.first(n) + h * splits) * size, splits);
   });
+}
+
+// Attention of few queries to the keys of a call: each sequence is a page of its own.
+template <class T>
+void forward_few(const AttentionForward& args) {
+  const Attention& in = args.in;
+  Scratch scratch;
+  int64_t* pages = scratch.take<int64_t>(in.batch);
+  for (int64_t n = 0; n < in.batch; n++) pages[n] = n;
+  AttentionDecode own{};
+  own.in = in;
+  own.key_cache = in.key;
+  own.value_cache = in.value;
+  own.paging = {pages, 1, in.kv_len, in.batch, {}, {}};
+  own.rotary.dtype = in.dtype;
+  own.out = args.out;
+  own.lse = args.lse;
+  decode<T>(own);
 }
 
 // Writes new keys, turned to their positions, and values into a cache. Sequences that share a page
