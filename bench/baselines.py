@@ -189,7 +189,7 @@ def varlen(case: Varlen) -> Recipe:
 
 
 def decode(case: Decode) -> Recipe:
-    """query (B, H, 1, D), and a full cache (B, Hkv, S, D)."""
+    """query (B, H, 1, D), and keys and values (B, Hkv, S, D), which fill a cache."""
     cache = (case.batch, case.kv_heads, case.seq, case.head_dim)
     inputs = {
         "query": torch.randn(case.batch, case.heads, 1, case.head_dim),
@@ -199,7 +199,9 @@ def decode(case: Decode) -> Recipe:
     lengths = torch.full((case.batch,), case.seq)
 
     def fused(query, key, value):
-        return fastattn.attention_decode(query, key, value, cache_seqlens=lengths)
+        if case.cached:
+            return fastattn.attention_decode(query, key, value, cache_seqlens=lengths)
+        return fastattn.attention(query, key, value)
 
     def eager(query, key, value):
         key, value = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (key, value))

@@ -159,20 +159,21 @@ class Varlen(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Case):
-    """One query a sequence against a cache of seq keys, whose heads several queries share."""
+    """One query a sequence against seq keys, whose heads several queries share."""
 
     batch: int
     heads: int
     kv_heads: int
     seq: int
     head_dim: int
+    cached: bool = True  # False: by `attention`, as across to an encoder or by a patched model
 
     group: ClassVar[str] = "attention"
     tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
 
     @property
     def title(self) -> str:
-        return "attention decode"
+        return "attention decode" if self.cached else "attention one query"
 
     @property
     def shape(self) -> str:
@@ -474,12 +475,14 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
     Varlen(batch=8, heads=12, seq=512, head_dim=64),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True),
-    # attention of one query to a cache
+    # attention of one query
     Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, quick=True),
     Decode(batch=8, heads=32, kv_heads=8, seq=4096, head_dim=128),
     Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128),
     Decode(batch=8, heads=32, kv_heads=8, seq=16384, head_dim=128),
     Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128, dtype="bfloat16"),
+    Decode(batch=1, heads=6, kv_heads=6, seq=1500, head_dim=64, cached=False),
+    Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, cached=False),
     # attention forward and backward
     Attention(batch=1, heads=12, seq=512, head_dim=64, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, backward=True),

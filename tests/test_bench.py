@@ -43,6 +43,7 @@ TINY = [
     FeedForward(rows=4, width=16, hidden=24, activation="silu", gated=True),
     Varlen(batch=3, heads=2, seq=24, head_dim=8, causal=True, backward=True),
     Decode(batch=2, heads=4, kv_heads=2, seq=40, head_dim=8),
+    Decode(batch=2, heads=4, kv_heads=2, seq=40, head_dim=8, cached=False),
 ]
 HERE = machine.Machine(
     processor="a processor",
@@ -139,7 +140,8 @@ def test_names_are_unique_and_plain():
 
 def test_only_selects_by_part_and_by_pattern():
     assert cases.select(TINY, only=["norm"]) == [TINY[2]]
-    assert cases.select(TINY, only=["attention*/fwd/*", "LINEAR"]) == [TINY[0], TINY[3], TINY[6]]
+    chosen = [TINY[0], TINY[3], TINY[6], TINY[7]]
+    assert cases.select(TINY, only=["attention*/fwd/*", "LINEAR"]) == chosen
     assert cases.select(TINY, quick=True) == [TINY[0], TINY[2]]
     half = cases.select(TINY, only=["ffn"], dtypes=["float16", "bfloat16"])
     assert [case.dtype for case in half] == ["float16", "bfloat16"]
