@@ -136,7 +136,7 @@ def test_the_loss_under_autocast_and_in_a_graph(transformers: Any) -> None:
 
 
 def test_losses_that_are_left(transformers: Any) -> None:
-    what = {"attention": False, "norms": False, "mlps": False, "loss": True}
+    what = {"attention": False, "norms": False, "mlps": False, "linears": False, "loss": True}
     row = Row(1, "loss of LayerNorm", False, "it has no output embeddings")
     assert fastattn.patch(nn.LayerNorm(3), **what).rows == [row]
     model = build(transformers, "LlamaForCausalLM")

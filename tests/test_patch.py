@@ -147,11 +147,13 @@ def test_the_table(transformers: Any) -> None:
         Row(1, "attention of GPT2LMHeadModel", True, "attn_implementation 'eager' -> 'fastattn'"),
         Row(5, "LayerNorm", True, "fastattn.nn.LayerNorm"),
         Row(2, "GPT2MLP", False, "its layers, Conv1D, keep their weights transposed"),
+        Row(1, "Linear", True, "fastattn.linear, up to 8 rows"),
     ]
     assert str(report).splitlines()[1:] == [
         "replaced  5 × LayerNorm                     fastattn.nn.LayerNorm",
         "left      2 × GPT2MLP                       its layers, Conv1D, keep their weights "
         "transposed",
+        "replaced  1 × Linear                        fastattn.linear, up to 8 rows",
     ]
 
 
@@ -274,9 +276,10 @@ def test_torch_transformer(norm_first: bool) -> None:
 
 def test_only_what_is_asked_for() -> None:
     for options, layers in (
-        ({"norms": False, "mlps": False}, {"MultiheadAttention"}),
-        ({"attention": False, "mlps": False}, {"LayerNorm", "RMSNorm"}),
-        ({"attention": False, "norms": False}, {"Sequential"}),
+        ({"norms": False, "mlps": False, "linears": False}, {"MultiheadAttention"}),
+        ({"attention": False, "mlps": False, "linears": False}, {"LayerNorm", "RMSNorm"}),
+        ({"attention": False, "norms": False, "linears": False}, {"Sequential"}),
+        ({"attention": False, "norms": False, "mlps": False}, {"Linear"}),
     ):
         report = fastattn.patch(Small(), **options)
         assert {row.layer for row in report.rows} == layers
@@ -345,7 +348,7 @@ def test_layers_are_known_by_what_they_compute(layer: nn.Module, by: str | None)
         wanted = layer.eval()(x)
     layer.train()
     state = torch.get_rng_state()
-    report = fastattn.patch(layer)
+    report = fastattn.patch(layer, linears=False)
     assert torch.equal(torch.get_rng_state(), state)
     expected = Row(
         1, type(layer).__name__, by is not None, by or "it computes what no fused op does"
@@ -391,15 +394,35 @@ def test_layers_that_change_after_patching() -> None:
 
 
 def test_layers_that_are_not_tried() -> None:
-    assert fastattn.patch(Block("two")).rows == []
+    assert fastattn.patch(Block("two"), linears=False).rows == []
     calls = []
     block = Block("own")
     block.up.register_forward_hook(lambda *args: calls.append(args))
-    assert fastattn.patch(block).rows == [Row(1, "Block", False, "it has hooks, or a layer within")]
+    left = Row(1, "Block", False, "it has hooks, or a layer within")
+    assert fastattn.patch(block, linears=False).rows == [left]
     assert not calls
     block = Block("own")
     block.down.half()
-    assert fastattn.patch(block).rows == [Row(1, "Block", False, "its weights have several dtypes")]
+    left = Row(1, "Block", False, "its weights have several dtypes")
+    assert fastattn.patch(block, linears=False).rows == [left]
+
+
+def test_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows take fastattn's kernel, many torch's; a block's own layers are left to the block."""
+    model = nn.ModuleList([nn.Linear(24, 5), Block("own"), nn.Linear(24, 5).to(torch.float8_e5m2)])
+    rows = fastattn.patch(model, norms=False).rows
+    assert rows[0] == Row(1, "Linear", True, "fastattn.linear, up to 8 rows")
+    assert [row.layer for row in rows] == ["Linear", "Block"]
+    assert not any("forward" in part.__dict__ for part in (*model[1].children(), model[2]))
+    fused, calls = fastattn.linear, []
+    monkeypatch.setattr(fastattn, "linear", lambda *args: calls.append(args) or fused(*args))
+    for shape, few in ((8, 24), 1), ((24,), 1), ((0, 24), 1), ((3, 3, 24), 0):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model[0](x), F.linear(x, model[0].weight, model[0].bias))
+        assert len(calls) == few, shape
+        calls.clear()
+    fastattn.unpatch(model)
+    assert "forward" not in model[0].__dict__
 
 
 def test_a_patched_model_can_be_pickled() -> None:
@@ -464,6 +487,5 @@ def test_refusals() -> None:
     fastattn.unpatch(model)
     with torch.device("meta"):
         model = nn.Sequential(Block("own"))
-    assert fastattn.patch(model).rows == [
-        Row(1, "Block", False, "its weights are on the meta device")
-    ]
+    left = Row(1, "Block", False, "its weights are on the meta device")
+    assert fastattn.patch(model, linears=False).rows == [left]

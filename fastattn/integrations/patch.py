@@ -12,9 +12,11 @@ from itertools import permutations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from fastattn import checks
 from fastattn.integrations import huggingface, logits
 from fastattn.nn.feed_forward import ACTIVATIONS, feed_forward, hooked, linear
 
@@ -30,6 +32,7 @@ Forward = Callable[..., Tensor]  # of a module and its input
 Found = tuple[Forward | None, str] | str | None
 EPSILONS = "variance_epsilon", "eps"  # what an RMS norm calls it
 IDLE = nn.Dropout(0.0)
+FEW = 8  # rows of an input, up to which fastattn.linear reads a weight where it lies
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def patch(
     attention: bool = True,
     norms: bool = True,
     mlps: bool = True,
+    linears: bool = True,
     loss: bool = False,
 ) -> Report:
     """Let a model of transformers, or of torch.nn's layers, run on fused kernels, in place.
@@ -77,6 +81,8 @@ def patch(
         attention: of torch.nn, and of transformers models that use its AttentionInterface.
         norms: LayerNorm, and RMSNorm as in torch, LLaMA, T5 and Gemma.
         mlps: linear, activation, linear; the same with a gate; linear and activation.
+        linears: the other layers of type torch.nn.Linear, on the CPU and for up to eight rows, as a
+            model has that writes token by token. With more rows they stay torch's.
         loss: of a language model of transformers. Its logits are then not computed before
             something other than a cross-entropy asks for them, which must be before the weights
             change; they cannot be written to, and torch.compile computes them always.
@@ -93,6 +99,8 @@ def patch(
     model._fastattn_undo = undo
     rows: Counter[tuple[str, bool, str]] = Counter()
     known: dict[Any, Found] = {}
+    within: set[nn.Module] = set()  # what is replaced
+    of_loss = _patch_loss(model, undo) if loss else None
     if attention and hasattr(model, "set_attn_implementation"):
         rows[_patch_interface(model, undo)] += 1
     with torch.random.fork_rng(devices=[]):
@@ -113,16 +121,19 @@ def patch(
                 found = _alike(module, known, _probe_mlp)
             elif mlps and _is_transposed_mlp(module):
                 found = "its layers, Conv1D, keep their weights transposed"
+            elif linears and _is_linear(module) and module not in within:
+                found = _linear, f"fastattn.linear, up to {FEW} rows"
             if isinstance(found, tuple):
                 forward, found_name = found
+                within.update(module.modules())
                 if forward is not None:
                     module.forward = partial(forward, module)
                     undo.append((module, "forward", None))
                 rows[kind.__name__, True, found_name] += 1
             elif found is not None:
                 rows[kind.__name__, False, found] += 1
-    if loss:
-        rows[_patch_loss(model, undo)] += 1
+    if of_loss is not None:
+        rows[of_loss] += 1
     return Report([Row(count, *row) for row, count in rows.items()])
 
 
@@ -191,6 +202,15 @@ def _swap(module: nn.Module, undo: list) -> Found:
             return "its attention or norms are not torch.nn's own"
     _set(undo, module, "__class__", TORCH[kind])
     return None, f"fastattn.nn.{kind.__name__}"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.dtype in checks.FLOATING
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    few = x.is_cpu and x.numel() <= FEW * module.in_features
+    return (fastattn.linear if few else F.linear)(x, module.weight, module.bias)
 
 
 # layers known by what they compute
