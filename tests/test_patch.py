@@ -147,13 +147,13 @@ def test_the_table(transformers: Any) -> None:
         Row(1, "attention of GPT2LMHeadModel", True, "attn_implementation 'eager' -> 'fastattn'"),
         Row(5, "LayerNorm", True, "fastattn.nn.LayerNorm"),
         Row(2, "GPT2MLP", False, "its layers, Conv1D, keep their weights transposed"),
-        Row(1, "Linear", True, "fastattn.linear, up to 8 rows"),
+        Row(1, "Linear", True, "fastattn.linear, up to 24 rows"),
     ]
     assert str(report).splitlines()[1:] == [
         "replaced  5 × LayerNorm                     fastattn.nn.LayerNorm",
         "left      2 × GPT2MLP                       its layers, Conv1D, keep their weights "
         "transposed",
-        "replaced  1 × Linear                        fastattn.linear, up to 8 rows",
+        "replaced  1 × Linear                        fastattn.linear, up to 24 rows",
     ]
 
 
@@ -411,12 +411,12 @@ def test_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows take fastattn's kernel, many torch's; a block's own layers are left to the block."""
     model = nn.ModuleList([nn.Linear(24, 5), Block("own"), nn.Linear(24, 5).to(torch.float8_e5m2)])
     rows = fastattn.patch(model, norms=False).rows
-    assert rows[0] == Row(1, "Linear", True, "fastattn.linear, up to 8 rows")
+    assert rows[0] == Row(1, "Linear", True, "fastattn.linear, up to 24 rows")
     assert [row.layer for row in rows] == ["Linear", "Block"]
     assert not any("forward" in part.__dict__ for part in (*model[1].children(), model[2]))
     fused, calls = fastattn.linear, []
     monkeypatch.setattr(fastattn, "linear", lambda *args: calls.append(args) or fused(*args))
-    for shape, few in ((8, 24), 1), ((24,), 1), ((0, 24), 1), ((3, 3, 24), 0):
+    for shape, few in ((24, 24), 1), ((24,), 1), ((0, 24), 1), ((5, 5, 24), 0):
         x = torch.randn(shape)
         torch.testing.assert_close(model[0](x), F.linear(x, model[0].weight, model[0].bias))
         assert len(calls) == few, shape

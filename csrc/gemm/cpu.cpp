@@ -228,15 +228,17 @@ class TiledProduct {
   int64_t block_rows_, blocks_, spans_, groups_, ranges_;
 };
 
-// Up to Count * Passes rows of A against rows of a weight that are vectors along depth: the weight
+// Few rows of A, Count at a time, against rows of a weight that are vectors along depth: the weight
 // streams through once. Rows that are read at the same time lie apart, on different pages of
 // memory: a processor fetches ahead by itself, one stream in each page, and more of several streams
 // than of one.
-template <class A, class T, int Count, int Passes = 1>
+template <class A, class T, int Count>
 class DotProduct {
  public:
+  static constexpr int64_t kMost = Count == 4 ? 24 : Count;  // rows of A
+
   explicit DotProduct(const Product<A, T>& product)
-      : in_(product), padded_(round_up(in_.depth, lanes<A>)) {
+      : in_(product), rows_(round_up(in_.rows, Count)), padded_(round_up(in_.depth, lanes<A>)) {
     groups_ = ceil_div(in_.cols, kGroup);
     ranges_ = in_.tasks(in_.cols * in_.depth / kWorth, groups_);
   }
@@ -244,9 +246,9 @@ class DotProduct {
   void run() const {
     workers(ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
-      A* rows = scratch.take<A>(kRows * padded_);
-      A* block = scratch.take<A>(2 * kRows * kGroup);
-      A* const blocks[2] = {block, block + (in_.count - 1) * kRows * kGroup};
+      A* rows = scratch.take<A>(rows_ * padded_);
+      A* block = scratch.take<A>(2 * rows_ * kGroup);
+      A* const blocks[2] = {block, block + (in_.count - 1) * rows_ * kGroup};
       widen(rows);
       for (int64_t task; queue.next(task);) {
         const int64_t end = (task + 1) * groups_ / ranges_;
@@ -255,7 +257,7 @@ class DotProduct {
           const int64_t apart = cols / kWeights;
           for (int64_t w = 0; w < in_.count; w++) {
             const Operand<T> weight = in_.weights[w].from(col, 0);
-            A* to = block + w * kRows * kGroup;
+            A* to = block + w * rows_ * kGroup;
             for (int64_t j = 0; j < apart; j++)
               dot<kWeights>(rows, weight.from(j, 0), apart, to + j);
             for (int64_t j = apart * kWeights; j < cols; j++)
@@ -268,7 +270,6 @@ class DotProduct {
   }
 
  private:
-  static constexpr int64_t kRows = Count * Passes;
   static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
   static constexpr int64_t kGroup = 8 * kWeights;
   static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
@@ -276,7 +277,7 @@ class DotProduct {
   static_assert(kGroup % lanes<A> == 0);
 
   void widen(A* to) const {
-    std::memset(to, 0, static_cast<size_t>(kRows * padded_) * sizeof(A));
+    std::memset(to, 0, static_cast<size_t>(rows_ * padded_) * sizeof(A));
     for (int64_t i = 0; i < in_.rows; i++)
       load_row(to + i * padded_, in_.a.from(i, 0).data, in_.a.inner, in_.depth);
   }
@@ -286,9 +287,11 @@ class DotProduct {
   // length.
   template <int Weights>
   void dot(const A* rows, Operand<T> weight, int64_t apart, A* to) const {
-    Vec<A> total[kRows][Weights] = {};
+    Vec<A> total[kMost][Weights];
+    for (int64_t i = 0; i < rows_; i++)
+      for (int j = 0; j < Weights; j++) total[i][j] = Vec<A>{};
     for (int64_t start = 0; start < in_.depth; start += kChain)
-      for (int64_t pass = 0; pass < kRows; pass += Count) {
+      for (int64_t first = 0; first < rows_; first += Count) {
         Vec<A> sums[Count][Weights] = {};
         each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
           const int64_t k = start + offset;
@@ -298,7 +301,7 @@ class DotProduct {
             factor[j] = load_count<A>(weight.data + j * apart * weight.outer + k, n);
 #pragma GCC unroll 16
           for (int i = 0; i < Count; i++) {
-            const Vec<A> x = load<A>(rows + (pass + i) * padded_ + k);
+            const Vec<A> x = load<A>(rows + (first + i) * padded_ + k);
 #pragma GCC unroll 16
             for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
           }
@@ -306,14 +309,14 @@ class DotProduct {
 #pragma GCC unroll 16
         for (int i = 0; i < Count; i++)
 #pragma GCC unroll 16
-          for (int j = 0; j < Weights; j++) total[pass + i][j] += sums[i][j];
+          for (int j = 0; j < Weights; j++) total[first + i][j] += sums[i][j];
       }
-    for (int i = 0; i < kRows; i++)
+    for (int64_t i = 0; i < rows_; i++)
       for (int j = 0; j < Weights; j++) to[i * kGroup + j * apart] = sum<A>(total[i][j]);
   }
 
   const Product<A, T>& in_;
-  int64_t padded_, groups_, ranges_;
+  int64_t rows_, padded_, groups_, ranges_;
 };
 
 }  // namespace
@@ -325,8 +328,8 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
   const int64_t count = static_cast<int64_t>(weights.size());
   const Product<A, T> product{
       rows, cols, depth, a, {weights.begin()[0], weights.begin()[count - 1]}, count, finish};
-  if (weights.begin()->inner != 1 || rows > 8) return TiledProduct<A, T>(product).run();
-  if (rows > 4) return DotProduct<A, T, 4, 2>(product).run();
+  if (weights.begin()->inner != 1 || rows > DotProduct<A, T, 4>::kMost)
+    return TiledProduct<A, T>(product).run();
   if (rows > 2) return DotProduct<A, T, 4>(product).run();
   if (rows > 1) return DotProduct<A, T, 2>(product).run();
   return DotProduct<A, T, 1>(product).run();

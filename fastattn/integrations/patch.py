@@ -32,7 +32,7 @@ Forward = Callable[..., Tensor]  # of a module and its input
 Found = tuple[Forward | None, str] | str | None
 EPSILONS = "variance_epsilon", "eps"  # what an RMS norm calls it
 IDLE = nn.Dropout(0.0)
-FEW = 8  # rows of an input, up to which fastattn.linear reads a weight where it lies
+FEW = 24  # rows of an input, up to which fastattn.linear reads a weight where it lies
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def patch(
         attention: of torch.nn, and of transformers models that use its AttentionInterface.
         norms: LayerNorm, and RMSNorm as in torch, LLaMA, T5 and Gemma.
         mlps: linear, activation, linear; the same with a gate; linear and activation.
-        linears: the other layers of type torch.nn.Linear, on the CPU and for up to eight rows, as a
+        linears: the other layers of type torch.nn.Linear, on the CPU and for up to 24 rows, as a
             model has that writes token by token. With more rows they stay torch's.
         loss: of a language model of transformers. Its logits are then not computed before
             something other than a cross-entropy asks for them, which must be before the weights
