@@ -28,8 +28,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("fastattn_poison_scratch", None, [ctypes.c_int]),
         ("fastattn_fma_peak", ctypes.c_double, [ctypes.c_int, ctypes.c_double]),
         ("fastattn_build_info", ctypes.c_char_p, []),
-        ("fastattn_cuda_ptx", ctypes.c_void_p, [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)]),
-        ("fastattn_emulate", None, [ctypes.c_void_p]),
+        (
+            "fastattn_cuda_ptx",
+            ctypes.c_void_p,
+            [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)],
+        ),
+        ("fastattn_emulate", None, [ctypes.c_void_p, ctypes.c_int]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -39,10 +43,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 LIBRARY, WHY_NOT = _load()
 
 
-def ptx(room: str) -> str:
-    """The PTX of a room's CUDA kernels; empty where the library was built without."""
+def ptx(room: str, kernel: str | None = None) -> str:
+    """The PTX of a room's CUDA kernels, or of one; empty where the library was built without."""
     size = ctypes.c_int64()
-    text = LIBRARY and LIBRARY.fastattn_cuda_ptx(room.encode(), ctypes.byref(size))
+    name = kernel and kernel.encode()
+    text = LIBRARY and LIBRARY.fastattn_cuda_ptx(room.encode(), name, ctypes.byref(size))
     return ctypes.string_at(text, size.value).decode() if text else ""
 
 

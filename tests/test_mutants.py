@@ -400,9 +400,8 @@ def skeleton(text: str) -> list[str]:
 @pytest.mark.parametrize("room", ["attention", "attention_decode", "ffn", "norm"])
 def test_mutants_stand_for_every_kernel(room: str) -> None:
     """A kernel without mutants of its own synchronises as one of its kind does, or not at all."""
-    ptx = _library.ptx(room)
-    names = re.findall(r"\.entry (\w+)\(", ptx)
-    shapes = {name: skeleton(device.alone(ptx, name)) for name in names}
+    names = re.findall(r"\.entry (\w+)\(", _library.ptx(room))
+    shapes = {name: skeleton(_library.ptx(room, name)) for name in names}
     for name, shape in shapes.items():
         kind = re.match(r"(norm|ffn)_([a-z]+_)*?(?=f32|bf16|f16)|attention_[a-z]+_", name)
         alike = [other for other in KERNELS if kind and other.startswith(kind[0])]

@@ -271,27 +271,24 @@ FOR_HOPPER = [
 )
 def test_for_hopper(case_id: str, dtype: torch.dtype) -> None:
     """Every kernel in every dtype, without a report and within the error rule."""
-    from fastattn.ops import launch
 
-    with launch.emulating(90):
+    with device.emulating(90):
         assert_case_close_to_oracle(CASES[case_id], dtype, "triton-emulator")
 
 
 @emulated
 def test_copies_for_hopper_wait_for_the_products_before() -> None:
-    from fastattn.ops import launch
 
     case = CASES["attention-plain"]
-    with launch.emulating(90):
+    with device.emulating(90):
         run(case, case.inputs(torch.bfloat16), "triton-emulator")
 
 
 @emulated
 def test_products_for_hopper_are_those_of_warp_groups() -> None:
-    from fastattn.ops import launch
 
     x, weight = torch.randn(2, 128, 64).half()
-    with device.watching() as reports, launch.emulating(90), fastattn.use_kernel("triton-emulator"):
+    with device.watching() as reports, device.emulating(90), fastattn.use_kernel("triton-emulator"):
         found = fastattn.linear(x, weight)
     assert any(opcode.startswith("wgmma.mma_async") for opcode in reports[0].counters.mix())
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.emulator import device
 from fastattn.testing import Case, Draw, all_cases, assert_case_close_to_oracle
 from fastattn.testing import run as run_case
 
@@ -207,5 +208,5 @@ def test_every_choice_is_right(
             run_case(case, case.inputs(torch.bfloat16), "triton-emulator")
         assert kernels
         assert all(kernel.metadata.shared <= MOST_SHARED[architecture] for kernel in kernels)
-        with launch.emulating(architecture):
+        with device.emulating(architecture):
             assert_case_close_to_oracle(case, torch.bfloat16, "triton-emulator")

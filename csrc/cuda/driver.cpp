@@ -1,15 +1,18 @@
 // Launches through the CUDA driver, found at run time, or through the emulator.
 //
-// The library holds the PTX of every csrc/*/cuda*.cu for the oldest architecture that the kernels
-// know, and the driver compiles it for the GPU at hand and keeps the result on disk. So the build
-// takes seconds and one compiler pass a file, later architectures are served, nothing of CUDA is
-// linked, and what the emulator executes is what a GPU gets.
+// The library holds the PTX of every csrc/*/cuda*.cu for the oldest architecture that its kernels
+// know. On its first launch a kernel is compiled by the driver for the GPU at hand, alone, for a
+// room's take half a minute together; the driver keeps the result on disk. So the build takes
+// seconds and one compiler pass a file, later architectures are served, nothing of CUDA is linked,
+// and what the emulator executes is what a GPU gets.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include "cuda/launch.h"
@@ -26,14 +29,40 @@ FASTATTN_FOREACH_ROOM(FASTATTN_DECLARE_PTX)
 namespace fastattn::cuda {
 namespace {
 
-constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+// Of the driver's enumerations.
+constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
-std::pair<const char*, int64_t> ptx(const std::string& room) {
+// The PTX of a room; empty where it was not built.
+std::string_view ptx(std::string_view room) {
 #define FASTATTN_FIND_PTX(name)                    \
   if (room == #name && _binary_##name##_ptx_start) \
-    return {_binary_##name##_ptx_start, _binary_##name##_ptx_end - _binary_##name##_ptx_start};
+    return {_binary_##name##_ptx_start, _binary_##name##_ptx_end};
   FASTATTN_FOREACH_ROOM(FASTATTN_FIND_PTX)
-  return {nullptr, 0};
+  return {};
+}
+
+// The PTX of one kernel of a room, in the lines that it has there. Made once a process.
+const std::string& ptx(const std::string& room, const std::string& kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<std::string, std::string>, std::string> made;
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = made.try_emplace({room, kernel});
+  if (!fresh) return at->second;
+  constexpr std::string_view entry = "\n.visible .entry ", end = "\n}\n";
+  std::string_view rest = ptx(room);
+  while (true) {
+    const size_t begin = std::min(rest.find(entry), rest.size());
+    at->second.append(rest.substr(0, begin));
+    if (begin == rest.size()) return at->second;
+    const size_t behind = rest.find(end, begin) + end.size() - 1;
+    const std::string_view own = rest.substr(begin, behind - begin);
+    if (own.substr(entry.size()).starts_with(kernel + "("))
+      at->second.append(own);
+    else
+      at->second.append(static_cast<size_t>(std::count(own.begin(), own.end(), '\n')), '\n');
+    rest.remove_prefix(behind);
+  }
 }
 
 // The part of the driver's interface that launches need, under its own names.
@@ -44,6 +73,7 @@ struct Driver {
 
   int (*cuInit)(unsigned);
   int (*cuDeviceGet)(int*, int);
+  int (*cuDeviceGetAttribute)(int*, int, int);
   int (*cuDevicePrimaryCtxRetain)(Context*, int);
   int (*cuCtxPushCurrent_v2)(Context);
   int (*cuCtxPopCurrent_v2)(Context*);
@@ -66,6 +96,7 @@ struct Driver {
 #define FASTATTN_FIND(name) find(name, #name)
     FASTATTN_FIND(cuInit);
     FASTATTN_FIND(cuDeviceGet);
+    FASTATTN_FIND(cuDeviceGetAttribute);
     FASTATTN_FIND(cuDevicePrimaryCtxRetain);
     FASTATTN_FIND(cuCtxPushCurrent_v2);
     FASTATTN_FIND(cuCtxPopCurrent_v2);
@@ -103,20 +134,26 @@ class Current {
   const Driver& driver_;
 };
 
-// Contexts, modules and functions, each made once a process and never given back.
+// Devices and functions, each opened or made once a process and never given back.
 class Functions {
  public:
-  explicit Functions(const Driver& driver) : driver_(driver) {}
+  struct Opened {
+    Driver::Context context = nullptr;
+    int architecture = 0;
+  };
 
-  Driver::Context context(int device) {
+  const Opened& open(int device) {
     const std::lock_guard lock(mutex_);
-    Driver::Context& context = contexts_[device];
-    if (context == nullptr) {
-      int handle;
-      driver_.check(driver_.cuDeviceGet(&handle, device), "to find a device");
-      driver_.check(driver_.cuDevicePrimaryCtxRetain(&context, handle), "to open a device");
+    Opened& opened = devices_[device];
+    if (opened.context == nullptr) {
+      int handle, major, minor;
+      driver.check(driver.cuDeviceGet(&handle, device), "to find a device");
+      driver.check(driver.cuDeviceGetAttribute(&major, kMajor, handle), "to know a device");
+      driver.check(driver.cuDeviceGetAttribute(&minor, kMinor, handle), "to know a device");
+      opened.architecture = 10 * major + minor;
+      driver.check(driver.cuDevicePrimaryCtxRetain(&opened.context, handle), "to open a device");
     }
-    return context;
+    return opened;
   }
 
   // With the device's context current.
@@ -124,44 +161,49 @@ class Functions {
     const std::lock_guard lock(mutex_);
     Driver::Function& function = functions_[{device, launch.kernel}];
     if (function == nullptr) {
-      Driver::Function found;
       const std::string name = launch.kernel;
-      driver_.check(driver_.cuModuleGetFunction(&found, module(device, launch.room), name.c_str()),
-                    "to find the kernel " + name);
-      driver_.check(driver_.cuFuncSetAttribute(found, kMaxDynamicShared, kMostShared),
-                    "to give " + name + " its shared memory");
+      const std::string& text = ptx(launch.room, name);
+      if (text.empty()) throw std::runtime_error("fastattn: built without CUDA kernels");
+      Driver::Module module;
+      Driver::Function found;
+      driver.check(driver.cuModuleLoadData(&module, text.c_str()), "to load the kernel " + name);
+      driver.check(driver.cuModuleGetFunction(&found, module, name.c_str()),
+                   "to find the kernel " + name);
+      driver.check(
+          driver.cuFuncSetAttribute(found, kMaxDynamicShared,
+                                    static_cast<int>(std::max(kMostShared, launch.shared))),
+          "to give " + name + " its shared memory");
       function = found;
     }
     return function;
   }
 
- private:
-  Driver::Module module(int device, const std::string& room) {
-    Driver::Module& module = modules_[{device, room}];
-    if (module == nullptr) {
-      const auto [text, bytes] = ptx(room);
-      if (text == nullptr) throw std::runtime_error("fastattn: built without CUDA kernels");
-      const std::string terminated(text, static_cast<size_t>(bytes));
-      driver_.check(driver_.cuModuleLoadData(&module, terminated.c_str()),
-                    "to load the kernels of " + room);
-    }
-    return module;
-  }
+  const Driver driver;
 
-  const Driver& driver_;
+ private:
   std::mutex mutex_;
-  std::map<int, Driver::Context> contexts_;
-  std::map<std::pair<int, std::string>, Driver::Module> modules_;
+  std::map<int, Opened> devices_;
   std::map<std::pair<int, std::string>, Driver::Function> functions_;
 };
+
+// Opened on first use, for there may be no driver.
+Functions& functions() {
+  static Functions functions;
+  return functions;
+}
 
 // Runs a launch; returns null, or what went wrong.
 using Emulator = const char* (*)(const Launch*);
 std::atomic<Emulator> emulator = nullptr;
+std::atomic<int> emulated = 80;  // the architecture of the emulator's GPU
 
 }  // namespace
 
 bool emulating() { return emulator.load() != nullptr; }
+
+int architecture(const Device& device) {
+  return emulating() ? emulated.load() : functions().open(device.index).architecture;
+}
 
 void run(const Device& device, const Launch& launch) {
   for (const uint32_t size : launch.grid)
@@ -170,10 +212,10 @@ void run(const Device& device, const Launch& launch) {
     if (const char* message = emulate(&launch)) throw std::runtime_error(message);
     return;
   }
-  static const Driver driver;
-  static Functions functions(driver);
-  const Current current(driver, functions.context(device.index));
-  const Driver::Function function = functions.find(device.index, launch);
+  Functions& all = functions();
+  const Driver& driver = all.driver;
+  const Current current(driver, all.open(device.index).context);
+  const Driver::Function function = all.find(device.index, launch);
   void* values[kMostArguments];
   for (int i = 0; i < launch.count; i++) values[i] = const_cast<void*>(launch.arguments[i].value);
   const auto& [x, y, z] = launch.grid;
@@ -187,14 +229,19 @@ void run(const Device& device, const Launch& launch) {
 
 #define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Sends launches to the emulator from now on; null sends them to the GPU again.
-FASTATTN_EXPORT void fastattn_emulate(fastattn::cuda::Emulator emulate) {
+// Sends launches to the emulator from now on, as to a GPU of this architecture, say 80 for sm_80;
+// null sends them to the GPU again.
+FASTATTN_EXPORT void fastattn_emulate(fastattn::cuda::Emulator emulate, int architecture) {
+  fastattn::cuda::emulated = architecture;
   fastattn::cuda::emulator = emulate;
 }
 
-// The PTX of a room, which has no terminator, and its length; null where it was not built.
-FASTATTN_EXPORT const char* fastattn_cuda_ptx(const char* room, int64_t* bytes) {
-  const auto [text, length] = fastattn::cuda::ptx(room);
-  *bytes = length;
-  return text;
+// The PTX of a room, or of one kernel in it unless that is null, and its length; it has no
+// terminator. Empty where the room was not built.
+FASTATTN_EXPORT const char* fastattn_cuda_ptx(const char* room, const char* kernel,
+                                              int64_t* bytes) {
+  const std::string_view text =
+      kernel == nullptr ? fastattn::cuda::ptx(room) : fastattn::cuda::ptx(room, kernel);
+  *bytes = static_cast<int64_t>(text.size());
+  return text.data();
 }

@@ -48,6 +48,9 @@ void run(const Device& device, const Launch& launch);
 // Whether launches go to the emulator, which works on CPU tensors.
 bool emulating();
 
+// That of a device, or of the one which is emulated: 80 for sm_80.
+int architecture(const Device& device);
+
 // Memory as an argument: of `bytes` bytes, or null.
 struct Memory {
   const void* data;

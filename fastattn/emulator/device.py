@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint32, c_void_p, cast
 from functools import cache
@@ -42,21 +41,30 @@ class Launch(Structure):
     ]
 
 
-def alone(ptx: str, name: str) -> str:
-    """PTX with empty lines for the other kernels, since to read them all takes seconds."""
-
-    def keep(entry: re.Match[str]) -> str:
-        return entry[0] if entry[1] == name else "\n" * entry[0].count("\n")
-
-    return re.sub(r"\.visible \.entry (\w+)\([\s\S]*?\n}\n", keep, ptx)
-
-
 @cache
 def kernel(room: str, name: str) -> Kernel:
     """A CUDA kernel of a room. Raises RuntimeError where the library was built without."""
-    if not (text := _library.ptx(room)):
+    if not (text := _library.ptx(room, name)):
         raise RuntimeError(_library.WHY_NO_CUDA)
-    return load(alone(text, name))[name]
+    return load(text)[name]
+
+
+architecture = 80  # of the GPU that is emulated: sm_80, the oldest that the kernels are for
+
+
+@contextlib.contextmanager
+def emulating(other: int) -> Iterator[None]:
+    """Emulate a GPU of another architecture inside the `with` block, say 90 for sm_90a."""
+    global architecture
+    before, architecture = architecture, other
+    try:
+        if _attached:
+            attach(True)
+        yield
+    finally:
+        architecture = before
+        if _attached:
+            attach(True)
 
 
 _thorough = False
@@ -122,6 +130,11 @@ def _hook(launch: Launch) -> int | None:
     return None
 
 
+_attached = False
+
+
 def attach(on: bool) -> None:
     """Send the launches of the library's CUDA kernels to the emulator, or no longer."""
-    abi.library().fastattn_emulate(cast(_hook, c_void_p) if on else None)
+    global _attached
+    _attached = on
+    abi.library().fastattn_emulate(cast(_hook, c_void_p) if on else None, architecture)

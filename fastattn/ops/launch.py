@@ -3,7 +3,7 @@
 Imported by the rooms' `triton.py` alone, and they on first use: nothing else needs Triton. What the
 emulator runs is the PTX that Triton's own launcher would have made of the very same arguments, with
 its hints on what is divisible by 16 or equal to 1, for the oldest GPU that the kernels are for or
-one that `emulating` names.
+one that `device.emulating` names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def architecture_of(tensor: Tensor) -> int:
     if tensor.is_cuda:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         return 10 * major + minor
-    return _emulating
+    return device.architecture
 
 
 def launch(
@@ -81,7 +81,7 @@ def launch(
         with torch.cuda.device(first.device):
             kernel[tuple(grid)](**arguments, **options)
         return
-    compiled = compile_for(_emulating, kernel, arguments, options)
+    compiled = compile_for(device.architecture, kernel, arguments, options)
     given = [
         _memory(value, name in writes) if isinstance(value, Tensor) else value
         for name, value in passed(compiled, arguments)
@@ -111,20 +111,6 @@ def _memory(tensor: Tensor, written: bool) -> emulator.Memory | None:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
     return emulator.Memory(tensor.data_ptr(), size, written, not written) if size else None
-
-
-_emulating = 80  # sm_80, the oldest architecture that the kernels are for
-
-
-@contextmanager
-def emulating(architecture: int) -> Iterator[None]:
-    """Let the emulator run what Triton makes for a GPU of `architecture`, say 90 for sm_90a."""
-    global _emulating
-    before, _emulating = _emulating, architecture
-    try:
-        yield
-    finally:
-        _emulating = before
 
 
 _compiling: tuple[int, list[CompiledKernel]] | None = None
