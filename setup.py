@@ -43,8 +43,9 @@ COMMON_FLAGS = shlex.split(
     "-Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math -Icsrc"
 )
 LINK_FLAGS = shlex.split("-shared -pthread -Wl,--gc-sections -Wl,-z,noexecstack")
-# PTX for the oldest architecture that the kernels know: see csrc/cuda/driver.cpp.
-CUDA_FLAGS = shlex.split("-std=c++20 -arch=compute_80 -ptx -lineinfo -Icsrc -Werror all-warnings")
+# PTX for the oldest architecture that a file's kernels know: see csrc/cuda/driver.cpp.
+CUDA_FLAGS = shlex.split("-std=c++20 -ptx -lineinfo -Icsrc -Werror all-warnings")
+ARCHITECTURES = {"sm90": "compute_90a"}  # by the end of a file's name; of others compute_80
 
 # Architecture of the compiler's output -> {ISA: (lanes of fp32, flags)}. The emulated vector, which
 # is there for tests, fits no register: at -Og g++ takes a third of the time over it. Nor is there
@@ -196,13 +197,19 @@ def nvcc() -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "probe.cu")
         source.write_text(CUDA_PROBE)
-        command = [found, *CUDA_FLAGS, str(source), "-o", str(source.with_suffix(".ptx"))]
+        command = [found, *cuda_flags(source), str(source), "-o", str(source.with_suffix(".ptx"))]
         probe = subprocess.run(command, capture_output=True, text=True)
     if probe.returncode:
         said = next(filter(None, (probe.stderr + probe.stdout).splitlines()), "no message")
         print(f"fastattn: no CUDA kernels, for {found} fails: {said}", file=sys.stderr)
         return None
     return found
+
+
+def cuda_flags(source: Path) -> list[str]:
+    """nvcc's for a file: PTX for the architecture that its name ends with."""
+    architecture = ARCHITECTURES.get(source.stem.rpartition("_")[2], "compute_80")
+    return [*CUDA_FLAGS, "-gencode", f"arch={architecture},code={architecture}"]
 
 
 def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanitize: str) -> str:
@@ -275,7 +282,7 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
     if not sanitize and (cuda := nvcc()):  # what runs on a GPU is nothing for a sanitizer
         lines += [
             "rule ptx",
-            f"  command = {quoted([cuda, *CUDA_FLAGS])} -MD -MF $out.d $in -o $out",
+            f"  command = {quoted([cuda])} $flags -MD -MF $out.d $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
@@ -291,7 +298,11 @@ def ninja_file(folder: Path, command: list[str], arch: str, include: Path, sanit
             name = source.parent.name + source.stem.removeprefix("cuda")
             text = folder / "cuda" / f"{name}.ptx"
             objects.append(str(text.with_suffix(".o")))
-            lines += [f"build {text}: ptx {source}", f"build {objects[-1]}: embed {text}"]
+            lines += [
+                f"build {text}: ptx {source}",
+                f"  flags = {quoted(cuda_flags(source))}",
+                f"build {objects[-1]}: embed {text}",
+            ]
     lines += [f"build {folder / LIBRARY.name}: link {' '.join(objects)} | {stub} {exports}", ""]
     return "\n".join(lines)
 

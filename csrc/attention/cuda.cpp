@@ -140,23 +140,57 @@ std::string name(const char* kernel, const Attention& in, int dim, const char* v
          std::to_string(dim);
 }
 
-template <int Bytes, int Dim>
-void launch_forward(const AttentionForward& args, Device& device) {
-  using Tiles = AttentionTiles<Bytes, Dim>;
-  static_assert(Tiles::kShared <= kMostShared);
+template <class Tiles>
+void launch_forward(const AttentionForward& args, Device& device, const char* room,
+                    const std::string& kernel) {
   const Attention& in = args.in;
   const Tensors of{in};
   AttentionScalars numbers = scalars(in, Tiles::kQueries);
-  numbers.out = written(args.out, Bytes, in.value_dim);
-  // Kernels of their own for what needs no more than products, bounds and sinks, where it pays.
-  const bool extra = Bytes == 4 || Dim == 256 || !numbers.plain || in.dropout_p > 0;
-  launch(device, "attention", name("forward", in, Dim, extra ? "_extra" : ""),
+  numbers.out = written(args.out, of.bytes, in.value_dim);
+  launch(device, room, kernel,
          {{blocks(int64_t{numbers.query_blocks} * in.heads * numbers.batch), 1, 1},
           {Tiles::kThreads, 1, 1},
           Tiles::kShared},
          of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
          of.seed(), of.query_starts(), of.key_starts(), of.queries(args.out, in.value_dim),
          writes(args.lse, in.rows * 4), numbers);
+}
+
+// Whether a call needs a kernel that knows more than products, bounds and sinks.
+bool has_extras(const Attention& in) { return !scalars(in, 1).plain || in.dropout_p > 0; }
+
+template <int Bytes, int Dim>
+void launch_warps(const AttentionForward& args, Device& device) {
+  using Tiles = AttentionTiles<Bytes, Dim>;
+  static_assert(Tiles::kShared <= kMostShared);
+  // Kernels of their own for what needs no extras, where it pays.
+  const bool extra = Bytes == 4 || Dim == 256 || has_extras(args.in);
+  launch_forward<Tiles>(args, device, "attention",
+                        name("forward", args.in, Dim, extra ? "_extra" : ""));
+}
+
+// Whether a warp group's kernel serves: on sm_90 alone, where rows of keys and values are whole 16
+// bytes, not too far apart, and registers suffice.
+bool grouped(const Attention& in, int64_t dim, const Device& device) {
+  const auto serves = [](const Source& view, int64_t cols) {
+    return aligned(view, 2) && cols % 8 == 0 && view.stride[2] >> 30 == 0;
+  };
+  return architecture(device) == 90 && in.dtype != Dtype::f32 && serves(in.key, in.head_dim) &&
+         serves(in.value, in.value_dim) && !(dim > 128 && has_extras(in));
+}
+
+template <int Dim, bool Extras>
+void launch_grouped(const AttentionForward& args, Device& device) {
+  using Tiles = GroupTiles<Dim, Extras>;
+  launch_forward<Tiles>(args, device, "attention_sm90",
+                        name("forward", args.in, Dim, Extras ? "_extra" : "") + "_sm90");
+}
+
+template <int Dim>
+void launch_grouped(const AttentionForward& args, Device& device) {
+  if constexpr (Dim <= 128)
+    if (has_extras(args.in)) return launch_grouped<Dim, true>(args, device);
+  launch_grouped<Dim, false>(args, device);
 }
 
 // What all kernels of a backward take: `statistics` are of every row, see the kernels.
@@ -324,13 +358,17 @@ void launch_decode(const AttentionDecode& args, Device& device) {
 void attention_forward(const AttentionForward& args, Device& device) {
   const int64_t dim = std::max(args.in.head_dim, args.in.value_dim);
   if (args.in.dtype == Dtype::f32) {
-    dim <= 32   ? launch_forward<4, 32>(args, device)
-    : dim <= 64 ? launch_forward<4, 64>(args, device)
-                : launch_forward<4, 128>(args, device);
+    dim <= 32   ? launch_warps<4, 32>(args, device)
+    : dim <= 64 ? launch_warps<4, 64>(args, device)
+                : launch_warps<4, 128>(args, device);
+  } else if (grouped(args.in, dim, device)) {
+    dim <= 64    ? launch_grouped<64>(args, device)
+    : dim <= 128 ? launch_grouped<128>(args, device)
+                 : launch_grouped<256>(args, device);
   } else {
-    dim <= 64    ? launch_forward<2, 64>(args, device)
-    : dim <= 128 ? launch_forward<2, 128>(args, device)
-                 : launch_forward<2, 256>(args, device);
+    dim <= 64    ? launch_warps<2, 64>(args, device)
+    : dim <= 128 ? launch_warps<2, 128>(args, device)
+                 : launch_warps<2, 256>(args, device);
   }
 }
 

@@ -105,26 +105,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
           for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
             total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
       } else {
-        using Own = Runs<false, keys>;
-        const uint32_t hidden =
-            Extras && scores.mask != nullptr ? scores.template hidden<keys>(upper, j) : 0;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int i = first_row() + half * 8, first = j + Own::key(0);
-          const auto sight = scores.sight(i, first);
-#pragma unroll
-          for (int run = half; run < Own::kCount; run += 2) {
-            const int behind = run / 2 * 16;
-            float terms[Own::kLength] = {};
-            if constexpr (Extras) scores.bias_of(terms, i, first + behind);
-#pragma unroll
-            for (int k = 0; k < Own::kLength; k++) {
-              float& weight = weights[Own::n(run, k)][Own::e(run, k)];
-              weight = scores.template operator()<Extras>(weight, sight, behind + k, terms[k],
-                                                          hidden >> Own::bit(run, k) & 1);
-            }
-          }
-        }
+        scores.template all<keys, Extras>(weights, upper, j);
       }
       if (careful) {
         find_strange<keys, Dim>(tile, in.value_dim, weights, sum);
@@ -158,8 +139,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const float factor = total[half] == 0 ? 0 : 1 / total[half];
-#pragma unroll
-    for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
+    rescale<Dim>(sum, half, factor);
     const int i = first_row() + 8 * half;
     if (q == 0 && i < sequence.q_len)
       lse[sequence.row(in, work.head) + i] =

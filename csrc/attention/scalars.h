@@ -17,6 +17,16 @@ struct AttentionTiles {
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
+// The same for warp groups of sm_90a, which have 64 queries each. `Extras`: see cuda_sm90.cu.
+template <int Dim, bool Extras>
+struct GroupTiles {
+  static constexpr int kGroups = Dim == 64 && !Extras ? 3 : 2;  // as registers allow
+  static constexpr int kThreads = 128 * kGroups, kQueries = 64 * kGroups;
+  static constexpr int kCopying = 256;  // threads that copy keys and values
+  static constexpr int kKeys = Extras || Dim == 256 ? 64 : 128;
+  static constexpr int kShared = 2 * Dim * (kQueries + 2 * 2 * kKeys);
+};
+
 // The gradients of 64 rows, of queries or of keys, sum over what they meet: the other side, which
 // is there twice, one block being copied while another is worked on.
 template <int Bytes, int Dim>

@@ -11,7 +11,7 @@ constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-extern __shared__ __align__(128) uint4 shared_memory[];  // see Tile
+extern __shared__ __align__(1024) uint4 shared_memory[];  // see Panels
 
 __device__ inline int64_t integer(const void* from, const Integers& layout, int row, int col) {
   const int64_t at = row * layout.stride[0] + col * layout.stride[1];
@@ -215,6 +215,33 @@ struct Scores {
     return logit;
   }
 
+  // Of a warp's 16 queries from `first` on and the keys from j on, in place.
+  template <int Keys, bool Extras>
+  __device__ void all(Accumulator<Keys>& weights, int first, int j) const {
+    using Own = Runs<false, Keys>;
+    uint32_t invisible = 0;
+    if constexpr (Extras)
+      if (mask != nullptr) invisible = hidden<Keys>(first, j);
+    const int first_key = j + Own::key(0);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = first + Own::query(half);
+      const auto seen = sight(i, first_key);
+#pragma unroll
+      for (int run = half; run < Own::kCount; run += 2) {
+        const int behind = run / 2 * 16;
+        float terms[Own::kLength] = {};
+        if constexpr (Extras) bias_of(terms, i, first_key + behind);
+#pragma unroll
+        for (int k = 0; k < Own::kLength; k++) {
+          float& weight = weights[Own::n(run, k)][Own::e(run, k)];
+          const bool masked = Extras && (invisible >> Own::bit(run, k) % 32 & 1);
+          weight = (*this).template operator()<Extras>(weight, seen, behind + k, terms[k], masked);
+        }
+      }
+    }
+  }
+
   // The bias of query i at keys from j on, and 0 past the ends.
   template <int N>
   __device__ void bias_of(float (&to)[N], int i, int j) const {
@@ -273,35 +300,47 @@ struct Scores {
   }
 };
 
-// Logits, which are `scale` times what `weights` holds, become weights relative to the highest of
-// their row so far, to which the sums of what came before are scaled anew (Milakov & Gimelshein
+// Logits of a row, which are `scale` times what `weights` holds, become weights relative to the
+// highest of the row so far. Gives the factor of the sums of what came before (Milakov & Gimelshein
 // 2018, arXiv:1805.02867).
+template <int Keys>
+__device__ float weigh(Accumulator<Keys>& weights, int half, float scale, float& highest,
+                       float& total) {
+  float now = -kInfinity;
+#pragma unroll
+  for (int n = 0; n < Keys / 8; n++)
+    now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+  now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+  now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+  now = fmaxf(now * scale, highest);
+  const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
+  const float rescale = ptx::exp2(highest - base);
+  highest = now;
+  total *= rescale;
+#pragma unroll
+  for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; e++) {
+      weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base));
+      total += weights[n][e];
+    }
+  return rescale;
+}
+
+// Multiplies one of a lane's two rows.
+template <int Dim>
+__device__ void rescale(Accumulator<Dim>& sum, int half, float factor) {
+#pragma unroll
+  for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
+}
+
+// Weighs both rows, and scales anew the sums of what came before.
 template <int Keys, int Dim>
 __device__ void weigh(Accumulator<Keys>& weights, float scale, float (&highest)[2],
                       float (&total)[2], Accumulator<Dim>& sum) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float now = -kInfinity;
-#pragma unroll
-    for (int n = 0; n < Keys / 8; n++)
-      now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
-    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
-    now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
-    now = fmaxf(now * scale, highest[half]);
-    const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
-    const float rescale = ptx::exp2(highest[half] - base);
-    highest[half] = now;
-    total[half] *= rescale;
-#pragma unroll
-    for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= rescale, sum[n][2 * half + 1] *= rescale;
-#pragma unroll
-    for (int n = 0; n < Keys / 8; n++)
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; e++) {
-        weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base));
-        total[half] += weights[n][e];
-      }
-  }
+  for (int half = 0; half < 2; half++)
+    rescale<Dim>(sum, half, weigh<Keys>(weights, half, scale, highest[half], total[half]));
 }
 
 // The parts that the four lanes of a row have of its total become this.

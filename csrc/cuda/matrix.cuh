@@ -18,7 +18,7 @@ using Accumulator = float[Cols / 8][4];
 // share all banks, and are permuted together.
 template <class T, int Cols, bool Permuted = true>
 struct Tile {
-  static constexpr int kEach = 16 / sizeof(T), kChunks = Cols / kEach;
+  static constexpr int kCols = Cols, kEach = 16 / sizeof(T), kChunks = Cols / kEach;
   static_assert(kChunks % 8 == 0 || kChunks == 4);
 
   T* memory;
@@ -37,6 +37,21 @@ struct Tile {
   }
 };
 
+// Rows of elements of 16 bits as products of warp groups take them: in panels of 64 columns, each a
+// Tile of all Rows, the first of which begins at a multiple of 1024 bytes.
+template <class T, int Rows, int Cols>
+struct Panels {
+  static constexpr int kCols = Cols, kEach = 8, kChunks = Cols / kEach, kPanel = Rows * 128;
+  static_assert(sizeof(T) == 2 && Cols % 64 == 0 && Rows % 8 == 0);
+
+  T* memory;
+
+  __device__ T* chunk(int row, int chunk) const {
+    return memory + ((chunk / 8 * Rows + row) * 8 + (chunk % 8 ^ row % 8)) * kEach;
+  }
+  __device__ T* at(int row, int col) const { return chunk(row, col / kEach) + col % kEach; }
+};
+
 // A matrix in global memory. `aligned` says that 16 bytes of a row can be moved at once.
 template <class T>
 struct Matrix {
@@ -53,9 +68,9 @@ __device__ constexpr int dealt(int row) { return row / 16 * 16 + row % 8 * 2 + r
 // Begins to copy the rows first ... first + Rows to a tile, dealt or in their order, with zeros
 // where the matrix ends. All Threads of the block take part, each in a column of chunks or, where
 // these are not aligned, of elements.
-template <int Rows, int Threads, bool Dealt, class T, int Cols, bool Permuted>
-__device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& from, int first) {
-  constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
+template <int Rows, int Threads, bool Dealt, class Place, class T>
+__device__ void copy(const Place& to, const Matrix<const T>& from, int first) {
+  constexpr int cols_there = Place::kCols, each = Place::kEach, chunks = Place::kChunks;
   constexpr int step = Threads / chunks;
   static_assert(Threads % chunks == 0 && Rows % step == 0);
   const int thread = ptx::thread_index();
@@ -71,8 +86,8 @@ __device__ void copy(const Tile<T, Cols, Permuted>& to, const Matrix<const T>& f
                       begin + source(r) < from.rows ? cols * static_cast<int>(sizeof(T)) : 0);
   } else {
 #pragma unroll 1
-    for (int i = thread; i < Rows * Cols; i += Threads) {
-      const int row = i / Cols, col = i % Cols, at = first + source(row);
+    for (int i = thread; i < Rows * cols_there; i += Threads) {
+      const int row = i / cols_there, col = i % cols_there, at = first + source(row);
       *to.at(row, col) = at < from.rows && col < from.cols
                              ? from.data[at * from.row_stride + col * from.col_stride]
                              : T(0.0f);
@@ -187,13 +202,13 @@ __device__ void multiply(Accumulator<Cols>& sum, const Accumulator<K>& a,
 // Stores 16 rows, which begin at `row` of the tile and of the matrix behind `first`, and may be
 // dealt. The tile's rows are this warp's own to write to, since a barrier: through them, rows leave
 // whole.
-template <bool Dealt, class T, int Cols>
-__device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& from,
-                      const Tile<T, Cols>& tile, int row) {
-  constexpr int each = Tile<T, Cols>::kEach, chunks = Tile<T, Cols>::kChunks;
+template <bool Dealt, class T, class Place>
+__device__ void store(const Matrix<T>& to, int first, const Accumulator<Place::kCols>& from,
+                      const Place& tile, int row) {
+  constexpr int cols = Place::kCols, each = Place::kEach, chunks = Place::kChunks;
   const int lane = ptx::thread_index() % static_cast<int>(kWarp), r = row + lane / 4, q = lane % 4;
 #pragma unroll
-  for (int n = 0; n < Cols / 8; n++)
+  for (int n = 0; n < cols / 8; n++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       if constexpr (std::is_same_v<T, float>) {
@@ -220,8 +235,8 @@ __device__ void store(const Matrix<T>& to, int first, const Accumulator<Cols>& f
     }
   } else {
 #pragma unroll 1
-    for (int i = lane; i < 16 * Cols; i += static_cast<int>(kWarp)) {
-      const int own = i / Cols, col = i % Cols, at = target(own);
+    for (int i = lane; i < 16 * cols; i += static_cast<int>(kWarp)) {
+      const int own = i / cols, col = i % cols, at = target(own);
       if (at < to.rows && col < to.cols)
         to.data[at * to.row_stride + col * to.col_stride] = *tile.at(row + own, col);
     }

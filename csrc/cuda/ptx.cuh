@@ -49,6 +49,12 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
                "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
 }
+// The same of all 16 or, if they are not `there`, zeros.
+__device__ inline void copy_async(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+               : "memory");
+}
 // The same of 8 bytes.
 __device__ inline void copy_pair_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)),
