@@ -46,9 +46,15 @@ class Recipe(NamedTuple):
     outputs: tuple[str, ...] = ("output", "sum")
 
 
-def build(case: Case, *, compiled: bool = False) -> Work:
+Functions = dict[str, Callable[..., Any]]  # by provider
+
+
+def build(
+    case: Case, *, compiled: bool = False, extend: Callable[[Functions], Functions] = dict
+) -> Work:
     """Make a case runnable on inputs drawn from a fixed seed, torch.compile included if wanted.
 
+    `extend` makes further providers of an operation's functions.
     Raises `UnavailableError` where a package that the case needs is missing.
     """
     if isinstance(case, Model):
@@ -65,6 +71,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
     inputs = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
     if compiled:
         functions["compile"] = torch.compile(functions["eager"], dynamic=False)
+    functions = functions | extend(functions)
     with torch.no_grad():  # by the rival that needs least memory
         outputs = functions.get("sdpa", functions["eager"])(**inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -162,6 +169,7 @@ def varlen(case: Varlen) -> Recipe:
     ends = torch.tensor([0, *case.lengths]).cumsum(0)
     inside = torch.arange(max(case.lengths)) < torch.tensor(case.lengths)[:, None]  # [B, S]
     triangle = torch.ones(case.seq, case.seq, dtype=torch.bool).tril()
+    places = inside.nonzero(as_tuple=True)  # found once: on a GPU, finding them waits for it
     mask = inside[:, None, None] & (triangle if case.causal else True)
 
     def fused(query, key, value):
@@ -183,7 +191,7 @@ def varlen(case: Varlen) -> Recipe:
             pad_sequence(t.split(case.lengths), batch_first=True).transpose(1, 2)
             for t in (query, key, value)
         )
-        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[inside]
+        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[places]
 
     return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 
