@@ -83,7 +83,8 @@ def build(
         fresh = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
         if provider is not None:
             fresh["keep"] = kept(functions[provider], inputs)
-        return differentiate(oracle, fresh, cotangents and [c.to(dtype) for c in cotangents])
+        wide = cotangents and [c.to(torch.promote_types(c.dtype, dtype)) for c in cotangents]
+        return differentiate(oracle, fresh, wide)
 
     def exact(provider: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return computed(dtype, provider if case.dropout else None)
@@ -424,7 +425,9 @@ def cross_entropy(case: CrossEntropy) -> Recipe:
         return fastattn.linear_cross_entropy(input, weight, target)
 
     def eager(input, weight, target):
-        return F.cross_entropy(F.linear(input, weight), target)
+        logits = F.linear(input, weight)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # as transformers takes the loss
+        return F.cross_entropy(logits.to(wide), target)
 
     return Recipe(inputs, {"fused": fused, "eager": eager}, eager, outputs=("loss",))
 

@@ -14,10 +14,10 @@ import torch
 
 import fastattn
 from bench import rows as results
-from bench.cases import Attention, Linear, Norm
+from bench.cases import Attention, CrossEntropy, Linear, Norm
 from bench.gpu import __main__ as cli
 from bench.gpu import ahead, clock, machine, race, report
-from bench.gpu.cases import CALLS, GROUPS
+from bench.gpu.cases import CALLS, GROUPS, bf16, trained
 from bench.gpu.rows import KERNELS, Row, races
 from fastattn import _library, dispatch
 
@@ -211,6 +211,21 @@ def test_kernels_are_compiled_in_other_processes() -> None:
     ahead.compile_one(case, "cpu", "eager")
 
 
+@pytest.mark.skipif(
+    bool(why := dispatch.WHY_NO_TRITON or _library.WHY_NOT), reason=why or "Triton is there"
+)
+def test_tritons_kernels_match_backward_too() -> None:
+    """What is wide in a narrow call, the loss, is so for all."""
+    for case in (
+        CrossEntropy(rows=8, width=64, classes=64),
+        Norm(kind="rms_norm", rows=4, cols=64),
+    ):
+        (narrow,) = trained(*bf16(case))
+        names = ["triton-emulator", "eager"]
+        rows = race.race("a group", narrow, machine.EMULATOR, names, "cpu", None)
+        assert [row.status for row in rows] == [results.OK, results.OK], rows
+
+
 FLASH_ATTN = """
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 def flash_attn_func(query, key, value, causal):
@@ -250,6 +265,38 @@ def test_the_race_on_a_gpu_in_the_emulator(
     assert [row.status for row in rows if row.provider == "flash-attn"] == [results.OK] * 2
     said = capsys.readouterr().out
     assert "Attention of one query" in said and "it has no CUDA kernel" in said
+
+
+@emulated
+def test_the_command_on_what_stands_in_for_a_gpu(
+    cuda: Cuda, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest = race.race
+
+    def small(group, case, here, names, device, measure):
+        assert device == "cuda"
+        names = ["emulator" if name == "cuda" else name for name in names]
+        case = dataclasses.replace(case, **case.tiny)
+        return honest(group, case, here, names, "cpu", measure)
+
+    monkeypatch.setattr(race, "race", small)
+    monkeypatch.setattr(machine, "survey", lambda: machine.EMULATOR)
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "Stream": lambda: "a stream",
+        "stream": cuda.stream,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    kept = tmp_path / "gpu.csv"
+    command = ["--kernels", "cuda", "--only", "linear/512x*", "--csv", str(kept)]
+    assert cli.main(command) == 0
+    rows = results.read_csv(kept, Row)
+    assert [(row.provider, row.status, row.timed) for row in rows] == [
+        (name, "ok", "graph") for name in ("emulator", "eager")
+    ]
+    said = capsys.readouterr()
+    assert "Linear and FFN, GB/s" in said.out and f"Wrote {kept}" in said.err.replace("\n", "")
 
 
 @emulated
@@ -358,6 +405,7 @@ def test_list_shows_every_case(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kernels", "cuda,metal"], "'metal' is none of cuda, triton"),
         (["--csv", "nowhere/at/all.csv"], "there is no folder"),
         (["--report", "absent.csv"], "absent.csv"),
+        (["--markdown", "GPU.md"], "comes with --report"),
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",
 )

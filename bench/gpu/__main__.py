@@ -74,19 +74,19 @@ def parser() -> argparse.ArgumentParser:
         "--csv", type=Path, metavar="FILE", help="every number, one line per case and provider"
     )
     where.add_argument(
-        "--markdown",
-        type=Path,
-        metavar="PAGE",
-        help=f"put the tables into a page that has a place for them, from {report.MARKS[0]} to "
-        f"{report.MARKS[1]}",
-    )
-    where.add_argument(
         "--report",
         nargs="?",
         type=Path,
         const=GPU_TABLE,
         metavar="CSV",
         help="run nothing: print what was kept as CSV (default: bench/data/gpu.csv) as Markdown",
+    )
+    where.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="PAGE",
+        help="with --report: put it into a page that has a place for it, between "
+        f"{report.MARKS[0]} and {report.MARKS[1]}",
     )
     return made
 
@@ -104,9 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser()
     args = options.parse_args(arguments)
-    for file in (args.csv, args.markdown):
-        if file and not file.resolve().parent.is_dir():
-            options.error(f"{file}: there is no folder {file.resolve().parent}")
+    if args.csv and not args.csv.resolve().parent.is_dir():
+        options.error(f"{args.csv}: there is no folder {args.csv.resolve().parent}")
+    if args.markdown and not args.report:
+        options.error("--markdown puts what was kept into a page: it comes with --report")
     if args.report:
         try:
             found = results.read_csv(args.report, Row)
@@ -130,11 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error("torch sees no CUDA device: --emulated shows that this works")
     found, finished = run(cases, args)
     console().print(report.terminal(found))
-    if args.markdown:
-        try:
-            report.insert(found, args.markdown)
-        except (OSError, ValueError) as error:
-            print(error, file=sys.stderr)
     if not finished:
         return 130
     return int(any(row.status == MISMATCH and row.provider in KERNELS for row in found))

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 import torch
 
@@ -27,7 +29,7 @@ def compile_all(
     """Have every case compiled; `tick` hears of each that is done. What fails, the race tells."""
     count = min(PROCESSES, os.cpu_count() or 1, len(cases))
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(count, context) as pool:
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(count, context) as pool:
         jobs = [pool.submit(compile_one, case, device, kernel) for case in cases]
         for done in as_completed(jobs):
             done.exception()
