@@ -11,26 +11,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-try:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Table
-except ImportError:
-    sys.exit("python -m bench needs the package rich: pip install '.[bench]' in the source tree.")
-
 from bench import rows as results
 from bench.cases import CASES, DTYPES, Case, select
-from bench.rows import FAILED, MISMATCH, Row
+from bench.rows import DATA, FAILED, GPU_TABLE, MISMATCH, Row
+from bench.terminal import Console, Progress, Table, console, progress_bar, shown
 
-HERE = Path(__file__).parent
-DATA, LAST = HERE / "data", HERE / "results" / "last.csv"
+LAST = Path(__file__).with_name("results") / "last.csv"
 
 DESCRIPTION = """\
 Race fastattn against eager PyTorch, PyTorch's own fused calls and torch.compile: interleaved runs,
@@ -146,15 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser()
     args = options.parse_args(arguments)
-    out = Console()
-    if not out.is_terminal:
-        out = Console(width=200)
+    out = console()
     files = [file for kind in KEEP if (file := getattr(args, kind))]
     for file in files:
         if not file.resolve().parent.is_dir():
             options.error(f"{file}: there is no folder {file.resolve().parent}")
     if args.report is not None:
-        paths = args.report or sorted(DATA.glob("*.csv"))
+        paths = args.report or sorted({*DATA.glob("*.csv")} - {GPU_TABLE})
         if not paths:
             options.error(f"--report: there is no CSV in {DATA}; name one")
         if files and len(paths) > 1:
@@ -209,17 +193,7 @@ def run(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], boo
     )
     threads = args.threads or [torch.get_num_threads()]
     found: list[Row] = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    )
+    bar = progress_bar(errors)
     try:
         with bar:
             task = bar.add_task("starting", total=len(cases) * len(threads))
@@ -294,12 +268,6 @@ def write(found: Sequence[Row], args: argparse.Namespace) -> int:
         if (file := getattr(args, kind)) and (kind != "png" or picture):
             print(f"Wrote {shown(file)}", file=sys.stderr)
     return 1 if args.png and not picture else 0
-
-
-def shown(path: Path) -> str:
-    """A path as the user would type it here."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def listing(cases: Sequence[Case]) -> Table:

@@ -46,9 +46,15 @@ class Recipe(NamedTuple):
     outputs: tuple[str, ...] = ("output", "sum")
 
 
-def build(case: Case, *, compiled: bool = False) -> Work:
+Functions = dict[str, Callable[..., Any]]  # by provider
+
+
+def build(
+    case: Case, *, compiled: bool = False, extend: Callable[[Functions], Functions] = dict
+) -> Work:
     """Make a case runnable on inputs drawn from a fixed seed, torch.compile included if wanted.
 
+    `extend` makes further providers of an operation's functions.
     Raises `UnavailableError` where a package that the case needs is missing.
     """
     if isinstance(case, Model):
@@ -65,6 +71,7 @@ def build(case: Case, *, compiled: bool = False) -> Work:
     inputs = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
     if compiled:
         functions["compile"] = torch.compile(functions["eager"], dynamic=False)
+    functions = functions | extend(functions)
     with torch.no_grad():  # by the rival that needs least memory
         outputs = functions.get("sdpa", functions["eager"])(**inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -76,7 +83,8 @@ def build(case: Case, *, compiled: bool = False) -> Work:
         fresh = {name: leaf(value, dtype, case.backward) for name, value in inputs.items()}
         if provider is not None:
             fresh["keep"] = kept(functions[provider], inputs)
-        return differentiate(oracle, fresh, cotangents and [c.to(dtype) for c in cotangents])
+        wide = cotangents and [c.to(torch.promote_types(c.dtype, dtype)) for c in cotangents]
+        return differentiate(oracle, fresh, wide)
 
     def exact(provider: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return computed(dtype, provider if case.dropout else None)
@@ -162,6 +170,7 @@ def varlen(case: Varlen) -> Recipe:
     ends = torch.tensor([0, *case.lengths]).cumsum(0)
     inside = torch.arange(max(case.lengths)) < torch.tensor(case.lengths)[:, None]  # [B, S]
     triangle = torch.ones(case.seq, case.seq, dtype=torch.bool).tril()
+    places = inside.nonzero(as_tuple=True)  # found once: on a GPU, finding them waits for it
     mask = inside[:, None, None] & (triangle if case.causal else True)
 
     def fused(query, key, value):
@@ -183,7 +192,7 @@ def varlen(case: Varlen) -> Recipe:
             pad_sequence(t.split(case.lengths), batch_first=True).transpose(1, 2)
             for t in (query, key, value)
         )
-        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[inside]
+        return F.scaled_dot_product_attention(*padded, mask).transpose(1, 2)[places]
 
     return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 
@@ -416,7 +425,9 @@ def cross_entropy(case: CrossEntropy) -> Recipe:
         return fastattn.linear_cross_entropy(input, weight, target)
 
     def eager(input, weight, target):
-        return F.cross_entropy(F.linear(input, weight), target)
+        logits = F.linear(input, weight)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # as transformers takes the loss
+        return F.cross_entropy(logits.to(wide), target)
 
     return Recipe(inputs, {"fused": fused, "eager": eager}, eager, outputs=("loss",))
 

@@ -10,7 +10,10 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+DATA = Path(__file__).with_name("data")
+GPU_TABLE = DATA / "gpu.csv"  # of `python -m bench.gpu`; the others are of `python -m bench`
 OK, MISMATCH, FAILED, LEFT_OUT = "ok", "MISMATCH", "FAILED", "left out"
 
 
@@ -56,43 +59,47 @@ class Row:
     read_gbs: float | None = None
 
 
+def kinds(of: type) -> dict[str, type]:
+    """The type of each of a dataclass's fields, for `float | None` as well as for `str`."""
+    return {name: _kind(hint) for name, hint in typing.get_type_hints(of).items()}
+
+
 def _kind(hint: object) -> type:
-    """The type of a field's values, for `float | None` as well as for `str`."""
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return typing.cast(type, hint)
 
 
-KINDS = {name: _kind(hint) for name, hint in typing.get_type_hints(Row).items()}
+KINDS = kinds(Row)
+Kept = TypeVar("Kept")
 
 
-def write_csv(rows: Iterable[Row], path: str | Path) -> None:
+def write_csv(rows: Iterable[Kept], path: str | Path, of: type[Kept] = Row) -> None:
     """One line per row; numbers keep five significant digits, None is empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(KINDS), lineterminator="\n")
+        writer = csv.DictWriter(file, list(kinds(of)), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = dataclasses.asdict(row).items()
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values})
 
 
-def read_csv(path: str | Path) -> list[Row]:
+def read_csv(path: str | Path, of: type[Kept] = Row) -> list[Kept]:
     """The rows of a file that `write_csv` wrote.
 
     Raises ValueError naming the file and the columns where these are not a benchmark's.
     """
+    wanted = kinds(of)
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None or set(reader.fieldnames) != set(KINDS):
-            odd = sorted(set(reader.fieldnames or ()) ^ set(KINDS))
+        if reader.fieldnames is None or set(reader.fieldnames) != set(wanted):
+            odd = sorted(set(reader.fieldnames or ()) ^ set(wanted))
             raise ValueError(f"{path} is not a benchmark's CSV: columns {', '.join(odd)} differ")
-        return [Row(**{k: _parse(k, v) for k, v in line.items()}) for line in reader]
+        return [of(**{k: _parse(wanted[k], v) for k, v in line.items()}) for line in reader]
 
 
-def _parse(name: str, text: str) -> object:
-    if text == "" and KINDS[name] is not str:
-        return None
-    return KINDS[name](text)
+def _parse(kind: type, text: str) -> object:
+    return None if text == "" and kind is not str else kind(text)
 
 
 def write_json(rows: Iterable[Row], path: str | Path) -> None:

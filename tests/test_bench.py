@@ -18,7 +18,6 @@ from bench import __main__ as cli
 from bench import (
     baselines,
     cases,
-    gpu,
     machine,
     measure,
     memory,
@@ -31,7 +30,6 @@ from bench import (
 from bench import rows as results
 from bench.cases import Attention, Decode, FeedForward, Generation, Linear, Model, Norm, Varlen
 from bench.work import SEED, Work
-from fastattn import _library
 from fastattn.testing import assert_close_to_oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -463,32 +461,3 @@ def test_the_real_model_reads_english_and_matches(dropout):
         verdict = parity.judge(made, provider, parity.run(made, provider), torch.float32)
         assert verdict.matches, (provider, verdict)
     assert made.flops > 0
-
-
-FLASH_ATTN = """
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-def flash_attn_func(query, key, value, causal):
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    return sdpa(*tensors, is_causal=causal).transpose(1, 2)
-"""
-
-
-@pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
-def test_the_race_on_a_gpu_in_the_emulator(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """All but the clock: a case of each kind, and one with what stands in for flash-attn."""
-    (tmp_path / "flash_attn.py").write_text(FLASH_ATTN)
-    monkeypatch.syspath_prepend(tmp_path)
-    kinds = {(type(case), getattr(case, "bias", False)): case for case in gpu.CASES}
-    monkeypatch.setattr(gpu, "CASES", tuple(kinds.values()))
-    assert gpu.main(["--emulated"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("emulator: matches") == len(kinds)
-    assert printed.count("flash-attn: matches") == 1
-
-
-@pytest.mark.cuda
-def test_the_race_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():  # the table is what it is for
-        assert gpu.main([]) == 0

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".j2"}
 LONGEST = 500
+GPU_TABLE = "bench/data/gpu.csv"
 
 Law = Callable[[Path], Iterator[str]]
 
@@ -86,13 +87,23 @@ def tables_are_the_measured_ones(root: Path) -> Iterator[str]:
     bench = pytest.importorskip("bench.report", reason='pip install ".[test]" brings rich')
     from bench import rows
 
-    kept = sorted((root / "bench/data").glob("*.csv"))
+    kept = sorted({*(root / "bench/data").glob("*.csv")} - {root / GPU_TABLE})
     for path in kept:
         page = root / ("README.md" if path.stem == "quick" else "bench/SPEED.md")
         if bench.markdown(rows.read_csv(path)).strip() not in page.read_text():
             yield f"{page.relative_to(root)} does not hold the table of {path.relative_to(root)}"
     if not kept:
         yield "bench/data holds no CSV"
+
+
+def tables_of_a_gpu_are_the_measured_ones(root: Path) -> Iterator[str]:
+    bench = pytest.importorskip("bench.gpu.report", reason='pip install ".[test]" brings rich')
+    from bench import rows
+    from bench.gpu.rows import Row
+
+    page, kept = root / "bench/GPU.md", root / GPU_TABLE
+    if kept.exists() and bench.markdown(rows.read_csv(kept, Row)).strip() not in page.read_text():
+        yield f"{page.relative_to(root)} does not hold the tables of {GPU_TABLE}"
 
 
 PLANTED: dict[Law, tuple[str, str]] = {
@@ -104,6 +115,7 @@ PLANTED: dict[Law, tuple[str, str]] = {
     files_say_what_they_are: ("fastattn/silent.py", "x = 1\n"),
     nothing_is_left_undone: ("fastattn/later.py", '"""Later."""\n# {}\n'.format("TO" + "DO")),
     tables_are_the_measured_ones: ("README.md", "# fastattn\n"),
+    tables_of_a_gpu_are_the_measured_ones: ("bench/GPU.md", "# How fast on a GPU\n"),
 }
 
 
@@ -123,6 +135,14 @@ def test_law_catches_a_violation(law: Law, tmp_path: Path) -> None:
         pytest.importorskip("rich", reason='pip install ".[test]" brings rich')
         quick = "bench/data/quick.csv"
         (tmp_path / quick).write_bytes((ROOT / quick).read_bytes())
+    if law is tables_of_a_gpu_are_the_measured_ones:
+        pytest.importorskip("rich", reason='pip install ".[test]" brings rich')
+        from bench import rows
+        from bench.gpu.rows import Row
+
+        words = ("group", "case", "title", "shape", "passes", "provider", "status")
+        row = Row(**dict.fromkeys(words, "ok"), dtype="bfloat16", gpu="a GPU")
+        rows.write_csv([row], tmp_path / GPU_TABLE, Row)
     name, text = PLANTED[law]
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
