@@ -92,7 +92,7 @@ __device__ void multiply_step(Sums<T>& sum, const typename Operand<T, LeftAcross
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     const int r = row + lane / 4, q = lane % 4;
-    constexpr int each = LeftAcross && RightAcross ? 1 : 4;  // of the depth, which lies along
+    constexpr int each = LeftAcross && RightAcross ? 1 : 4;  // of the depth, as one load has them
     // Of this step alone: the rounding errors of one long chain would grow with the depth.
     Sums<T> part;
 #pragma unroll
