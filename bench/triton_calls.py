@@ -117,8 +117,10 @@ def _rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
 
 def _loss(dtype: torch.dtype) -> Callable[[], None]:
     def call() -> None:
-        x, weight = _leaves(torch.zeros(2, 64, dtype=dtype), torch.zeros(32000, 64, dtype=dtype))
-        target, options = torch.zeros(2).long(), {"label_smoothing": 0.1, "softcap": 30.0}
+        shapes = (2, 64), (32000, 64), (32000,)
+        x, weight, bias = _leaves(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
+        target = torch.zeros(2).long()
+        options = {"linear_bias": bias, "label_smoothing": 0.1, "softcap": 30.0}
         for reduction in ("mean", "none"):
             loss = fastattn.linear_cross_entropy(x, weight, target, reduction=reduction, **options)
             loss.sum().backward()

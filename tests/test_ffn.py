@@ -119,6 +119,24 @@ def test_slopes_of_large_inputs_do_not_cancel(activation: str, name: str) -> Non
     assert error <= 2 * torch.finfo(torch.float32).eps  # eager's tanh-GELU makes 8 eps
 
 
+@pytest.mark.parametrize("name", ["emulator", "triton-emulator"])
+def test_fp32_products_are_no_long_chains(name: str) -> None:
+    """Of what a GPU has no tensor cores for, they round no more than 64 chains of 16, added up."""
+    if why_not := fastattn.backends()[name]:
+        pytest.skip(why_not)
+    x, weight = randn((8, 1024), (32, 1024), dtype=torch.float32)
+    oracle = x.double() @ weight.double().T
+    chains = torch.zeros(8, 32)
+    for start in range(0, 1024, 16):
+        chain = torch.zeros(8, 32)
+        for k in range(start, start + 16):
+            chain += x[:, k, None] * weight[:, k]
+        chains += chain
+    with fastattn.use_kernel(name):
+        found = linear(x, weight)
+    assert (found - oracle).square().mean() <= 1.2 * (chains - oracle).square().mean()
+
+
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_of_the_extremes(kernel: str, activation: str, dtype: torch.dtype) -> None:

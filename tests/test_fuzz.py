@@ -28,6 +28,7 @@ from fastattn.testing import (
     assert_results_close_to_oracle,
     eager_and_oracle,
     laid_out,
+    largest_errors,
     numbers,
     poisoned,
     run,
@@ -469,11 +470,7 @@ def eagerly(call: Call, seed: int) -> tuple[dict[str, Any], ...]:
     }
     with use_threads(1):
         eager, oracle = eager_and_oracle(case, inputs)
-    errors = {
-        name: (eager[name].double() - true).nan_to_num(0, 0, 0).abs().max().item()
-        for name, true in oracle.items()
-    }
-    return inputs, eager, oracle, errors
+    return inputs, eager, oracle, largest_errors(eager, oracle)
 
 
 @pytest.mark.parametrize("function", SHARES)

@@ -19,13 +19,16 @@ from fastattn.testing import (
     LAYOUTS,
     Case,
     all_cases,
+    assert_case_close_to_oracle,
     assert_close_to_oracle,
     assert_results_close_to_oracle,
     cases,
     eager_and_oracle,
+    error_rule,
     poisoned,
     run,
     use_threads,
+    widened,
 )
 
 COMPOSED = {"attention_weights"}  # of PyTorch's functions: no kernel to choose
@@ -175,6 +178,23 @@ def test_error_rule_catches_a_fault() -> None:
         assert_close_to_oracle(eager[:1], eager[:1], oracle)
     with pytest.raises(AssertionError, match="fp64"):
         assert_close_to_oracle(oracle + 1e-12, oracle, oracle)
+
+
+def test_eagers_luck_with_one_draw_is_not_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, fault = CASES["linear-one_row"], 1.2e-6
+
+    def computed(each: Case, inputs: dict[str, Tensor], kernel: str) -> dict[str, Tensor]:
+        if each.name != case.name or inputs["input"].dtype == torch.float64:
+            return run(each, inputs, "reference")
+        exact = run(each, widened(inputs), "reference")
+        found = {name: tensor.float() for name, tensor in exact.items()}
+        return found if kernel == "reference" else found | {"out 0": found["out 0"] + fault}
+
+    monkeypatch.setattr(error_rule, "run", computed)
+    assert_case_close_to_oracle(case, torch.float32, "cpu")
+    fault = 1e-5
+    with pytest.raises(AssertionError, match="out 0"):
+        assert_case_close_to_oracle(case, torch.float32, "cpu")
 
 
 # memory, repetition, threads

@@ -92,24 +92,27 @@ __device__ void multiply_step(Sums<T>& sum, const typename Operand<T, LeftAcross
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     const int r = row + lane / 4, q = lane % 4;
-#pragma unroll 1
-    for (int k = 0; k < depth; k += 4) {
-      float a[rows / 8][4];
+    constexpr int each = LeftAcross && RightAcross ? 1 : 4;  // of the depth, as one load has them
+    // Of this step alone: the rounding errors of one long chain would grow with the depth.
+    Sums<T> part;
+#pragma unroll
+    for (int k = 0; k < depth; k += each) {
+      float a[rows / 8][each];
 #pragma unroll
       for (int i = 0; i < rows / 8; i++) {
         if constexpr (LeftAcross) {
 #pragma unroll
-          for (int d = 0; d < 4; d++) a[i][d] = *left.at(k + d, r + 8 * i);
+          for (int d = 0; d < each; d++) a[i][d] = *left.at(k + d, r + 8 * i);
         } else {
           load(a[i], left.at(r + 8 * i, k));
         }
       }
 #pragma unroll
       for (int n = 0; n < cols / 8; n++) {
-        float b[2][4];
+        float b[2][each];
         if constexpr (RightAcross) {
 #pragma unroll
-          for (int d = 0; d < 4; d++) {
+          for (int d = 0; d < each; d++) {
             const float2 both =
                 *reinterpret_cast<const float2*>(right.at(k + d, col + 8 * n + 2 * q));
             b[0][d] = both.x, b[1][d] = both.y;
@@ -118,18 +121,23 @@ __device__ void multiply_step(Sums<T>& sum, const typename Operand<T, LeftAcross
           load(b[0], right.at(col + 8 * n + 2 * q, k));
           load(b[1], right.at(col + 8 * n + 2 * q + 1, k));
         }
-        // Four at a time: the rounding errors of one long chain would grow with the depth.
 #pragma unroll
         for (int i = 0; i < rows / 8; i++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            float four = a[i][0] * b[e][0];
+            float& own = part[i / 2][n][i % 2 * 2 + e];
+            if (k == 0) own = a[i][0] * b[e][0];
 #pragma unroll
-            for (int d = 1; d < 4; d++) four += a[i][d] * b[e][d];
-            sum[i / 2][n][i % 2 * 2 + e] += four;
+            for (int d = k == 0 ? 1 : 0; d < each; d++) own += a[i][d] * b[e][d];
           }
       }
     }
+#pragma unroll
+    for (int i = 0; i < rows / 16; i++)
+#pragma unroll
+      for (int n = 0; n < cols / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[i][n][e] += part[i][n][e];
   } else {
 #pragma unroll
     for (int k = 0; k < depth / 16; k++) {

@@ -95,11 +95,11 @@ def product(
     """total + left [rows, depth] right [depth, cols], of the rows and columns given."""
     if left.dtype.element_ty == tl.float32:
         # The rounding errors of one long chain of sums would grow with the depth.
-        for start in range(0, depth, 8 * DEPTH):
+        for start in range(0, depth, 2 * DEPTH):
             part = tl.zeros(total.shape, tl.float32)
             total += _span(
                 part, left, right, left_strides, right_strides, row, col, rows, cols, start,
-                tl.minimum(depth, start + 8 * DEPTH), DEPTH,
+                tl.minimum(depth, start + 2 * DEPTH), DEPTH,
             )  # fmt: skip
     else:
         total = _span(

@@ -15,6 +15,7 @@ from fastattn.testing.error_rule import (
     assert_close_to_oracle,
     assert_results_close_to_oracle,
     assert_vanishes,
+    largest_errors,
 )
 from fastattn.testing.inputs import LAYOUTS, Draw, laid_out, numbers, widened
 from fastattn.testing.machine import poisoned, use_isa, use_threads
@@ -33,6 +34,7 @@ __all__ = [
     "cases",
     "eager_and_oracle",
     "laid_out",
+    "largest_errors",
     "numbers",
     "poisoned",
     "run",

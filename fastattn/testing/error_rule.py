@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastattn.testing.case import Case, run
 from fastattn.testing.inputs import widened
+
+DRAWS = 8
 
 
 def assert_case_close_to_oracle(
@@ -18,14 +22,36 @@ def assert_case_close_to_oracle(
     """All outputs and gradients of a case in `dtype` on `kernel` keep the error rule.
 
     What runs on a device leaves its results there, and is compared with eager PyTorch's from there.
+    Where that says too little, being of few elements, its error is the largest of some draws.
     """
+
+    def computed(case: Case, inputs: Mapping[str, Tensor], kernel: str) -> dict[str, Tensor]:
+        there = {name: tensor.to(device) for name, tensor in inputs.items()}
+        found = run(case.on(device), there, kernel)
+        assert {str(tensor.device) for tensor in found.values()} == {device}
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def eager_and_oracle(case: Case, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+        return computed(case, inputs, "reference"), run(case, widened(inputs), "reference")
+
     inputs = case.inputs(dtype)
-    there, moved = {name: tensor.to(device) for name, tensor in inputs.items()}, case.on(device)
-    eager, found = run(moved, there, "reference"), run(moved, there, kernel)
-    assert {str(tensor.device) for tensor in found.values()} == {device}
-    eager, found = ({k: v.cpu() for k, v in each.items()} for each in (eager, found))
-    oracle = run(case, widened(inputs), "reference")
-    assert_results_close_to_oracle(case, inputs, found, eager, oracle)
+    found, eager, oracle = computed(case, inputs, kernel), *eager_and_oracle(case, inputs)
+    errors = dict.fromkeys(oracle, 0.0)
+    for draw in range(1, DRAWS):
+        with contextlib.suppress(AssertionError):
+            return assert_results_close_to_oracle(case, inputs, found, eager, oracle, errors)
+        other = replace(case, name=f"{case.name}, draw {draw}")
+        for name, error in largest_errors(*eager_and_oracle(other, other.inputs(dtype))).items():
+            errors[name] = max(errors[name], error)
+    assert_results_close_to_oracle(case, inputs, found, eager, oracle, errors)
+
+
+def largest_errors(found: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, float]:
+    """By result, how far from the oracle it is where both are finite."""
+    return {
+        name: _largest((found[name].double() - true).nan_to_num(0, 0, 0))
+        for name, true in oracle.items()
+    }
 
 
 def assert_results_close_to_oracle(

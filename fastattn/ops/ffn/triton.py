@@ -32,9 +32,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
         found = tl.where(x < 0, 0, x)  # NaN stays
         slope = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "gelu":
-        share = 0.5 + 0.5 * tl.erf(x * ROOT_HALF)
-        found = x * share
-        slope = share + x * NORMAL * tl.exp2(-0.5 * LOG2E * x * x)
+        half, part = 0.5 * x, tl.erf(x * ROOT_HALF)
+        found = half + half * part  # which rounds less than x * (0.5 + 0.5 * part)
+        slope = 0.5 + 0.5 * part + x * NORMAL * tl.exp2(-0.5 * LOG2E * x * x)
     elif ACTIVATION == "gelu_tanh":
         inner = x * (LINEAR + CUBIC * x * x)
         share = _sigmoid(inner)

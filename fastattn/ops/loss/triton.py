@@ -1,5 +1,5 @@
 """The cross-entropy of a linear layer in Triton: torch multiplies some rows at a time, and a kernel
-in between makes losses of their logits and puts the gradients in the logits' place."""
+in between makes losses of the products and puts the gradients of the logits in their place."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _capped(x, softcap):
-    """fp32 x, or if there is a softcap what it leaves of x."""
+def _logit(product, bias, col, inside, softcap):
+    """In fp32 the logits, or if there is a softcap what it leaves of them, of these columns."""
+    x = tl.load(product + col, inside, 0).to(tl.float32)
+    if bias is not None:
+        x += tl.load(bias + col, inside, 0).to(tl.float32)
     if softcap is not None:
         x = softcap * tiles.tanh(x / softcap)
     return x
@@ -25,29 +28,30 @@ def _capped(x, softcap):
 
 @triton.jit
 def loss_rows(
-    logits, grads, target, grad_losses, losses, stride, classes, ignore_index, smoothing, softcap,
-    BLOCK: tl.constexpr,
+    products, bias, grads, target, grad_losses, losses, stride, classes, ignore_index, smoothing,
+    softcap, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of a row of logits, and `grads`, which may take their place, of this loss.
+    """The loss of a row of logits, products and a bias, and `grads` of this loss by the logits,
+    which may take the place of the products.
 
     Rows are `stride` apart. No grads: none are wanted; no grad_losses: 1 each; no smoothing or
     softcap: there is none. What is ignored has neither loss nor gradient; of a target that is no
     class, both are NaN.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    products += row * stride
     wanted = tl.load(target + row)
     counted = wanted != ignore_index
     known = (wanted >= 0) & (wanted < classes)
     # Read now: the first to be done with the sums below overwrite it.
-    own = _capped(tl.load(logits + wanted, counted & known, 0).to(tl.float32), softcap)
+    own = _logit(products, bias, wanted, counted & known, softcap)
     own = tl.where(known, own, float("nan"))
     top = tl.full([], float("-inf"), tl.float32)
     power = tl.zeros([], tl.float32)
     whole = tl.zeros([], tl.float32)
     for first in range(0, classes, BLOCK):
         col = first + tl.arange(0, BLOCK)
-        x = _capped(tl.load(logits + col, col < classes, 0).to(tl.float32), softcap)
+        x = _logit(products, bias, col, col < classes, softcap)
         x = tl.where(col < classes, x, float("-inf"))
         higher = tl.maximum(top, tl.max(x, 0))
         anchor = tl.where(higher == float("-inf"), 0, higher)
@@ -69,7 +73,7 @@ def loss_rows(
             factor *= tl.load(grad_losses + row)
         for first in range(0, classes, BLOCK):
             col = first + tl.arange(0, BLOCK)
-            x = _capped(tl.load(logits + col, col < classes, 0).to(tl.float32), softcap)
+            x = _logit(products, bias, col, col < classes, softcap)
             grad = tl.exp2(LOG2E * (x - top)) / power
             hit = tl.where(col == wanted, 1.0, 0.0)
             if smoothing is None:
@@ -134,7 +138,8 @@ def _losses(
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses like target, and gradients of their sum, each times its `grad_losses`.
 
-    The logits are rounded to the dtype of input, as a linear layer rounds them.
+    Products are rounded to the dtype of input, and the logits not again: addmm would round twice,
+    the product and its sum with the bias, wherever `out` is not contiguous.
     """
     (classes, features), rows = weight.shape, target.numel()
     losses = input.new_zeros(rows, dtype=torch.float64)
@@ -152,18 +157,16 @@ def _losses(
     stride = triton.cdiv(classes, 16) * 16  # so that rows begin at whole vectors
     room = input.new_empty(len(parts[0]), stride)
     for part in parts:
-        x, logits = input[part], room[: len(part), :classes]
-        if bias is None:
-            torch.mm(x, weight.T, out=logits)
-        else:
-            torch.addmm(bias, x, weight.T, out=logits)
+        x, products = input[part], room[: len(part), :classes]
+        torch.mm(x, weight.T, out=products)
         found = torch.empty_like(part, dtype=torch.float64)
         launch.launch(
             loss_rows,
             (len(part),),
             {
-                "logits": logits,
-                "grads": logits if any(wanted) else None,
+                "products": products,
+                "bias": bias,
+                "grads": products if any(wanted) else None,
                 "target": target[part],
                 "grad_losses": None if grad_losses is None else grad_losses[part],
                 "losses": found,
@@ -178,14 +181,15 @@ def _losses(
             num_warps=knobs.warps,
         )
         losses[part] = found
+        grad_logits = products  # whose place they have taken
         if wanted[0]:
-            grad_input.view(rows, features)[part] = _product(logits, weight)
+            grad_input.view(rows, features)[part] = _product(grad_logits, weight)
         if wanted[1]:
             for first in range(0, classes, knobs.classes):
                 some = slice(first, first + knobs.classes)
-                grad_weight[some] += _product(logits[:, some].T, x)
+                grad_weight[some] += _product(grad_logits[:, some].T, x)
         if wanted[2] and bias is not None:
-            grad_bias += logits.sum(0, dtype=torch.float32)
+            grad_bias += grad_logits.sum(0, dtype=torch.float32)
     return losses.view(shape), grads
 
 

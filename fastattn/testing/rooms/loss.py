@@ -27,7 +27,7 @@ def loss_cases(function: str) -> Iterator[Case]:
         ignore_index = options.get("ignore_index", -100)
         targets = [7919 * i % 10007 % classes for i in range(math.prod(lead))]
         for i in range(ignored):  # the first row, and others here and there
-            targets[4 * i % len(targets)] = ignore_index
+            targets[7 * i % len(targets)] = ignore_index
         tensors = {
             "input": Draw((*lead, features)),
             "linear_weight": Draw((classes, features), "weight"),
