@@ -312,10 +312,11 @@ Memory angles(const Rotary& rotary, const Source& table) {
   return memory(table, {1, 1, rotary.positions, rotary.pairs}, size_of(rotary.dtype));
 }
 
-// Splits of the keys: enough blocks to fill any GPU, whichever it is, so that the result does not
-// depend on it; but none of few keys, and not so many that adding them up takes long.
+// Splits of the keys: as many blocks as an H200 runs at a time, heads of 128, whichever the GPU, so
+// that the result does not depend on it; but none of few keys, and not so many that adding them up
+// takes long.
 int64_t splits(int64_t blocks, int64_t room) {
-  constexpr int64_t wanted = 512, least = 256, most = 128;
+  constexpr int64_t wanted = 3 * 132, least = 256, most = 128;
   return std::clamp<int64_t>(wanted / blocks, 1, std::min(ceil_div(room, least), most));
 }
 

@@ -130,18 +130,15 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   // weights are computed in both branches, for a compiler does not wait for other products in front
   // of one.
   const auto weigh_all = [&](int j, float (&factors)[2], auto careful) {
-    const auto weigh_rows = [&](float scale) {
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        factors[half] = weigh<keys>(weights, half, scale, highest[half], total[half]);
-    };
     if (!decltype(careful)::value && all_see(j)) {
+      float strange[4] = {};  // what is infinite is no number, see Scores
 #pragma unroll
       for (int n = 0; n < keys / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
-          total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
-      weigh_rows(in.scale);
+        for (int e = 0; e < 4; e++) strange[e] = fmaf(weights[n][e], 0, strange[e]);
+#pragma unroll
+      for (int e = 0; e < 4; e++) total[e / 2] += strange[e];
+      weigh<keys>(weights, in.scale, highest, total, factors);
     } else {
       scores.template all<keys, Extras>(weights, work.first + row(), j);
       if constexpr (decltype(careful)::value) {
@@ -152,7 +149,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
         clean(value_tile(j).memory, keys * Dim, static_cast<int>(threadIdx.x), Tiles::kThreads);
         hand_over();
       }
-      weigh_rows(1);
+      weigh<keys>(weights, 1, highest, total, factors);
     }
     if constexpr (Extras)
       if (in.threshold != 0)
@@ -163,8 +160,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
                           in.kept);
   };
   const auto turn = [&](const float (&factors)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) rescale<Dim>(sum, half, factors[half]);
+    rescale<Dim>(sum, factors);
 #pragma unroll
     for (int k = 0; k < keys / 16; k++)
 #pragma unroll
@@ -191,10 +187,10 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     float factors[2];
     fetch_keys(begin);
     hand_over();
-    fetch_values(begin);
-    fetch_keys(begin + keys);
     ptx::begin_products();
     begin_logits(begin);
+    fetch_values(begin);
+    fetch_keys(begin + keys);
     ptx::wait_for_products<0>(weights);
     weigh_all(begin, factors, careful);
     turn(factors);
@@ -202,12 +198,12 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
 #pragma unroll 1
     for (; j + keys < end; j += keys) {
       hand_over();
-      fetch_values(j + keys);
-      fetch_keys(j + 2 * keys);
       ptx::begin_products();
       begin_logits(j + keys);
       multiply_values<T, keys, Dim>(sum, left, value_tile(j));
       ptx::commit_products();
+      fetch_values(j + keys);
+      fetch_keys(j + 2 * keys);
       ptx::wait_for_products<1>(weights);
       weigh_all(j + keys, factors, careful);
       ptx::settle(weights);  // while values are multiplied
@@ -238,10 +234,9 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   }
 
   add_up(total);
+  rescale<Dim>(sum, {total[0] == 0 ? 0 : 1 / total[0], total[1] == 0 ? 0 : 1 / total[1]});
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float factor = total[half] == 0 ? 0 : 1 / total[half];
-    rescale<Dim>(sum, half, factor);
     const int i = work.first + row() + lane() / 4 + 8 * half;
     if (lane() % 4 == 0 && i < sequence.q_len)
       lse[sequence.row(in, work.head) + i] =
