@@ -112,7 +112,8 @@ void norm_backward(const NormBackward& args, Device& device) {
   const int64_t shared = teams.whole ? threads * kHeld * teams.vector * kFloat : 0;
   launch(device, "norm", name("backward", in, teams), teams.shape(parts, shared),
          reads(args.grad_out, of.narrow()), reads(args.grad_summed, of.wide()), of.input(),
-         of.residual(), reads(args.summed, of.wide()), of.weight(), of.seed(),
+         of.residual(), reads(args.summed, of.wide()),
+         args.grad_out == nullptr ? Memory{} : of.weight(), of.seed(),
          reads(args.mean, of.statistics()), reads(args.rstd, of.statistics()),
          writes(args.grad_input, of.narrow()), writes(args.grad_residual, of.wide()),
          writes(weight_parts, part_bytes), writes(bias_parts, part_bytes), scalars(in));

@@ -15,26 +15,31 @@ struct Team {
   // Sums over the team, for all of its threads.
   template <int N>
   __device__ void sum(float (&values)[N]) {
-    __shared__ float parts[2][N][kNormThreads / kWarp];
-#pragma unroll
-    for (int apart = kWarp / 2; apart > 0; apart /= 2)
-      if (apart < size)
-#pragma unroll
-        for (int i = 0; i < N; i++) values[i] += __shfl_xor_sync(kAllLanes, values[i], apart);
-    const int warps = size / static_cast<int>(kWarp);
-    if (warps <= 1) return;
+    constexpr int most = kNormThreads / kWarp;
+    __shared__ float parts[2][N][most];
+    add_lanes(values, size);
+    if (size <= int{kWarp}) return;
     auto& own = parts[turn];  // not the one that slower warps may still read
     turn ^= 1;
-    const int first = static_cast<int>(threadIdx.y) * warps;
+    const int warps = size / int{kWarp}, first = static_cast<int>(threadIdx.y) * warps;
     if (lane_index() == 0)
 #pragma unroll
-      for (int i = 0; i < N; i++) own[i][first + thread / kWarp] = values[i];
+      for (int i = 0; i < N; i++) own[i][first + thread / int{kWarp}] = values[i];
     ptx::sync_threads(threadIdx.y + 1, size);
+    const int other = lane_index() % most;  // both halves of a warp add up all parts
 #pragma unroll
-    for (int i = 0; i < N; i++) values[i] = 0;
-    for (int warp = first; warp < first + warps; warp++)
+    for (int i = 0; i < N; i++) values[i] = other < warps ? own[i][first + other] : 0;
+    add_lanes(values, most);
+  }
+
+  // Sums over `lanes` neighbouring lanes, a power of two.
+  template <int N>
+  __device__ static void add_lanes(float (&values)[N], int lanes) {
 #pragma unroll
-      for (int i = 0; i < N; i++) values[i] += own[i][warp];
+    for (int apart = kWarp / 2; apart > 0; apart /= 2)
+      if (apart < lanes)
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] += __shfl_xor_sync(kAllLanes, values[i], apart);
   }
 };
 
@@ -260,6 +265,14 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
   }
 }
 
+template <int V>
+__device__ void put_slot(float* to, const float* from) {
+  if constexpr (V == 1)
+    *to = *from;
+  else
+    ptx::store_shared(to, from[0], from[1], from[2], from[3]);
+}
+
 // Every block adds up its rows' part of the parameters' gradients, [blocks, cols]; `fold` adds the
 // blocks. Both orders are fixed by the shape alone.
 //
@@ -306,8 +319,7 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
       }
   }
 
-  // Without grad_out they stay zero, as do the statistics.
-  if (grad_out == nullptr) weight = nullptr;
+  // Without grad_out they stay zero, as do the statistics, and there is no weight.
   Packed<R, V> x[N] = {};
   Packed<T, V> g[N] = {};
   const auto load_all = [&](int64_t row, int first, int vectors, uint32_t bits) {
@@ -458,8 +470,7 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < V; i += piece)
-          put_floats(slot<V, N>(self, n, i), reinterpret_cast<float (&)[piece]>(bias_sum[n][i]));
+        for (int i = 0; i < V; i += piece) put_slot<V>(slot<V, N>(self, n, i), bias_sum[n] + i);
       write(bias_part);
     }
   }
@@ -477,6 +488,7 @@ __device__ void fold(const float* weight_parts, const float* bias_parts, void* g
   if (grad == nullptr) return;
   const int col = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
   float sum = 0;
+#pragma unroll 1
   for (int first = static_cast<int>(threadIdx.y); first < in.parts; first += kFolders * together) {
     float values[together] = {};
 #pragma unroll
