@@ -1,4 +1,4 @@
-// The vocabulary of the CUDA kernels: vectors of memory, dropout.
+// The vocabulary of the CUDA kernels: vectors of memory and dropout.
 #pragma once
 
 #include <cuda_bf16.h>

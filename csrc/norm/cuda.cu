@@ -334,8 +334,8 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
       g[n].load(grad_out + row * in.cols + v * V);
     }
   };
-  const bool ahead = whole && rows.known != nullptr &&
-                     grad_out != nullptr;  // whether rows are loaded a turn before
+  // Whether rows are loaded a turn before.
+  const bool ahead = whole && rows.known != nullptr && grad_out != nullptr;
   const auto load_statistics = [&](int64_t row, float& mean, float& rstd) {
     if (row >= in.rows || grad_out == nullptr) return;
     mean = in.centred ? mean_of[row] : 0;
@@ -358,9 +358,7 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
     float means[2] = {};  // of grad_out * weight, and of its product with the normal row
     for (int at = 0; at < (whole ? 1 : vectors); at += step) {
       const int first = at + team.thread;
-      if constexpr (!whole) {
-        load_all(row, first, vectors, rows.template kept<N>(row, first, size));
-      }
+      if constexpr (!whole) load_all(row, first, vectors, rows.template kept<N>(row, first, size));
 #pragma unroll
       for (int n = 0; n < N; n++) {
         const int v = first + n * size;
