@@ -104,7 +104,9 @@ void norm_backward(const NormBackward& args, Device& device) {
   const Tensors of{in};
   const int64_t threads = teams.threads * teams.each_block;
   const int64_t at_once = kMultiprocessors * (kResident / threads);
-  const int64_t parts = std::min(teams.blocks(in), at_once), part_bytes = parts * in.cols * kFloat;
+  // At least one, which sums nothing up where there are no rows.
+  const int64_t parts = std::clamp<int64_t>(teams.blocks(in), 1, at_once);
+  const int64_t part_bytes = parts * in.cols * kFloat;
   void* weight_parts = args.grad_weight == nullptr ? nullptr : device.scratch(part_bytes);
   void* bias_parts = args.grad_bias == nullptr ? nullptr : device.scratch(part_bytes);
   // Registers hold one of a thread's sums, shared memory the other.
