@@ -189,7 +189,7 @@ def test_wide_heads_are_refused() -> None:
 
 
 @emulated
-def test_rows_too_long_for_shared_memory() -> None:
+def test_rows_too_long_for_registers() -> None:
     """Rows that are read again, and sums of gradients that stay in global memory."""
     x, weight = torch.randn(3, 30_000), torch.randn(30_000)
     found = {}

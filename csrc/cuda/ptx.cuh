@@ -27,6 +27,17 @@ __device__ inline int thread_index() {
   return index;
 }
 
+// The same word, unknown to the compiler, which then keeps no other form of it in registers.
+__device__ inline uint32_t anew(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
+}
+
+// Waits for `threads` threads, whole warps of a block, at one of its barriers 1 ... 15.
+__device__ inline void sync_threads(unsigned barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }

@@ -1,4 +1,4 @@
-// The vocabulary of the CUDA kernels: vectors of memory, sums over teams of threads, dropout.
+// The vocabulary of the CUDA kernels: vectors of memory and dropout.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -85,44 +85,6 @@ __device__ void store(T* to, const float (&from)[N]) {
                               packed<T>(from + (i + 2) * each), packed<T>(from + (i + 3) * each)});
   }
 }
-
-// Threads that work on one row together: a warp of a block of several, or a block whole.
-struct Team {
-  const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
-  const int64_t index = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  const int64_t count = int64_t{gridDim.x} * blockDim.y;
-
-  // Calls f(v, inside) for this thread's part of `vectors`. All lanes of a warp come along, past
-  // the end too, so that f may exchange values between them.
-  template <class F>
-  __device__ void each(int vectors, F&& f) const {
-#pragma unroll 1
-    for (int v = thread; v - lane_index() < vectors; v += size) {
-      const bool inside = v < vectors;
-      f(v, inside);
-    }
-  }
-
-  // Sums over the team, for all of its threads.
-  template <int N>
-  __device__ void sum(float (&values)[N]) const {
-    __shared__ float parts[N][kWarp];
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      for (unsigned apart = kWarp / 2; apart > 0; apart /= 2)
-        values[i] += __shfl_xor_sync(kAllLanes, values[i], apart);
-    if (size == kWarp) return;
-    if (lane_index() == 0)
-      for (int i = 0; i < N; i++) parts[i][thread / kWarp] = values[i];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      values[i] = 0;
-      for (int warp = 0; warp < size / kWarp; warp++) values[i] += parts[i][warp];
-    }
-    __syncthreads();  // parts may be written again
-  }
-};
 
 // The random words of one counter: Philox 4x32-10 (Salmon et al. 2011), counted by position as
 // on the CPU.

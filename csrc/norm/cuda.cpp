@@ -1,5 +1,6 @@
 // Launches of the norm room's CUDA kernels: which kernel, how many threads, how much memory.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
@@ -10,43 +11,46 @@
 namespace fastattn::cuda {
 namespace {
 
-// Blocks of a backward, few enough that adding up their sums costs little next to the rows.
-constexpr int64_t kMostParts = 264;
 constexpr int64_t kFloat = sizeof(float);
+// Of an H200. A backward fills them once, by its registers, and gives each block a part of the
+// sums; the constants stand for every GPU, so that the order of the sums is the same on all.
+constexpr int64_t kMultiprocessors = 132, kResident = 512;
 
-// The teams of a launch, a row each: a warp, or all threads of a block where rows are long.
+// The teams of a launch, a row each, and how many of them share a block of `most` threads.
 struct Teams {
   int64_t vector;  // neighbouring columns that a thread moves together
   int64_t threads, each_block;
+  bool whole;  // whether their registers hold a row
 
-  Teams(const Norm& in, std::initializer_list<const void*> memory) {
+  Teams(const Norm& in, int64_t most, std::initializer_list<const void*> memory) {
     vector = 16 / std::max(size_of(in.dtype), size_of(in.residual_dtype));
     bool aligned = in.cols % vector == 0;
     for (const void* data : memory)
       aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
     if (!aligned) vector = 1;
-    const int64_t vectors = in.cols / vector;
-    threads = vectors <= 128 ? 32 : vectors <= 512 ? 128 : vectors <= 2048 ? 256 : kNormThreads;
-    each_block = threads == 32 ? 4 : 1;
+    const uint64_t wanted = (in.cols / vector + kHeld - 1) / kHeld;
+    // Dropout draws for whole warps.
+    const uint64_t least = in.dropout_p > 0 ? 32 : 4;
+    threads = std::min<uint64_t>(
+        wanted <= 32 ? std::bit_ceil(std::max(wanted, least)) : (wanted + 31) / 32 * 32,
+        kNormThreads);
+    whole = in.cols <= threads * kHeld * vector;
+    each_block = std::bit_floor<uint64_t>(std::max<int64_t>(most / threads, 1));
   }
 
-  // As many lines of floats as fit into shared memory go there.
-  int64_t bytes(const Norm& in, int64_t lines) const {
-    return lines * in.cols * kFloat * each_block;
-  }
-  bool fit(const Norm& in, int64_t lines) const { return bytes(in, lines) <= kMostShared; }
+  int64_t blocks(const Norm& in) const { return (in.rows + each_block - 1) / each_block; }
 
-  Shape shape(const Norm& in, int64_t blocks, int64_t lines) const {
+  Shape shape(int64_t blocks, int64_t shared = 0) const {
     return {{static_cast<uint32_t>(blocks), 1, 1},
             {static_cast<uint32_t>(threads), static_cast<uint32_t>(each_block), 1},
-            static_cast<uint32_t>(bytes(in, lines))};
+            static_cast<uint32_t>(shared)};
   }
 };
 
 std::string name(const char* direction, const Norm& in, const Teams& teams) {
   const bool apart = in.residual_dtype != in.dtype;
   return "norm_" + std::string(direction) + "_" + name_of(in.dtype) + (apart ? "_f32" : "") + "_x" +
-         std::to_string(teams.vector);
+         std::to_string(teams.vector) + (teams.whole ? "" : "_long");
 }
 
 NormScalars scalars(const Norm& in) {
@@ -56,6 +60,7 @@ NormScalars scalars(const Norm& in) {
   to.centred = in.centred;
   to.wide_weight = in.weight_dtype == Dtype::f32;
   to.wide_bias = in.bias_dtype == Dtype::f32;
+  to.share = 1 / static_cast<float>(in.cols);
   to.threshold = dropout_threshold(in.dropout_p);
   to.kept = static_cast<float>(in.dropout_p < 1 ? 1 / (1 - in.dropout_p) : 0);
   return to;
@@ -80,50 +85,49 @@ struct Tensors {
 
 void norm_forward(const NormForward& args, Device& device) {
   const Norm& in = args.in;
-  const Teams teams(in, {in.input, in.residual, in.weight, in.bias, args.out, args.summed});
+  const Teams teams(in, kForwardThreads,
+                    {in.input, in.residual, in.weight, in.bias, args.out, args.summed});
   const Tensors of{in};
   NormScalars numbers = scalars(in);
   numbers.eps = static_cast<float>(args.eps);
-  numbers.cached = teams.fit(in, 1);
-  const int64_t blocks = (in.rows + teams.each_block - 1) / teams.each_block;
-  launch(device, "norm", name("forward", in, teams), teams.shape(in, blocks, numbers.cached),
-         of.input(), of.residual(), of.weight(), of.bias(), of.seed(),
-         writes(args.out, of.narrow()), writes(args.summed, of.wide()),
-         writes(in.centred ? args.mean : nullptr, of.statistics()),
+  launch(device, "norm", name("forward", in, teams), teams.shape(teams.blocks(in)), of.input(),
+         of.residual(), of.weight(), of.bias(), of.seed(), writes(args.out, of.narrow()),
+         writes(args.summed, of.wide()), writes(in.centred ? args.mean : nullptr, of.statistics()),
          writes(args.rstd, of.statistics()), numbers);
 }
 
 void norm_backward(const NormBackward& args, Device& device) {
   const Norm& in = args.in;
-  const Teams teams(in, {args.grad_out, args.grad_summed, in.input, in.residual, args.summed,
-                         in.weight, args.grad_input, args.grad_residual});
+  const Teams teams(in, kBackwardThreads,
+                    {args.grad_out, args.grad_summed, in.input, in.residual, args.summed, in.weight,
+                     args.grad_input, args.grad_residual});
   const Tensors of{in};
-  const int64_t blocks = std::min((in.rows + teams.each_block - 1) / teams.each_block, kMostParts);
-  const int64_t parts = blocks * teams.each_block, part_bytes = parts * in.cols * kFloat;
+  const int64_t threads = teams.threads * teams.each_block;
+  const int64_t at_once = kMultiprocessors * (kResident / threads);
+  // At least one, which sums nothing up where there are no rows.
+  const int64_t parts = std::clamp<int64_t>(teams.blocks(in), 1, at_once);
+  const int64_t part_bytes = parts * in.cols * kFloat;
   void* weight_parts = args.grad_weight == nullptr ? nullptr : device.scratch(part_bytes);
   void* bias_parts = args.grad_bias == nullptr ? nullptr : device.scratch(part_bytes);
-  const int64_t sums = (weight_parts != nullptr) + (bias_parts != nullptr);
-  NormScalars numbers = scalars(in);
-  numbers.sums = sums > 0 && teams.fit(in, sums);
-  const int64_t lines = numbers.sums ? sums : 0;
-  numbers.cached = teams.fit(in, lines + 2);
-  launch(device, "norm", name("backward", in, teams),
-         teams.shape(in, blocks, lines + (numbers.cached ? 2 : 0)),
+  // Registers hold one of a thread's sums, shared memory the other.
+  const bool sums = weight_parts != nullptr || bias_parts != nullptr;
+  const int64_t shared = teams.whole ? threads * kHeld * teams.vector * kFloat : 0;
+  launch(device, "norm", name("backward", in, teams), teams.shape(parts, shared),
          reads(args.grad_out, of.narrow()), reads(args.grad_summed, of.wide()), of.input(),
-         of.residual(), reads(args.summed, of.wide()), of.weight(), of.seed(),
+         of.residual(), reads(args.summed, of.wide()),
+         args.grad_out == nullptr ? Memory{} : of.weight(), of.seed(),
          reads(args.mean, of.statistics()), reads(args.rstd, of.statistics()),
          writes(args.grad_input, of.narrow()), writes(args.grad_residual, of.wide()),
-         writes(weight_parts, part_bytes), writes(bias_parts, part_bytes), numbers);
+         writes(weight_parts, part_bytes), writes(bias_parts, part_bytes), scalars(in));
+  if (!sums) return;
 
-  const auto fold = [&](void* parts_of, void* grad, Dtype dtype) {
-    if (grad == nullptr) return;
-    const Shape shape{{static_cast<uint32_t>((in.cols + 31) / 32), 1, 1}, {32, kFolders, 1}};
-    launch(device, "norm", "norm_fold_" + name_of(dtype), shape, reads(parts_of, part_bytes),
-           writes(grad, in.cols * size_of(dtype)), static_cast<int32_t>(parts),
-           static_cast<int32_t>(in.cols), static_cast<int32_t>(teams.vector));
-  };
-  fold(weight_parts, args.grad_weight, in.weight_dtype);
-  fold(bias_parts, args.grad_bias, in.bias_dtype);
+  const NormFold fold{static_cast<int32_t>(parts), static_cast<int32_t>(in.cols),
+                      in.weight_dtype == Dtype::f32, in.bias_dtype == Dtype::f32};
+  const Shape shape{{static_cast<uint32_t>((in.cols + 31) / 32), 2, 1}, {32, kFolders, 1}};
+  launch(device, "norm", "norm_fold_" + name_of(in.dtype), shape, reads(weight_parts, part_bytes),
+         reads(bias_parts, part_bytes),
+         writes(args.grad_weight, in.cols * size_of(in.weight_dtype)),
+         writes(args.grad_bias, in.cols * size_of(in.bias_dtype)), fold);
 }
 
 }  // namespace fastattn::cuda

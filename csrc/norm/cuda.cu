@@ -7,38 +7,109 @@ namespace {
 
 extern __shared__ float4 shared_memory[];
 
-// A row of floats which every thread reads only where it wrote, by vectors of V. Those of 8 lie in
-// two planes, so that the lanes of a warp always touch neighbouring 16 bytes.
-template <int V>
-struct Line {
-  float* at;
-  int vectors;
+// Threads that work on one row together: some lanes of a warp, or whole warps of a block.
+struct Team {
+  const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
+  int turn = 0;
 
-  __device__ void get(int v, float (&to)[V]) const {
-    if constexpr (V == 1) {
-      to[0] = at[v];
-    } else {
+  // Sums over the team, for all of its threads.
+  template <int N>
+  __device__ void sum(float (&values)[N]) {
+    constexpr int most = kNormThreads / kWarp;
+    __shared__ float parts[2][N][most];
+    add_lanes(values, size);
+    if (size <= int{kWarp}) return;
+    auto& own = parts[turn];  // not the one that slower warps may still read
+    turn ^= 1;
+    const int warps = size / int{kWarp}, first = static_cast<int>(threadIdx.y) * warps;
+    if (lane_index() == 0)
 #pragma unroll
-      for (int i = 0; i < V; i += 4) {
-        const float4 part = *plane(v, i);
-        to[i] = part.x, to[i + 1] = part.y, to[i + 2] = part.z, to[i + 3] = part.w;
-      }
-    }
-  }
-  __device__ void put(int v, const float (&from)[V]) const {
-    if constexpr (V == 1) {
-      at[v] = from[0];
-    } else {
+      for (int i = 0; i < N; i++) own[i][first + thread / int{kWarp}] = values[i];
+    ptx::sync_threads(threadIdx.y + 1, size);
+    const int other = lane_index() % most;  // both halves of a warp add up all parts
 #pragma unroll
-      for (int i = 0; i < V; i += 4)
-        *plane(v, i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
-    }
+    for (int i = 0; i < N; i++) values[i] = other < warps ? own[i][first + other] : 0;
+    add_lanes(values, most);
   }
-  __device__ float4* plane(int v, int i) const {
-    return reinterpret_cast<float4*>(at) + i / 4 * vectors + v;
+
+  // Sums over `lanes` neighbouring lanes, a power of two.
+  template <int N>
+  __device__ static void add_lanes(float (&values)[N], int lanes) {
+#pragma unroll
+    for (int apart = kWarp / 2; apart > 0; apart /= 2)
+      if (apart < lanes)
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] += __shfl_xor_sync(kAllLanes, values[i], apart);
   }
 };
 
+// V neighbouring elements as they are in memory, so that they take few registers; one as fp32.
+template <class T, int V>
+struct Packed {
+  static constexpr int kEach = V == 1 ? 1 : 4 / sizeof(T), kWords = V / kEach;
+  uint32_t words[kWords];
+
+  __device__ void load(const T* from) {
+    if constexpr (V == 1) {
+      words[0] = __float_as_uint(static_cast<float>(*from));
+    } else if constexpr (kWords == 2) {
+      reinterpret_cast<uint2&>(words) = *reinterpret_cast<const uint2*>(from);
+    } else {
+      static_assert(kWords == 4);
+      reinterpret_cast<uint4&>(words) = *reinterpret_cast<const uint4*>(from);
+    }
+  }
+  __device__ void store(T* to) const {
+    if constexpr (V == 1)
+      *to = static_cast<T>(__uint_as_float(words[0]));
+    else if constexpr (kWords == 2)
+      ptx::store_global(to, reinterpret_cast<const uint2&>(words));
+    else
+      ptx::store_global(to, reinterpret_cast<const uint4&>(words));
+  }
+
+  // Elements first ... first + P - 1.
+  template <int P>
+  __device__ void get(float (&to)[P], int first = 0) const {
+    if constexpr (V == 1)
+      to[0] = __uint_as_float(words[0]);
+    else
+#pragma unroll
+      for (int i = 0; i < P; i += kEach) unpack<T>(to + i, ptx::anew(words[(first + i) / kEach]));
+  }
+  template <int P>
+  __device__ void put(const float (&from)[P], int first = 0) {
+    if constexpr (V == 1)
+      words[0] = __float_as_uint(static_cast<float>(static_cast<T>(from[0])));
+    else
+#pragma unroll
+      for (int i = 0; i < P; i += kEach) words[(first + i) / kEach] = packed<T>(from + i);
+  }
+};
+
+// Elements at a time, which saves registers.
+template <int V>
+constexpr int kPiece = V < 4 ? V : 4;
+
+template <int P>
+__device__ void put_floats(float* to, const float (&from)[P]) {
+  if constexpr (P == 1)
+    *to = from[0];
+  else
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+
+// N vectors of V floats for each thread of a block, in its memory. What a warp touches at a time
+// are neighbouring 16 bytes, and so are the halves of four vectors of 8.
+template <int V, int N>
+__device__ float* slot(int thread, int n, int i) {
+  constexpr int planes = V / kPiece<V>, lanes = kWarp;
+  const int plane = i / kPiece<V>, place = (thread / lanes * N + n) * planes + plane;
+  return reinterpret_cast<float*>(shared_memory) +
+         (place * lanes + (thread % lanes ^ plane * 4)) * kPiece<V>;
+}
+
+// A vector of weight or bias, which may be fp32 or missing.
 template <class T, int V>
 __device__ void load_parameter(float (&to)[V], const void* from, int wide, int v, float missing) {
   if (from == nullptr) {
@@ -56,242 +127,385 @@ template <class T, class R, int V>
 struct Rows {
   const T* input;
   const R* residual;
-  const R* summed;  // where it is known already
+  const R* known;  // the rows themselves, where nothing is to be added
   Dropout dropout;
-  uint64_t seed;
+  const uint64_t* seed;
   int cols;
 
-  // Of all lanes of a warp together.
-  __device__ uint32_t kept(int64_t row, int v) const {
+  __device__ Rows(const T* input, const R* residual, const R* summed, const uint64_t* seed,
+                  const NormScalars& in)
+      : input(input),
+        residual(residual),
+        known(summed == nullptr && residual == nullptr ? reinterpret_cast<const R*>(input)
+                                                       : summed),
+        dropout{in.threshold, in.kept},
+        seed(seed),
+        cols(in.cols) {}
+
+  // Which columns of N vectors v, v + size, ... are kept, V bits each. Of all lanes of a warp.
+  template <int N>
+  __device__ uint32_t kept(int64_t row, int v, int size) const {
     if (dropout.threshold == 0) return ~0u;
-    return dropout.bits<V>(seed, static_cast<uint32_t>(row), 0, v);
+    const uint64_t own = *seed;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int n = 0; n < N && n * size * V < cols; n++)
+      bits |= dropout.bits<V>(own, static_cast<uint32_t>(row), 0, v + n * size) << n * V;
+    return bits;
   }
 
-  __device__ void drop(uint32_t bits, float (&x)[V]) const {
+  template <int P>
+  __device__ void drop(uint32_t bits, float (&x)[P]) const {
     if (dropout.threshold == 0) return;
 #pragma unroll
-    for (int i = 0; i < V; i++)
+    for (int i = 0; i < P; i++)
       x[i] = (bits >> i & 1) && dropout.kept != 0 ? x[i] * dropout.kept : 0;
   }
 
-  __device__ void load(int64_t row, int v, bool inside, float (&x)[V]) const {
+  // Vector v of a row, in two steps so that several may be on their way.
+  __device__ void begin(int64_t row, int v, Packed<R, V>& x, Packed<T, V>& own) const {
     const int64_t at = row * cols + v * V;
-    if (summed != nullptr || residual == nullptr) {
-      if (!inside) return;
-      if (summed != nullptr)
-        cuda::load(x, summed + at);
-      else
-        cuda::load(x, input + at);
-      return;
-    }
-    const uint32_t bits = kept(row, v);
-    if (!inside) return;
-    float other[V];
-    cuda::load(x, input + at);
-    cuda::load(other, residual + at);
-    drop(bits, x);
+    if (known != nullptr) return x.load(known + at);
+    own.load(input + at);
+    x.load(residual + at);
+  }
+  __device__ void finish(uint32_t bits, Packed<R, V>& x, const Packed<T, V>& own) const {
+    if (known != nullptr) return;
 #pragma unroll
-    for (int i = 0; i < V; i++) x[i] = static_cast<float>(static_cast<R>(x[i] + other[i]));
+    for (int i = 0; i < V; i += kPiece<V>) {
+      float sum[kPiece<V>], other[kPiece<V>];
+      own.get(sum, i);
+      x.get(other, i);
+      drop(bits >> i, sum);
+#pragma unroll
+      for (int j = 0; j < kPiece<V>; j++) sum[j] += other[j];
+      x.put(sum, i);
+    }
   }
 };
 
-template <class T, class R, int V>
+// A thread holds kHeld vectors of a row. What a longer row has beyond is read again in each pass.
+template <class T, class R, int V, int N>
 __device__ void forward(const T* input, const R* residual, const void* weight, const void* bias,
                         const uint64_t* seed, T* out, R* summed, float* mean_of, float* rstd_of,
                         const NormScalars& in) {
-  const Team team;
-  const int vectors = in.cols / V;
-  const Rows<T, R, V> rows{
-      input, residual, nullptr, {in.threshold, in.kept}, in.threshold == 0 ? 0 : *seed, in.cols};
-  const Line<V> cache{reinterpret_cast<float*>(shared_memory) + threadIdx.y * in.cols, vectors};
-
-  for (int64_t row = team.index; row < in.rows; row += team.count) {
-    const auto again = [&](int v, bool inside, float (&x)[V]) {
-      if (!in.cached) return rows.load(row, v, inside, x);
-      if (inside) cache.get(v, x);
-    };
-    float sums[2] = {};  // of elements and of squares
-    team.each(vectors, [&](int v, bool inside) {
-      float x[V];
-      rows.load(row, v, inside, x);
-      if (!inside) return;
-      if (summed != nullptr) store(summed + row * in.cols + v * V, x);
-      if (in.cached) cache.put(v, x);
+  constexpr bool whole = N == kHeld;
+  Team team;
+  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const int vectors = row < in.rows ? in.cols / V : 0, step = team.size * N;
+  const Rows<T, R, V> rows{input, residual, nullptr, seed, in};
+  Packed<R, V> held[N];
+  // Calls f(v, x) for this thread's vectors.
+  const auto each = [&](bool loaded, auto&& f) {
+    for (int at = 0; at < (whole ? 1 : vectors); at += step) {
+      const int first = at + team.thread;
+      if (!loaded) {
+        const uint32_t bits = rows.template kept<N>(row, first, team.size);
+        Packed<T, V> own[N];
 #pragma unroll
-      for (int i = 0; i < V; i++) {
-        sums[0] += x[i];
-        sums[1] += x[i] * x[i];
+        for (int n = 0; n < N; n++)
+          if (first + n * team.size < vectors)
+            rows.begin(row, first + n * team.size, held[n], own[n]);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+          if (first + n * team.size < vectors) rows.finish(bits >> n * V, held[n], own[n]);
       }
-    });
-    team.sum(sums);
-    const float mean = in.centred ? sums[0] / in.cols : 0;
-    float square[1] = {sums[1]};
-    if (in.centred) {  // from the distances, since squares cancel
-      square[0] = 0;
-      team.each(vectors, [&](int v, bool inside) {
-        float x[V];
-        again(v, inside, x);
-        if (!inside) return;
 #pragma unroll
-        for (int i = 0; i < V; i++) square[0] += (x[i] - mean) * (x[i] - mean);
-      });
-      team.sum(square);
+      for (int n = 0; n < N; n++) {
+        const int v = first + n * team.size;
+        if (v >= vectors) continue;
+        f(v, held[n]);
+      }
     }
-    const float rstd = 1 / sqrtf(square[0] / in.cols + in.eps);
-    team.each(vectors, [&](int v, bool inside) {
-      float x[V], w[V], b[V];
-      again(v, inside, x);
-      if (!inside) return;
-      load_parameter<T>(w, weight, in.wide_weight, v, 1);
-      load_parameter<T>(b, bias, in.wide_bias, v, 0);
+  };
+
+  float sums[2] = {};  // of elements and of squares
+  each(false, [&](int v, const Packed<R, V>& own) {
+    if (summed != nullptr) own.store(summed + row * in.cols + v * V);
+    float x[V];
+    own.get(x);
 #pragma unroll
-      for (int i = 0; i < V; i++) x[i] = (x[i] - mean) * rstd * w[i] + b[i];
-      store(out + row * in.cols + v * V, x);
-    });
-    if (team.thread == 0) {
-      if (in.centred) mean_of[row] = mean;
-      rstd_of[row] = rstd;
+    for (int i = 0; i < V; i++) {
+      sums[0] += x[i];
+      sums[1] += x[i] * x[i];
     }
+  });
+  team.sum(sums);
+  const float mean = in.centred ? sums[0] * in.share : 0;
+  float square[1] = {sums[1]};
+  if (in.centred) {  // from the distances, since squares cancel
+    square[0] = 0;
+    each(whole, [&](int, const Packed<R, V>& own) {
+      float x[V];
+      own.get(x);
+#pragma unroll
+      for (int i = 0; i < V; i++) square[0] += (x[i] - mean) * (x[i] - mean);
+    });
+    team.sum(square);
+  }
+  const float rstd = rsqrtf(square[0] * in.share + in.eps);
+  each(whole, [&](int v, const Packed<R, V>& own) {
+    float w[V], b[V];
+    load_parameter<T>(w, weight, in.wide_weight, v, 1);
+    load_parameter<T>(b, bias, in.wide_bias, v, 0);
+    Packed<T, V> to;
+#pragma unroll
+    for (int i = 0; i < V; i += kPiece<V>) {
+      float x[kPiece<V>];
+      own.get(x, i);
+#pragma unroll
+      for (int j = 0; j < kPiece<V>; j++) x[j] = fmaf((x[j] - mean) * rstd, w[i + j], b[i + j]);
+      to.put(x, i);
+    }
+    to.store(out + row * in.cols + v * V);
+  });
+  if (team.thread == 0 && row < in.rows) {
+    if (in.centred) mean_of[row] = mean;
+    rstd_of[row] = rstd;
   }
 }
 
-// Every team adds up its rows' part of the parameters' gradients, [teams, cols] in the order of
-// Line; `fold` adds the teams. Both orders are fixed by the shape alone.
-template <class T, class R, int V>
+template <int V>
+__device__ void put_slot(float* to, const float* from) {
+  if constexpr (V == 1)
+    *to = *from;
+  else
+    ptx::store_shared(to, from[0], from[1], from[2], from[3]);
+}
+
+// Every block adds up its rows' part of the parameters' gradients, [blocks, cols]; `fold` adds the
+// blocks. Both orders are fixed by the shape alone.
+//
+// A row stays in registers, where the next one takes its place, vector by vector, as soon as the
+// last pass is through with it. So do the sums for the bias, and those for the weight stay in
+// shared memory. Rows that are longer are read in each pass, and their sums are in memory.
+template <class T, class R, int V, int N>
 __device__ void backward(const T* grad_out, const R* grad_summed, const T* input, const R* residual,
                          const R* summed, const void* weight, const uint64_t* seed,
                          const float* mean_of, const float* rstd_of, T* grad_input,
                          R* grad_residual, float* weight_parts, float* bias_parts,
                          const NormScalars& in) {
-  const Team team;
-  const int vectors = in.cols / V;
-  const Rows<T, R, V> rows{
-      input, residual, summed, {in.threshold, in.kept}, in.threshold == 0 ? 0 : *seed, in.cols};
-  const int lines =
-      (in.cached ? 2 : 0) + (in.sums ? (weight_parts != nullptr) + (bias_parts != nullptr) : 0);
-  float* shared = reinterpret_cast<float*>(shared_memory) + threadIdx.y * lines * in.cols;
-  const auto line = [&](bool in_shared, float* elsewhere) {
-    float* at = in_shared ? shared : elsewhere;
-    if (in_shared) shared += in.cols;
-    return Line<V>{at, vectors};
+  constexpr bool whole = N == kHeld;
+  constexpr int piece = kPiece<V>;
+  Team team;
+  const int size = team.size, step = size * N;
+  const Rows<T, R, V> rows{input, residual, summed, seed, in};
+  const int most = in.cols / V;
+  const auto vectors_of = [&](int64_t row) { return row < in.rows ? most : 0; };
+  float* weight_part = weight_parts + int64_t{blockIdx.x} * in.cols;
+  float* bias_part = bias_parts + int64_t{blockIdx.x} * in.cols;
+  const int threads = size * static_cast<int>(blockDim.y);
+  const int self = static_cast<int>(threadIdx.y) * size + team.thread;
+  float bias_sum[N][V] = {};
+  const auto add = [](float* to, const float (&normal)[piece], const float (&grad)[piece]) {
+    float sum[piece];
+    load(sum, to);
+#pragma unroll
+    for (int j = 0; j < piece; j++) sum[j] = fmaf(normal[j], grad[j], sum[j]);
+    put_floats(to, sum);
   };
-  const Line<V> normal_cache = line(in.cached, nullptr), grad_cache = line(in.cached, nullptr);
-  const auto parts_of = [&](float* parts) {
-    return line(parts != nullptr && in.sums,
-                parts == nullptr ? nullptr : parts + team.index * in.cols);
-  };
-  const Line<V> weight_sum = parts_of(weight_parts), bias_sum = parts_of(bias_parts);
-  const float nothing[V] = {};
-  team.each(vectors, [&](int v, bool inside) {
-    if (inside && weight_parts != nullptr) weight_sum.put(v, nothing);
-    if (inside && bias_parts != nullptr) bias_sum.put(v, nothing);
-  });
-
-  for (int64_t row = team.index; row < in.rows; row += team.count) {
-    const float mean = in.centred ? mean_of[row] : 0, rstd = rstd_of[row];
-    const auto load_both = [&](int v, bool inside, float (&normal)[V], float (&grad)[V]) {
-      rows.load(row, v, inside, normal);
-      if (!inside) return;
+  const float zeros[piece] = {};
+  if constexpr (whole) {
 #pragma unroll
-      for (int i = 0; i < V; i++) normal[i] = (normal[i] - mean) * rstd;
-      load(grad, grad_out + row * in.cols + v * V);
-    };
-    float means[2] = {};  // of grad_out * weight, and of its product with the normal row
-    if (grad_out != nullptr) {
-      team.each(vectors, [&](int v, bool inside) {
-        float normal[V], grad[V], w[V], sum[V];
-        load_both(v, inside, normal, grad);
-        if (!inside) return;
-        load_parameter<T>(w, weight, in.wide_weight, v, 1);
+    for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-          means[0] += grad[i] * w[i];
-          means[1] += grad[i] * w[i] * normal[i];
-        }
-        if (in.cached) {
-          normal_cache.put(v, normal);
-          grad_cache.put(v, grad);
-        }
-        if (weight_parts != nullptr) {
-          weight_sum.get(v, sum);
+      for (int i = 0; i < V; i += piece) put_floats(slot<V, N>(self, n, i), zeros);
+  } else {
+    for (int v = team.thread; v < most; v += size)
 #pragma unroll
-          for (int i = 0; i < V; i++) sum[i] += grad[i] * normal[i];
-          weight_sum.put(v, sum);
-        }
-        if (bias_parts != nullptr) {
-          bias_sum.get(v, sum);
-#pragma unroll
-          for (int i = 0; i < V; i++) sum[i] += grad[i];
-          bias_sum.put(v, sum);
-        }
-      });
-      team.sum(means);
-      means[0] = in.centred ? means[0] / in.cols : 0;
-      means[1] /= in.cols;
-    }
-    team.each(vectors, [&](int v, bool inside) {
-      const int64_t at = row * in.cols + v * V;
-      float dx[V] = {};
-      if (grad_out != nullptr) {
-        float normal[V], grad[V], w[V];
-        if (!in.cached) load_both(v, inside, normal, grad);
-        if (inside) {
-          if (in.cached) {
-            normal_cache.get(v, normal);
-            grad_cache.get(v, grad);
-          }
-          load_parameter<T>(w, weight, in.wide_weight, v, 1);
-#pragma unroll
-          for (int i = 0; i < V; i++)
-            dx[i] = (grad[i] * w[i] - means[0] - normal[i] * means[1]) * rstd;
-        }
+      for (int i = 0; i < V; i += piece) {
+        if (weight_parts != nullptr) put_floats(weight_part + v * V + i, zeros);
+        if (bias_parts != nullptr) put_floats(bias_part + v * V + i, zeros);
       }
-      const uint32_t bits = rows.kept(row, v);
-      if (!inside) return;
-      if (grad_summed != nullptr) {
-        float other[V];
-        load(other, grad_summed + at);
-#pragma unroll
-        for (int i = 0; i < V; i++) dx[i] += other[i];
-      }
-      if (grad_residual != nullptr) store(grad_residual + at, dx);
-      rows.drop(bits, dx);
-      store(grad_input + at, dx);
-    });
   }
 
-  const auto write = [&](float* parts, const Line<V>& sum) {
-    if (parts == nullptr || !in.sums) return;
-    const Line<V> to{parts + team.index * in.cols, vectors};
-    team.each(vectors, [&](int v, bool inside) {
-      float values[V];
-      if (!inside) return;
-      sum.get(v, values);
-      to.put(v, values);
-    });
+  // Without grad_out they stay zero, as do the statistics, and there is no weight.
+  Packed<R, V> x[N] = {};
+  Packed<T, V> g[N] = {};
+  const auto load_all = [&](int64_t row, int first, int vectors, uint32_t bits) {
+    if (grad_out == nullptr) return;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const int v = first + n * size;
+      if (v >= vectors) continue;
+      Packed<T, V> own;
+      rows.begin(row, v, x[n], own);
+      rows.finish(bits >> n * V, x[n], own);
+      g[n].load(grad_out + row * in.cols + v * V);
+    }
   };
-  write(weight_parts, weight_sum);
-  write(bias_parts, bias_sum);
+  // Whether rows are loaded a turn before.
+  const bool ahead = whole && rows.known != nullptr && grad_out != nullptr;
+  const auto load_statistics = [&](int64_t row, float& mean, float& rstd) {
+    if (row >= in.rows || grad_out == nullptr) return;
+    mean = in.centred ? mean_of[row] : 0;
+    rstd = rstd_of[row];
+  };
+
+  int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  float mean = 0, rstd = 0;
+  const int64_t count = int64_t{gridDim.x} * blockDim.y;
+  // All teams of a warp take as many turns.
+  while (row - threadIdx.y < in.rows) {
+    const int vectors = vectors_of(row);
+    uint32_t bits = 0;
+    if constexpr (whole) bits = rows.template kept<N>(row, team.thread, size);
+    if (!ahead || row < count) {
+      load_statistics(row, mean, rstd);
+      if constexpr (whole) load_all(row, team.thread, vectors, bits);
+    }
+    const float shift = -mean * rstd;
+    float means[2] = {};  // of grad_out * weight, and of its product with the normal row
+    for (int at = 0; at < (whole ? 1 : vectors); at += step) {
+      const int first = at + team.thread;
+      if constexpr (!whole) load_all(row, first, vectors, rows.template kept<N>(row, first, size));
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int v = first + n * size;
+        if (v >= vectors) continue;
+        float w[V];
+        load_parameter<T>(w, weight, in.wide_weight, v, 1);
+#pragma unroll
+        for (int i = 0; i < V; i += piece) {
+          float normal[piece], grad[piece];
+          x[n].get(normal, i);
+          g[n].get(grad, i);
+#pragma unroll
+          for (int j = 0; j < piece; j++) {
+            normal[j] = fmaf(normal[j], rstd, shift);
+            w[i + j] *= grad[j];
+            means[0] += w[i + j];
+            means[1] = fmaf(w[i + j], normal[j], means[1]);
+          }
+          if constexpr (whole) {
+            add(slot<V, N>(self, n, i), normal, grad);
+#pragma unroll
+            for (int j = 0; j < piece; j++) bias_sum[n][i + j] += grad[j];
+          } else {
+            float ones[piece];
+#pragma unroll
+            for (int j = 0; j < piece; j++) ones[j] = 1;
+            if (weight_parts != nullptr) add(weight_part + v * V + i, normal, grad);
+            if (bias_parts != nullptr) add(bias_part + v * V + i, ones, grad);
+          }
+        }
+      }
+    }
+    team.sum(means);
+    means[0] *= in.centred ? in.share * rstd : 0;
+    means[1] *= in.share;
+    const int64_t next = row + count;
+    float next_mean = 0, next_rstd = 0;
+    if (ahead) load_statistics(next, next_mean, next_rstd);
+    for (int at = 0; at < (whole ? 1 : vectors); at += step) {
+      const int first = at + team.thread;
+      if constexpr (!whole) {
+        bits = rows.template kept<N>(row, first, size);
+        load_all(row, first, vectors, bits);
+      }
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const int v = first + n * size;
+        if (v >= vectors) continue;
+        const int64_t place = row * in.cols + v * V;
+        float w[V];
+        load_parameter<T>(w, weight, in.wide_weight, v, 1);
+        Packed<R, V> other, sum;
+        Packed<T, V> dropped;
+        if (grad_summed != nullptr) other.load(grad_summed + place);
+#pragma unroll
+        for (int i = 0; i < V; i += piece) {
+          float dx[piece], grad[piece];
+          x[n].get(dx, i);
+          g[n].get(grad, i);
+#pragma unroll
+          for (int j = 0; j < piece; j++) {
+            const float normal = fmaf(dx[j], rstd, shift);
+            dx[j] = fmaf(fmaf(-normal, means[1], grad[j] * w[i + j]), rstd, -means[0]);
+          }
+          if (grad_summed != nullptr) {
+            float more[piece];
+            other.get(more, i);
+#pragma unroll
+            for (int j = 0; j < piece; j++) dx[j] += more[j];
+          }
+          sum.put(dx, i);
+          rows.drop(bits >> (n * V + i), dx);
+          dropped.put(dx, i);
+        }
+        if (ahead && next < in.rows) {
+          x[n].load(rows.known + next * in.cols + v * V);
+          g[n].load(grad_out + next * in.cols + v * V);
+        }
+        if (grad_residual != nullptr) sum.store(grad_residual + place);
+        dropped.store(grad_input + place);
+      }
+    }
+    row = next;
+    mean = next_mean;
+    rstd = next_rstd;
+  }
+
+  if constexpr (whole) {
+    // A block's teams are added up in their order.
+    const auto write = [&](float* part) {
+      __syncthreads();
+      for (int col = self * piece; col < in.cols; col += threads * piece) {
+        const int v = col / V;
+        float sum[piece] = {};
+        for (int other = v % size; other < threads; other += size) {
+          float more[piece];
+          load(more, slot<V, N>(other, v / size, col % V));
+#pragma unroll
+          for (int j = 0; j < piece; j++) sum[j] += more[j];
+        }
+        put_floats(part + col, sum);
+      }
+    };
+    if (weight_parts != nullptr) write(weight_part);
+    if (bias_parts != nullptr) {
+      __syncthreads();
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < V; i += piece) put_slot<V>(slot<V, N>(self, n, i), bias_sum[n] + i);
+      write(bias_part);
+    }
+  }
 }
 
-// grad[c] = the sum of parts[c] over teams. A thread of a column adds every eighth.
-
-template <class W>
-__device__ void fold(const float* parts, W* grad, int teams, int cols, int width) {
+// grad[c] = the sum of parts[c] over blocks, of the weight and of the bias. A warp adds up every
+// kFolders-th part.
+template <class T>
+__device__ void fold(const float* weight_parts, const float* bias_parts, void* grad_weight,
+                     void* grad_bias, const NormFold& in) {
+  constexpr int together = 8;  // loads on their way
   __shared__ float sums[kFolders][kWarp];
-  const int place = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
+  const float* parts = blockIdx.y == 0 ? weight_parts : bias_parts;
+  void* grad = blockIdx.y == 0 ? grad_weight : grad_bias;
+  if (grad == nullptr) return;
+  const int col = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
   float sum = 0;
-  if (place < cols)
-    for (int team = static_cast<int>(threadIdx.y); team < teams; team += kFolders)
-      sum += parts[int64_t{team} * cols + place];
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.y); first < in.parts; first += kFolders * together) {
+    float values[together] = {};
+#pragma unroll
+    for (int i = 0; i < together; i++) {
+      const int part = first + i * kFolders;
+      if (part < in.parts && col < in.cols) values[i] = parts[int64_t{part} * in.cols + col];
+    }
+#pragma unroll
+    for (int i = 0; i < together; i++) sum += values[i];
+  }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y > 0 || place >= cols) return;
+  if (threadIdx.y > 0 || col >= in.cols) return;
+#pragma unroll
   for (int i = 1; i < kFolders; i++) sum += sums[i][threadIdx.x];
-  // From the order of Line.
-  const int plane = width < 4 ? width : 4, stride = cols / width * plane;
-  const int v = place % stride / plane;
-  grad[v * width + place / stride * plane + place % plane] = static_cast<W>(sum);
+  if (blockIdx.y == 0 ? in.wide_weight : in.wide_bias)
+    static_cast<float*>(grad)[col] = sum;
+  else
+    static_cast<T*>(grad)[col] = static_cast<T>(sum);
 }
 
 }  // namespace
@@ -299,19 +513,22 @@ __device__ void fold(const float* parts, W* grad, int teams, int cols, int width
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_NORM(name, T, R, V)                                                               \
-  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_##name##_x##V(        \
+#define FASTATTN_NORM_OF(name, T, R, V, N)                                                         \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, 2) norm_forward_##name(               \
       const T* input, const R* residual, const void* weight, const void* bias,                     \
       const uint64_t* seed, T* out, R* summed, float* mean, float* rstd, NormScalars in) {         \
-    forward<T, R, V>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);            \
+    forward<T, R, V, N>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);         \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_##name##_x##V(       \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_##name(              \
       const T* grad_out, const R* grad_summed, const T* input, const R* residual, const R* summed, \
       const void* weight, const uint64_t* seed, const float* mean, const float* rstd,              \
       T* grad_input, R* grad_residual, float* weight_parts, float* bias_parts, NormScalars in) {   \
-    backward<T, R, V>(grad_out, grad_summed, input, residual, summed, weight, seed, mean, rstd,    \
-                      grad_input, grad_residual, weight_parts, bias_parts, in);                    \
+    backward<T, R, V, N>(grad_out, grad_summed, input, residual, summed, weight, seed, mean, rstd, \
+                         grad_input, grad_residual, weight_parts, bias_parts, in);                 \
   }
+#define FASTATTN_NORM(name, T, R, V)            \
+  FASTATTN_NORM_OF(name##_x##V, T, R, V, kHeld) \
+  FASTATTN_NORM_OF(name##_x##V##_long, T, R, V, 1)
 
 FASTATTN_NORM(f32, float, float, 1)
 FASTATTN_NORM(f32, float, float, 4)
@@ -324,10 +541,11 @@ FASTATTN_NORM(f16, __half, __half, 8)
 FASTATTN_NORM(f16_f32, __half, float, 1)
 FASTATTN_NORM(f16_f32, __half, float, 4)
 
-#define FASTATTN_NORM_FOLD(name, W)                                                   \
-  extern "C" __global__ void __launch_bounds__(kFolders* kWarp)                       \
-      norm_fold_##name(const float* parts, W* grad, int teams, int cols, int width) { \
-    fold<W>(parts, grad, teams, cols, width);                                         \
+#define FASTATTN_NORM_FOLD(name, T)                                                           \
+  extern "C" __global__ void __launch_bounds__(kFolders* kWarp)                               \
+      norm_fold_##name(const float* weight_parts, const float* bias_parts, void* grad_weight, \
+                       void* grad_bias, NormFold in) {                                        \
+    fold<T>(weight_parts, bias_parts, grad_weight, grad_bias, in);                            \
   }
 
 FASTATTN_NORM_FOLD(f32, float)
