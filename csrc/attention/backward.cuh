@@ -94,14 +94,15 @@ struct Band {
 // values, and the gradients of the logits or, if OfProducts, of what softcap made them from. The
 // rows begin at `first` and the columns at `other`; `bits` and `hidden_by(scores)` say what dropout
 // keeps and the mask hides, see Runs; `statistic(query)` is that of a query behind the first.
-template <class T, bool OfKeys, bool OfProducts, int N, class Hidden, class Statistic>
+// Without Extras there are no more than products and bounds.
+template <class T, bool OfKeys, bool OfProducts, bool Extras, int N, class Hidden, class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
                               const Sequence& sequence, int head, int first, int other,
                               uint32_t bits, bool whole, const Hidden& hidden_by,
                               const Statistic& statistic) {
   using Own = Runs<OfKeys, N>;
   const AttentionScalars& in = from.all.in;
-  if (in.threshold != 0) drop<OfKeys, N>(grads, bits, in.kept);
+  if (Extras && in.threshold != 0) drop<OfKeys, N>(grads, bits, in.kept);
   if (whole && in.plain) {
 #pragma unroll
     for (int run = 0; run < Own::kCount; run++)
@@ -121,22 +122,22 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, co
       const int j = (OfKeys ? first : other) + Own::key(run);
       const float2 of_query = statistic(Own::query(run));
       const auto sight = scores.sight(i, j);
-      float terms[Own::kLength];
-      scores.bias_of(terms, i, j);
+      float terms[Own::kLength] = {};
+      if constexpr (Extras) scores.bias_of(terms, i, j);
 #pragma unroll
       for (int k = 0; k < Own::kLength; k++) {
         float &weight = weights[Own::n(run, k)][Own::e(run, k)],
               &grad = grads[Own::n(run, k)][Own::e(run, k)];
         float steepness = 1;
-        const float logit = scores.template operator()<true>(weight, sight, k, terms[k],
-                                                             hidden >> Own::bit(run, k) & 1,
-                                                             OfProducts ? &steepness : nullptr);
+        const float logit = scores.template operator()<Extras>(weight, sight, k, terms[k],
+                                                               hidden >> Own::bit(run, k) & 1,
+                                                               OfProducts ? &steepness : nullptr);
         weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
         grad = weight == 0 ? 0 : weight * (grad - of_query.y) * steepness;
       }
     }
   }
-  if (in.threshold != 0) drop<OfKeys, N>(weights, bits, in.kept);
+  if (Extras && in.threshold != 0) drop<OfKeys, N>(weights, bits, in.kept);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Launches of the attention room's CUDA kernels: which kernel, on which tiles.
 #include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 #include "attention/attention.h"
 #include "attention/scalars.h"
@@ -169,14 +170,14 @@ void launch_warps(const AttentionForward& args, Device& device) {
                         name("forward", args.in, Dim, extra ? "_extra" : ""));
 }
 
-// Whether a warp group's kernel serves: on sm_90 alone, where rows of keys and values are whole 16
-// bytes, not too far apart, and registers suffice.
-bool grouped(const Attention& in, int64_t dim, const Device& device) {
-  const auto serves = [](const Source& view, int64_t cols) {
-    return aligned(view, 2) && cols % 8 == 0 && view.stride[2] >> 30 == 0;
-  };
-  return architecture(device) == 90 && in.dtype != Dtype::f32 && serves(in.key, in.head_dim) &&
-         serves(in.value, in.value_dim) && !(dim > 128 && has_extras(in));
+// Whether warp groups' kernels can serve: on sm_90 alone, where these rows are whole 16 bytes, not
+// too far apart.
+bool grouped(const Attention& in, const Device& device,
+             std::initializer_list<std::pair<const Source*, int64_t>> rows) {
+  bool serves = architecture(device) == 90 && in.dtype != Dtype::f32;
+  for (const auto& [view, cols] : rows)
+    serves = serves && aligned(*view, 2) && cols % 8 == 0 && view->stride[2] >> 30 == 0;
+  return serves;
 }
 
 template <int Dim, bool Extras>
@@ -225,6 +226,23 @@ struct Backward {
   }
 };
 
+// The gradients of queries, and of keys and values.
+template <int Dim>
+void launch_grouped_rows(const Backward& of, Device& device) {
+  using Tiles = GroupBackwardTiles<Dim>;
+  const Attention& in = of.in;
+  const AttentionBackwardScalars numbers = of.scalars(Tiles::kRows);
+  const auto run = [&](const char* kernel, int64_t count, const auto&... grads) {
+    of.run(device, "attention_backward_sm90", name(kernel, in, Dim) + "_sm90",
+           {{blocks(count * numbers.in.batch), 1, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared},
+           numbers, of.of.query_starts(), of.of.key_starts(), grads...);
+  };
+  run("backward_queries", int64_t{numbers.in.query_blocks} * in.heads,
+      of.of.queries(of.args.grad_query, in.head_dim));
+  run("backward_keys", int64_t{numbers.in.key_blocks} * in.kv_heads,
+      of.of.keys(of.args.grad_key, in.head_dim), of.of.keys(of.args.grad_value, in.value_dim));
+}
+
 template <int Bytes, int Dim>
 void launch_backward(const AttentionBackward& args, Device& device) {
   using Tiles = BackwardTiles<Bytes, Dim>;
@@ -243,6 +261,15 @@ void launch_backward(const AttentionBackward& args, Device& device) {
     launch(device, "attention_backward", "attention_backward_sinks",
            {{blocks(in.heads), 1, 1}, {kStatisticsThreads, 1, 1}}, of.of.sinks(),
            reads(of.statistics, of.statistics_bytes), writes(args.grad_sinks, head_bytes), numbers);
+
+  if constexpr (Bytes == 2 && Dim <= 128)
+    if (!has_extras(in) && args.grad_out.data != nullptr &&
+        grouped(in, device,
+                {{&in.query, in.head_dim},
+                 {&in.key, in.head_dim},
+                 {&in.value, in.value_dim},
+                 {&args.grad_out, in.value_dim}}))
+      return launch_grouped_rows<Dim>(of, device);
 
   const auto shape = [](int64_t count, uint32_t apart = 1) {
     return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
@@ -357,12 +384,14 @@ void launch_decode(const AttentionDecode& args, Device& device) {
 }  // namespace
 
 void attention_forward(const AttentionForward& args, Device& device) {
-  const int64_t dim = std::max(args.in.head_dim, args.in.value_dim);
-  if (args.in.dtype == Dtype::f32) {
+  const Attention& in = args.in;
+  const int64_t dim = std::max(in.head_dim, in.value_dim);
+  if (in.dtype == Dtype::f32) {
     dim <= 32   ? launch_warps<4, 32>(args, device)
     : dim <= 64 ? launch_warps<4, 64>(args, device)
                 : launch_warps<4, 128>(args, device);
-  } else if (grouped(args.in, dim, device)) {
+  } else if (!(dim > 128 && has_extras(in)) &&
+             grouped(in, device, {{&in.key, in.head_dim}, {&in.value, in.value_dim}})) {
     dim <= 64    ? launch_grouped<64>(args, device)
     : dim <= 128 ? launch_grouped<128>(args, device)
                  : launch_grouped<256>(args, device);

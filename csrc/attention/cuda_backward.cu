@@ -161,7 +161,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
                     << Own::bit(run, 0);
         return hidden;
       };
-      differentiate<T, OfKeys, true, others>(
+      differentiate<T, OfKeys, true, true, others>(
           weights, grads, from, sequence, OfKeys ? step.head : head, first + row, step.first, bits,
           band.whole(first + row, 16, step.first, others), hidden_by,
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });

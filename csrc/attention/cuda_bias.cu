@@ -53,7 +53,7 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
               in.threshold == 0
                   ? 0
                   : kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
-          differentiate<T, false, false, others>(
+          differentiate<T, false, false, true, others>(
               weights, grads, from, sequence, head, first + row, other, bits,
               band.whole(first + row, 16, other, others),
               [&](const Scores<T>& scores) {

@@ -3,51 +3,10 @@
 // As cuda.cu, but that both products run beside the threads: while weights of one block of keys
 // multiply its values, those of the next become weights. Keys are therefore one block ahead of
 // values, and both lie in shared memory twice.
-#include "attention/scores.cuh"
-#include "cuda/ptx_sm90.cuh"
+#include "attention/groups.cuh"
 
 namespace fastattn::cuda {
 namespace {
-
-// sum = queries keys^T, for the rows of a warp group, from `row` on.
-template <class T, int Queries, int Keys, int Dim>
-__device__ void multiply_keys(Accumulator<Keys>& sum, const Panels<T, Queries, Dim>& queries,
-                              int row, const Panels<T, Keys, Dim>& keys) {
-  const uint64_t left = ptx::matrix(ptx::shared_address(queries.memory) + row * 128);
-  const uint64_t right = ptx::matrix(ptx::shared_address(keys.memory));
-#pragma unroll
-  for (int k = 0; k < Dim / 16; k++) {
-    const auto behind = [&](int panel) { return (k / 4 * panel + k % 4 * 32) / 16; };
-    ptx::multiply_transposed(sum, T(), left + behind(queries.kPanel), right + behind(keys.kPanel),
-                             k > 0);
-  }
-}
-
-// sum += weights values.
-template <class T, int Keys, int Dim>
-__device__ void multiply_values(Accumulator<Dim>& sum, const uint32_t (&weights)[Keys / 16][4],
-                                const Panels<T, Keys, Dim>& values) {
-  const uint64_t right = ptx::matrix(ptx::shared_address(values.memory), values.kPanel);
-#pragma unroll
-  for (int k = 0; k < Keys / 16; k++)
-    ptx::multiply(sum, T(), weights[k], right + k * 16 * 128 / 16);
-}
-
-// Begins to copy a block of dealt rows, from row `first` on and with zeros behind the last, of each
-// of so many threads a column of chunks. It is `copy` for rows of whole chunks not too far apart.
-template <int Threads, class T, int Rows, int Dim>
-__device__ void fetch(const Panels<T, Rows, Dim>& to, const Matrix<const T>& from, int first) {
-  constexpr int chunks = Dim / 8, step = Threads / chunks;
-  static_assert(Threads % chunks == 0 && Rows % step == 0 && step % 8 == 0);
-  const int thread = static_cast<int>(threadIdx.x), chunk = thread % chunks, own = thread / chunks;
-  const int row = first + dealt(own), stride = static_cast<int>(from.row_stride);
-  const int left = chunk * 8 < from.cols ? from.rows - row : 0;
-  const T* at = from.data + int64_t{row} * stride + chunk * 8;
-  const uint32_t target = ptx::shared_address(to.chunk(own, chunk));
-#pragma unroll
-  for (int r = 0; r < Rows; r += step)
-    ptx::copy_async(target + r * 128, at + int64_t{dealt(r)} * stride, dealt(r) < left);
-}
 
 template <class T, int Dim, bool Extras>
 __device__ void forward(const T* query, const T* key, const T* value, const uint8_t* mask,
@@ -108,22 +67,16 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
 
   const auto fetch_keys = [&](int j) {
     if (j < end && threadIdx.x < Tiles::kCopying)
-      fetch<Tiles::kCopying>(key_tile(j), matrix(first_key, in.key, sequence.kv_len, in.head_dim),
-                             j);
+      fetch<true, Tiles::kCopying>(key_tile(j),
+                                   matrix(first_key, in.key, sequence.kv_len, in.head_dim), j);
   };
   const auto fetch_values = [&](int j) {
     if (j < end && threadIdx.x < Tiles::kCopying)
-      fetch<Tiles::kCopying>(value_tile(j),
-                             matrix(first_value, in.value, sequence.kv_len, in.value_dim), j);
-  };
-  // What this thread has fetched or changed is there for the products of all.
-  const auto hand_over = [] {
-    ptx::wait_for_copies();
-    ptx::fence_for_products();
-    __syncthreads();
+      fetch<true, Tiles::kCopying>(value_tile(j),
+                                   matrix(first_value, in.value, sequence.kv_len, in.value_dim), j);
   };
   const auto begin_logits = [&](int j) {
-    multiply_keys<T, Tiles::kQueries, keys, Dim>(weights, queries, row() / 64 * 64, key_tile(j));
+    multiply_rows<keys>(weights, queries, row() / 64 * 64, key_tile(j));
     ptx::commit_products();
   };
   // Makes weights of products with keys from j on; gives the factors of the sums so far. The
@@ -161,10 +114,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   };
   const auto turn = [&](const float (&factors)[2]) {
     rescale<Dim>(sum, factors);
-#pragma unroll
-    for (int k = 0; k < keys / 16; k++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) left[k][i] = packed<T>(weights[2 * k + i / 2] + i % 2 * 2);
+    pack<T, keys>(left, weights);
   };
 
   copy<Tiles::kQueries, Tiles::kThreads, false>(queries,
@@ -200,7 +150,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
       hand_over();
       ptx::begin_products();
       begin_logits(j + keys);
-      multiply_values<T, keys, Dim>(sum, left, value_tile(j));
+      multiply<Dim>(sum, left, value_tile(j));
       ptx::commit_products();
       fetch_values(j + keys);
       fetch_keys(j + 2 * keys);
@@ -212,7 +162,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
     }
     hand_over();
     ptx::begin_products();
-    multiply_values<T, keys, Dim>(sum, left, value_tile(j));
+    multiply<Dim>(sum, left, value_tile(j));
     ptx::commit_products();
     ptx::wait_for_products<0>(sum);
   };

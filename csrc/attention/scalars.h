@@ -39,6 +39,16 @@ struct BackwardTiles {
   static constexpr bool kApart = kWidth > 256;
 };
 
+// The same for warp groups of sm_90a, which have 64 rows each.
+template <int Dim>
+struct GroupBackwardTiles {
+  static constexpr int kGroups = Dim == 64 ? 3 : 2;  // as registers allow
+  static constexpr int kThreads = 128 * kGroups, kRows = 64 * kGroups;
+  static constexpr int kOthers = 64;
+  static constexpr int kCopying = 256;  // threads that copy
+  static constexpr int kShared = 2 * 2 * Dim * (kRows + 2 * kOthers);
+};
+
 // Strides count elements; those of a dimension that broadcasts are 0. `aligned`: see Matrix.
 struct Layout {
   int64_t stride[4];

@@ -1,0 +1,68 @@
+// What attention's kernels for warp groups of sm_90a share: copies to Panels, and products with
+// them.
+#pragma once
+
+#include "attention/scores.cuh"
+#include "cuda/ptx_sm90.cuh"
+
+namespace fastattn::cuda {
+namespace {
+
+// sum = left right^T, for the 64 rows of a warp group, from `row` on. It is under way.
+template <int N, class T, int Rows, int Dim>
+__device__ void multiply_rows(Accumulator<N>& sum, const Panels<T, Rows, Dim>& left, int row,
+                              const Panels<T, N, Dim>& right) {
+  const uint64_t a = ptx::matrix(ptx::shared_address(left.memory) + row * 128);
+  const uint64_t b = ptx::matrix(ptx::shared_address(right.memory));
+#pragma unroll
+  for (int k = 0; k < Dim / 16; k++) {
+    const auto behind = [&](int panel) { return (k / 4 * panel + k % 4 * 32) / 16; };
+    ptx::multiply_transposed(sum, T(), a + behind(left.kPanel), b + behind(right.kPanel), k > 0);
+  }
+}
+
+// sum += left right, of which a warp has 16 rows of the left. It is under way.
+template <int Dim, class T, int K>
+__device__ void multiply(Accumulator<Dim>& sum, const uint32_t (&left)[K / 16][4],
+                         const Panels<T, K, Dim>& right) {
+  const uint64_t b = ptx::matrix(ptx::shared_address(right.memory), right.kPanel);
+#pragma unroll
+  for (int k = 0; k < K / 16; k++) ptx::multiply(sum, T(), left[k], b + k * 16 * 128 / 16);
+}
+
+// What a warp's lanes have of 16 rows, as the left side of products.
+template <class T, int K>
+__device__ void pack(uint32_t (&to)[K / 16][4], const Accumulator<K>& from) {
+#pragma unroll
+  for (int k = 0; k < K / 16; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[k][i] = packed<T>(from[2 * k + i / 2] + i % 2 * 2);
+}
+
+// Begins to copy a block of rows, from row `first` on and with zeros behind the last, of each of so
+// many threads a column of chunks. It is `copy` for rows of whole chunks not too far apart.
+template <bool Dealt, int Threads, class T, int Rows, int Dim>
+__device__ void fetch(const Panels<T, Rows, Dim>& to, const Matrix<const T>& from, int first) {
+  constexpr int chunks = Dim / 8, step = Threads / chunks;
+  static_assert(Threads % chunks == 0 && Rows % step == 0 && step % 8 == 0);
+  static_assert((step & (step - 1)) == 0);  // no bit is in both a thread's row and r
+  const auto source = [](int row) { return Dealt ? dealt(row) : row; };
+  const int thread = static_cast<int>(threadIdx.x), chunk = thread % chunks, own = thread / chunks;
+  const int row = first + source(own), stride = static_cast<int>(from.row_stride);
+  const int left = chunk * 8 < from.cols ? from.rows - row : 0;
+  const T* at = from.data + int64_t{row} * stride + chunk * 8;
+  const uint32_t target = ptx::shared_address(to.chunk(own, chunk));
+#pragma unroll
+  for (int r = 0; r < Rows; r += step)
+    ptx::copy_async(target + r * 128, at + int64_t{source(r)} * stride, source(r) < left);
+}
+
+// What this thread has copied or changed is there for the products of all.
+__device__ void hand_over() {
+  ptx::wait_for_copies();
+  ptx::fence_for_products();
+  __syncthreads();
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
