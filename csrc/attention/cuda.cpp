@@ -339,12 +339,21 @@ Memory angles(const Rotary& rotary, const Source& table) {
   return memory(table, {1, 1, rotary.positions, rotary.pairs}, size_of(rotary.dtype));
 }
 
-// Splits of the keys: as many blocks as an H200 runs at a time, heads of 128, whichever the GPU, so
-// that the result does not depend on it; but none of few keys, and not so many that adding them up
-// takes long.
+// Splits of the keys. Blocks of which an H200 runs so many at a time, heads of 128, should leave
+// few of its places empty in their last round; but none has few keys, and adding splits up does not
+// take long. The same rule serves every GPU, so that results do not depend on it.
 int64_t splits(int64_t blocks, int64_t room) {
-  constexpr int64_t wanted = 3 * 132, least = 256, most = 128;
-  return std::clamp<int64_t>(wanted / blocks, 1, std::min(ceil_div(room, least), most));
+  constexpr int64_t places = 3 * 132, least = 256, most = 128, tried = 3;
+  const int64_t last = std::min(ceil_div(room, least), most);
+  const auto filled = [&](int64_t split) {
+    const int64_t all = blocks * split;
+    return static_cast<double>(all) / static_cast<double>(ceil_div(all, places) * places);
+  };
+  const int64_t first = std::clamp<int64_t>(places / blocks, 1, last);
+  int64_t best = first;
+  for (int64_t split = first + 1; split <= std::min(first + tried, last); split++)
+    if (filled(split) > filled(best) + 0.1) best = split;
+  return best;
 }
 
 template <int Bytes, int Dim>

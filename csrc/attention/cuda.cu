@@ -113,9 +113,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
         clean(tile.memory, keys * Dim, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
         __syncthreads();
       }
-      float factors[2];
-      weigh<keys>(weights, whole ? in.scale : 1, highest, total, factors);
-      rescale<Dim>(sum, factors);
+      weigh<keys, Dim>(weights, whole ? in.scale : 1, highest, total, sum);
       if (Extras && in.threshold != 0)
         drop<false, keys>(weights,
                           kept<keys>(in.threshold, seed,
@@ -138,9 +136,9 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   }
 
   add_up(total);
-  rescale<Dim>(sum, {total[0] == 0 ? 0 : 1 / total[0], total[1] == 0 ? 0 : 1 / total[1]});
 #pragma unroll
   for (int half = 0; half < 2; half++) {
+    rescale<Dim>(sum, half, total[half] == 0 ? 0 : 1 / total[half]);
     const int i = first_row() + 8 * half;
     if (q == 0 && i < sequence.q_len)
       lse[sequence.row(in, work.head) + i] =

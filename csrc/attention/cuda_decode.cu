@@ -204,9 +204,7 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
       clean(tile.memory, keys * Dim, lane, static_cast<int>(kWarp));
       __syncwarp();
     }
-    float factors[2];
-    weigh<keys>(weights, 1, highest, total, factors);
-    rescale<Dim>(sum, factors);
+    weigh<keys, Dim>(weights, 1, highest, total, sum);
     multiply<keys>(sum, weights, tile);
   }
   ptx::wait_for_copies();

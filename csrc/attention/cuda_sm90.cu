@@ -83,15 +83,18 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   // weights are computed in both branches, for a compiler does not wait for other products in front
   // of one.
   const auto weigh_all = [&](int j, float (&factors)[2], auto careful) {
+    const auto weigh_rows = [&](float scale) {
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        factors[half] = weigh<keys>(weights, half, scale, highest[half], total[half]);
+    };
     if (!decltype(careful)::value && all_see(j)) {
-      float strange[4] = {};  // what is infinite is no number, see Scores
 #pragma unroll
       for (int n = 0; n < keys / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) strange[e] = fmaf(weights[n][e], 0, strange[e]);
-#pragma unroll
-      for (int e = 0; e < 4; e++) total[e / 2] += strange[e];
-      weigh<keys>(weights, in.scale, highest, total, factors);
+        for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
+          total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
+      weigh_rows(in.scale);
     } else {
       scores.template all<keys, Extras>(weights, work.first + row(), j);
       if constexpr (decltype(careful)::value) {
@@ -102,7 +105,7 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
         clean(value_tile(j).memory, keys * Dim, static_cast<int>(threadIdx.x), Tiles::kThreads);
         hand_over();
       }
-      weigh<keys>(weights, 1, highest, total, factors);
+      weigh_rows(1);
     }
     if constexpr (Extras)
       if (in.threshold != 0)
@@ -113,7 +116,8 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
                           in.kept);
   };
   const auto turn = [&](const float (&factors)[2]) {
-    rescale<Dim>(sum, factors);
+#pragma unroll
+    for (int half = 0; half < 2; half++) rescale<Dim>(sum, half, factors[half]);
     pack<T, keys>(left, weights);
   };
 
@@ -184,9 +188,9 @@ __device__ void forward(const T* query, const T* key, const T* value, const uint
   }
 
   add_up(total);
-  rescale<Dim>(sum, {total[0] == 0 ? 0 : 1 / total[0], total[1] == 0 ? 0 : 1 / total[1]});
 #pragma unroll
   for (int half = 0; half < 2; half++) {
+    rescale<Dim>(sum, half, total[half] == 0 ? 0 : 1 / total[half]);
     const int i = work.first + row() + lane() / 4 + 8 * half;
     if (lane() % 4 == 0 && i < sequence.q_len)
       lse[sequence.row(in, work.head) + i] =

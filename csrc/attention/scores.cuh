@@ -300,45 +300,47 @@ struct Scores {
   }
 };
 
-// Logits, which are `scale` times what `weights` holds, become weights relative to the highest of
-// their row so far. `factors` receive what to multiply the sums of what came before with, of each
-// row (Milakov & Gimelshein 2018, arXiv:1805.02867).
+// Logits of a row, which are `scale` times what `weights` holds, become weights relative to the
+// highest of the row so far. Gives the factor of the sums of what came before (Milakov & Gimelshein
+// 2018, arXiv:1805.02867).
 template <int Keys>
-__device__ void weigh(Accumulator<Keys>& weights, float scale, float (&highest)[2],
-                      float (&total)[2], float (&factors)[2]) {
-  float now[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity}, sums[4] = {}, base[2];
+__device__ float weigh(Accumulator<Keys>& weights, int half, float scale, float& highest,
+                       float& total) {
+  float now = -kInfinity;
+#pragma unroll
+  for (int n = 0; n < Keys / 8; n++)
+    now = fmaxf(now, fmaxf(weights[n][2 * half], weights[n][2 * half + 1]));
+  now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
+  now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+  now = fmaxf(now * scale, highest);
+  const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
+  const float rescale = ptx::exp2(highest - base);
+  highest = now;
+  total *= rescale;
 #pragma unroll
   for (int n = 0; n < Keys / 8; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) now[e] = fmaxf(now[e], weights[n][e]);
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float most = fmaxf(now[2 * half], now[2 * half + 1]);
-    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-    most = fmaxf(most * scale, highest[half]);
-    base[half] = most == -kInfinity ? 0 : most;  // nothing is visible so far
-    factors[half] = ptx::exp2(highest[half] - base[half]);
-    highest[half] = most;
-  }
-#pragma unroll
-  for (int n = 0; n < Keys / 8; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base[e / 2]));
-      sums[e] += weights[n][e];
+    for (int e = 2 * half; e < 2 * half + 2; e++) {
+      weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base));
+      total += weights[n][e];
     }
-#pragma unroll
-  for (int half = 0; half < 2; half++)
-    total[half] = fmaf(total[half], factors[half], sums[2 * half] + sums[2 * half + 1]);
+  return rescale;
 }
 
+// Multiplies one of a lane's two rows.
 template <int Dim>
-__device__ void rescale(Accumulator<Dim>& sum, const float (&factors)[2]) {
+__device__ void rescale(Accumulator<Dim>& sum, int half, float factor) {
 #pragma unroll
-  for (int n = 0; n < Dim / 8; n++)
+  for (int n = 0; n < Dim / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
+}
+
+// Weighs both rows, and scales anew the sums of what came before.
+template <int Keys, int Dim>
+__device__ void weigh(Accumulator<Keys>& weights, float scale, float (&highest)[2],
+                      float (&total)[2], Accumulator<Dim>& sum) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) sum[n][e] *= factors[e / 2];
+  for (int half = 0; half < 2; half++)
+    rescale<Dim>(sum, half, weigh<Keys>(weights, half, scale, highest[half], total[half]));
 }
 
 // The parts that the four lanes of a row have of its total become this.
