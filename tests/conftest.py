@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skipped = {
         "slow": "" if config.getoption("--slow") else "slow: run with --slow",
-        "cuda": "" if torch.cuda.is_available() else "no CUDA device here: never run on one so far",
+        "cuda": "" if torch.cuda.is_available() else "no CUDA device here",
     }
     for item in items:
         for marker, reason in skipped.items():

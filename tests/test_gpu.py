@@ -1,7 +1,7 @@
 """What a GPU alone can show: parity on one, streams, graphs and devices, of both GPU languages.
 
-Nothing of this has run on one so far. What the tests do there they also do on CPU tensors in the
-emulator, where there is but one stream and a graph is a second call: so the tests themselves run.
+What the tests do there they also do on CPU tensors in the emulator, where there is but one stream
+and a graph is a second call.
 """
 
 from __future__ import annotations

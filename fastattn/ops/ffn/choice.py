@@ -1,21 +1,24 @@
 """When fused products on a GPU are chosen over cuBLAS with an activation of its own behind it.
 
-No time on a GPU is known, so the rule weighs what is known without one, per element of the result:
+Times are known of an H200 alone (bench/GPU.md), so the rule weighs what else is known, per element
+of the result:
 
 - What fusing saves is traffic: eager PyTorch writes what stands before the activation and reads it
   again. That is worth `BALANCE` multiply-adds a byte, the ratio of peak arithmetic to bandwidth,
   which lies between 60 and 150 on tensor cores from sm_80 on, and near 6 in fp32.
-- What it costs is arithmetic at less than cuBLAS's speed. `SPEED` is an assumption: with `mma.sync`
-  a kernel by hand comes close to cuBLAS where that has no more either (sm_80 to 89, sm_120). On
-  sm_90 `mma.sync` has some 60 % of the peak that `wgmma` has (Luo et al. 2024, arXiv:2402.13499),
-  on sm_100 less of `tcgen05`'s. In fp32 a quarter of the instructions keeps rounding errors small.
+- What it costs is arithmetic at less than cuBLAS's speed. `SPEED` is measured on sm_90, where
+  `mma.sync` has some 60 % of the peak that `wgmma` has (Luo et al. 2024, arXiv:2402.13499) and the
+  kernel 274 TFLOP/s of cuBLAS's 772 for squares of 4096, in fp32 31 of 46; elsewhere it is an
+  assumption: a kernel by hand comes close to cuBLAS where that has no more than `mma.sync` either
+  (sm_80 to 89, sm_120), and on sm_100 `tcgen05` has more still.
 - A layer that is trained has three products and saves traffic in the first alone. A bias alone is
   in cuBLAS's epilogue, too.
 - The kernel computes squares of 128 and does not split the depth. With fewer squares than
   multiprocessors, or rows that are not whole 16 bytes, cuBLAS has better kernels.
 
-The rule is that of the CUDA C++ kernels, and stands for Triton's too, which are tiled alike. It
-binds a free choice only: `use_kernel("cuda")` runs the kernel on all that it can compute.
+The rule is that of the CUDA C++ kernels, and stands for Triton's too, which on sm_90 use `wgmma`
+and have 506 TFLOP/s, yet lose to cuBLAS in all that was timed. It binds a free choice only:
+`use_kernel("cuda")` runs the kernel on all that it can compute.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from fastattn import dispatch
 
 SIDE = 128  # of the squares that a block computes: ProductTiles
 BALANCE = {2: 100, 4: 6}  # multiply-adds for which a GPU moves a byte, by the bytes of an element
-SPEED = {8: 0.85, 9: 0.6, 10: 0.3, 12: 0.85}  # of cuBLAS's, by the architecture's first number
-FP32_SPEED = 0.75
+SPEED = {8: 0.85, 9: 0.35, 10: 0.3, 12: 0.85}  # of cuBLAS's, by the architecture's first number
+FP32_SPEED = 0.67
 CUBLAS = 0.8  # of the peak
 
 
