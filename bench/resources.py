@@ -25,7 +25,15 @@ from bench import programs, roofline, triton_calls
 from fastattn import _library
 
 TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
-ROOMS = ("attention", "attention_backward", "attention_bias", "attention_decode", "ffn", "norm")
+ROOMS = (
+    "attention",
+    "attention_backward",
+    "attention_bias",
+    "attention_decode",
+    "attention_sm90",
+    "ffn",
+    "norm",
+)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 RELEASE = "13.0.88"  # of the nvcc and the ptxas that the table is made with
 TRITON_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
@@ -53,6 +61,11 @@ class Resources(NamedTuple):
     warps: int
     products: int | None = None
     tensor_bound: int | None = None
+
+
+def architectures(room: str) -> tuple[str, ...]:
+    """Those that a room's kernels are for; what is of sm_90a is for no other."""
+    return ("sm_90a",) if room.endswith("_sm90") else ARCHITECTURES
 
 
 @functools.cache
@@ -187,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row
         for room in ROOMS
         if room in chosen
-        for arch in ARCHITECTURES
+        for arch in architectures(room)
         for row in measured(room, arch)
     ]
     if "triton" in chosen:

@@ -28,6 +28,8 @@ from bench import programs
 TENSOR = {"sm_80": 8, "sm_86": 16, "sm_89": 16}
 FP32 = {"sm_80": 2, "sm_86": 1, "sm_89": 1}
 
+PRODUCTS = ("HMMA", "HGMMA")  # of a warp, and of a warp group on sm_90a
+
 # Shared memory serves the four quarters in turn, 128 bytes a cycle: cycles of a warp instruction.
 SHARED = {"LDSM.x4": 16, "LDGSTS": 16, "LDS": 4, "STS": 4}
 
@@ -101,7 +103,7 @@ def main_loop(code: Sequence[Instruction | str]) -> Counter[str] | None:
 
 def tensor_instructions(opcodes: Iterable[str]) -> int:
     """How many there are among these, which a Counter says with `elements()`."""
-    return sum(opcode.startswith("HMMA") for opcode in opcodes)
+    return sum(opcode.startswith(PRODUCTS) for opcode in opcodes)
 
 
 def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> list[str]:
@@ -113,7 +115,7 @@ def shortest_way(code: Sequence[Instruction | str], begin: int, end: int) -> lis
     for i in range(end, begin - 1, -1):
         here, next_lines, wanted, others = code[i], [i + 1], 0, 0
         if isinstance(here, Instruction):
-            wanted = here.opcode.startswith(("HMMA", "LDGSTS"))
+            wanted = here.opcode.startswith((*PRODUCTS, "LDGSTS"))
             others = not wanted
             if not here.conditional and re.match("BRA|EXIT|RET", here.opcode):
                 next_lines = []

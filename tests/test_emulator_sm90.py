@@ -72,6 +72,7 @@ FAULTS = {
     "bulk_no_store_wait": "copy-not-waited-for",
     "hand_over_no_wait": "hang",  # the consumer misses a phase
     "wgmma_no_fence": "missing-proxy-fence",
+    "wgmma_no_register_fence": "missing-register-fence",
     "wgmma_no_wait": "copy-not-waited-for",
 }
 

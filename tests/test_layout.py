@@ -42,7 +42,8 @@ def intrinsics_stay_in_simd(root: Path) -> Iterator[str]:
 
 def assembly_stays_out(root: Path) -> Iterator[str]:
     for path in sources(root, "csrc"):
-        if re.search(r"\basm\b", path.read_text()) and path.name != "ptx.cuh":
+        allowed = path.name in ("ptx.cuh", "ptx_sm90.cuh")
+        if not allowed and re.search(r"\basm\b", path.read_text()):
             yield f"{path.relative_to(root)} holds assembly"
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = resources.read()
 MEASURED = ("ffn", "norm", "norm_bf16_1024")  # anew in every run, on sm_80; others in slow ones
 CUDA_ROWS = [row for row in ROWS if not row.kernel.startswith("triton_")]
+BUILDS = [(room, arch) for room in resources.ROOMS for arch in resources.architectures(room)]
 MOST_SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}  # of a block
 WHY_NO_TRITON = fastattn.backends()["triton-emulator"]
 WHY_NOT_MEASURED = resources.why_not()
@@ -29,8 +30,7 @@ def test_nothing_spills() -> None:
 
 @pytest.mark.skipif(bool(_library.WHY_NO_CUDA), reason=_library.WHY_NO_CUDA)
 def test_every_kernel_is_in_the_table() -> None:
-    names = {name for room in resources.ROOMS for name in resources.codes(room)}
-    expected = {(name, arch) for name in names for arch in resources.ARCHITECTURES}
+    expected = {(name, arch) for room, arch in BUILDS for name in resources.codes(room)}
     assert {(row.kernel, row.architecture) for row in CUDA_ROWS} == expected
 
 
@@ -86,8 +86,7 @@ def test_triton_takes_what_the_table_says(call: str) -> None:
         pytest.param(
             room, arch, marks=() if (room in MEASURED and arch == "sm_80") else pytest.mark.slow
         )
-        for room in resources.ROOMS
-        for arch in resources.ARCHITECTURES
+        for room, arch in BUILDS
     ],
 )
 def test_table_is_the_measured_one(room: str, architecture: str) -> None:
@@ -110,8 +109,7 @@ def test_every_source_is_measured() -> None:
 @pytest.mark.skipif(
     programs.find("nvcc") is None, reason="there is no nvcc: `pip install nvidia-cuda-nvcc`"
 )
-@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
-@pytest.mark.parametrize("room", resources.ROOMS)
+@pytest.mark.parametrize(("room", "architecture"), BUILDS)
 def test_nvcc_warns_of_nothing(room: str, architecture: str, tmp_path: Path) -> None:
     """Not of a spill either, where the source is compiled for an architecture of its own."""
     flags = ["-std=c++20", "-Icsrc", "-Werror", "all-warnings", "-Xptxas", "-warn-spills"]

@@ -112,6 +112,7 @@ struct Warp {
   uint32_t visits = 0;    // jumps since the warp diverged
   uint64_t idle = 0;      // instructions since the last synchronisation
   uint32_t products = 0;  // groups of wgmma issued
+  bool fenced = false;    // whether products see what threads have done to registers
   std::vector<Result> late;
   std::array<int32_t, kWarp> pc{};
   std::unique_ptr<uint8_t[]> file;

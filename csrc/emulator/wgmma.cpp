@@ -91,6 +91,9 @@ Flow product(Context& c) {
   uint32_t leader = std::countr_zero(c.active);
   static thread_local float a[16][16], b[256][16];
   deliver(c.warp, c.warp.products + 1);  // products may follow one another without a wait
+  if (c.machine.launch.check && !c.warp.fenced)
+    c.machine.report("missing-register-fence", c.block, c.thread(leader), c.pc, {}, {},
+                     "no wgmma.fence follows what threads did to registers");
   const Clock& clock = c.state(leader).clock;
   Epoch epoch{c.block.linear, c.warp.products + 1, c.pc,
               static_cast<uint16_t>(clock.agent(kProducts)), false};
@@ -126,6 +129,13 @@ Flow product(Context& c) {
   return Flow::next;
 }
 
+// Products follow one another as they are; a thread touches registers before the first, and once it
+// has waited for some.
+Flow fence(Context& c) {
+  c.warp.fenced = true;
+  return Flow::next;
+}
+
 Flow commit(Context& c) {
   c.warp.products++;
   return Flow::next;
@@ -135,6 +145,7 @@ Flow commit(Context& c) {
 Flow wait(Context& c) {
   uint32_t pending = c.operand(0);
   uint32_t done = c.warp.products > pending ? c.warp.products - pending : 0;
+  c.warp.fenced = false;
   deliver(c.warp, done);
   for_lanes(c.active, [&](int lane) {
     uint32_t& seen = c.state(lane).clock.progress[kProducts];
@@ -148,6 +159,7 @@ Flow wait(Context& c) {
 void add_wgmma(Table& table) {
   table.add("wgmma.f16", product<f16>);
   table.add("wgmma.bf16", product<bf16>);
+  table.add("wgmma.fence", fence);
   table.add("wgmma.commit_group", commit);
   table.add("wgmma.wait_group", wait);
 }

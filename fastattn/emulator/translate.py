@@ -306,10 +306,7 @@ def _mbarrier(t: Translation, qualifiers: list[str], operands: list[str]) -> Non
 @_lowers("wgmma")
 def _wgmma(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     aligned = FLAGS["aligned"]
-    if qualifiers[0] == "fence":
-        t.emit("nothing", [], aligned)
-        return
-    if qualifiers[0] in ("commit_group", "wait_group"):
+    if qualifiers[0] in ("fence", "commit_group", "wait_group"):
         t.emit(f"wgmma.{qualifiers[0]}", [number(text) for text in operands], aligned)
         return
     _mma_async, _sync, _aligned, shape, d, a, b = qualifiers

@@ -32,7 +32,7 @@ __device__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::
 
 // --- plain bytes in and out: out = 2 x for 128 floats
 
-enum Fault { kNone, kNoWait, kNoInit, kTooFewBytes, kNoFence, kNoStoreWait };
+enum Fault { kNone, kNoWait, kNoInit, kTooFewBytes, kNoFence, kNoRegisterFence, kNoStoreWait };
 
 template <Fault kFault>
 __device__ void double_body(const float* x, float* out) {
@@ -136,7 +136,7 @@ __device__ void wgmma_body(const __nv_bfloat16* a, const __nv_bfloat16* b, float
   uint64_t a_matrix = shared_address(a_tile) >> 4 | 1024ull >> 4 << 16 | 128ull >> 4 << 32;
   uint64_t b_matrix = shared_address(b_tile) >> 4 | 128ull >> 4 << 16 | 128ull >> 4 << 32;
   float d[4] = {0, 0, 0, 0};
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  if (kFault != kNoRegisterFence) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, "
       "0;"
@@ -154,6 +154,9 @@ KERNEL wgmma(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
 }
 KERNEL wgmma_no_fence(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
   wgmma_body<kNoFence>(a, b, c);
+}
+KERNEL wgmma_no_register_fence(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
+  wgmma_body<kNoRegisterFence>(a, b, c);
 }
 KERNEL wgmma_no_wait(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
   wgmma_body<kNoWait>(a, b, c);
