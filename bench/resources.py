@@ -28,6 +28,7 @@ TABLE = Path(__file__).parents[1] / "csrc/cuda/resources.csv"
 ROOMS = (
     "attention",
     "attention_backward",
+    "attention_backward_sm90",
     "attention_bias",
     "attention_decode",
     "attention_sm90",
