@@ -1,5 +1,5 @@
-"""The CUDA attention kernels for sm_90 in the emulator: cases, schedules, memory, leaks, and what
-is left to the kernels for sm_80."""
+"""The CUDA attention kernels for sm_90 in the emulator, both ways: cases, schedules, memory, leaks,
+and what is left to the kernels for sm_80."""
 
 from __future__ import annotations
 
@@ -67,18 +67,99 @@ WIDE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        pytest.param(case, dtype, id=f"{case.id}-{dtype}")
-        for case, dtype in zip(ENUMERATED + WIDE, itertools.cycle(HALVES), strict=False)
-    ],
-)
+def of_one_type(cases: list[Case]) -> pytest.MarkDecorator:
+    """Cases in one of two types, whose code is the same."""
+    typed = zip(cases, itertools.cycle(HALVES), strict=False)
+    return pytest.mark.parametrize(
+        ("case", "dtype"),
+        [pytest.param(case, dtype, id=f"{case.id}-{dtype}") for case, dtype in typed],
+    )
+
+
+@of_one_type(ENUMERATED + WIDE)
 def test_matches_oracle(case: Case, dtype: torch.dtype) -> None:
-    """In one of two types, whose code is the same."""
     with device.watching() as reports:
         assert_case_close_to_oracle(case, dtype, "emulator")
     assert reports and all(name.endswith("_sm90") for name in kernels(reports))
+
+
+def of_groups(reports: list[emulator.Report]) -> list[str]:
+    """The kernels which sum gradients of queries, keys and values up."""
+    summing = ("queries", "keys")
+    return [name for name in kernels(reports) if name.split("_")[2] in summing]
+
+
+# Of the enumerated those without extras, and several blocks of either side.
+DIFFERENTIATED = [
+    *(
+        case
+        for function, names in (
+            ("attention", ("plain", "causal_tall", "grouped", "window", "sinks", "one_key")),
+            ("attention_varlen", ("no_rows", "grouped")),
+        )
+        for case in cases(function)
+        if case.name in names
+    ),
+    replace(wide(64, 56), inference=False),
+    replace(wide(72, 128), inference=False),
+]
+
+
+@of_one_type(DIFFERENTIATED)
+def test_gradients_match_oracle(case: Case, dtype: torch.dtype) -> None:
+    with device.watching() as reports:
+        assert_case_close_to_oracle(case, dtype, "emulator")
+    summing = of_groups(reports)
+    assert len(summing) == 2 and all(name.endswith("_sm90") for name in summing)
+
+
+def gradients(tensors: list[Tensor], grad_out: Tensor, **options: object) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    return torch.autograd.grad(fastattn.attention(*leaves, **options), leaves, grad_out)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_memory_of_gradients_is_moved_whole(head_dim: int) -> None:
+    """Under every schedule, of 64, with the same bits."""
+    *tensors, grad_out = (torch.randn(1, 1, 192, head_dim).bfloat16() for _ in range(4))
+    with device.watching(thorough=head_dim == 64) as reports:
+        gradients(tensors, grad_out, causal=True)
+    assert len(of_groups(reports)) == 2
+    for report in reports:
+        assert report.ok, report
+        assert report.counters.bank_conflicts == 1, report.counters
+        assert report.counters.sector_efficiency >= 0.95, report.counters
+
+
+@pytest.mark.parametrize("position", range(4), ids=["query", "key", "value", "grad_out"])
+def test_what_is_not_finite_spoils_the_gradients_that_meet_it(position: int) -> None:
+    """As the kernels for sm_80 have it, among rows whose blocks are the same and others."""
+    *tensors, grad_out = (torch.randn(1, 1, 200, 16).bfloat16() for _ in range(4))
+    (*tensors, grad_out)[position][:, :, 150, 3] = math.nan
+    found = gradients(tensors, grad_out, causal=True)
+    with device.emulating(80):
+        expected = gradients(tensors, grad_out, causal=True)
+    assert found[0].isnan().any() and not found[0].isnan().all()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.1, rtol=0.1, equal_nan=True)
+
+
+GRADIENTS_LEFT = {
+    "extras": {"softcap": 2.0},
+    "wide": {"head_dim": 136},
+    "odd": {"head_dim": 20},
+    "sm_80": {"architecture": 80},
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS_LEFT)
+def test_gradients_left_to_other_kernels(kind: str) -> None:
+    change = GRADIENTS_LEFT[kind]
+    shape = (1, 1, 20, change.get("head_dim", 24))
+    *tensors, grad_out = (torch.randn(shape).half() for _ in range(4))
+    with device.emulating(change.get("architecture", 90)), device.watching() as reports:
+        gradients(tensors, grad_out, softcap=change.get("softcap"))
+    assert of_groups(reports) and not any(name.endswith("_sm90") for name in of_groups(reports))
 
 
 @pytest.mark.parametrize("extra", [False, True])
