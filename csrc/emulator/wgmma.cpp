@@ -72,13 +72,15 @@ struct Reader {
   }
 };
 
-// Puts the results of the first `groups` groups where they belong.
-void deliver(Warp& warp, uint32_t groups) {
-  auto rest = warp.late.begin();
-  for (; rest != warp.late.end() && rest->group < groups; ++rest)
+// Puts the results that are due where they belong.
+template <class Due>
+void deliver(Warp& warp, Due due) {
+  std::erase_if(warp.late, [&](const Result& result) {
+    if (!due(result)) return false;
     for (int lane = 0; lane < kWarp; lane++)
-      Lanes<float>{warp.file.get() + rest->slot}.set(lane, rest->value[lane]);
-  warp.late.erase(warp.late.begin(), rest);
+      Lanes<float>{warp.file.get() + result.slot}.set(lane, result.value[lane]);
+    return true;
+  });
 }
 
 // D [64, N] = A B (+ D), m64nNk16; a warp has rows 16 (w % 4) and up. Operands: N, whether A lies
@@ -90,7 +92,11 @@ Flow product(Context& c) {
   bool registers = c.operand(1);
   uint32_t leader = std::countr_zero(c.active);
   static thread_local float a[16][16], b[256][16];
-  deliver(c.warp, c.warp.products + 1);  // products may follow one another without a wait
+  // Products may add to the same registers without a wait in between.
+  deliver(c.warp, [&](const Result& result) {
+    const int32_t* sums = c.in.operands + d_at;
+    return std::find(sums, sums + n / 2, result.slot) != sums + n / 2;
+  });
   if (c.machine.launch.check && !c.warp.fenced)
     c.machine.report("missing-register-fence", c.block, c.thread(leader), c.pc, {}, {},
                      "no wgmma.fence follows what threads did to registers");
@@ -146,7 +152,7 @@ Flow wait(Context& c) {
   uint32_t pending = c.operand(0);
   uint32_t done = c.warp.products > pending ? c.warp.products - pending : 0;
   c.warp.fenced = false;
-  deliver(c.warp, done);
+  deliver(c.warp, [&](const Result& result) { return result.group < done; });
   for_lanes(c.active, [&](int lane) {
     uint32_t& seen = c.state(lane).clock.progress[kProducts];
     seen = std::max(seen, done);
