@@ -168,6 +168,13 @@ FORWARD_EXTRA_SM90 = (
     on_sm90(lambda: attend(BF16, 70, 500, softcap=2.0, causal=True, window=(150, None))),
     on_sm90(lambda: attend(BF16, 37, 53, 8, aligned=False, dropout_p=0.1, seed=1)),
 )
+GRADIENTS_SM90 = (
+    on_sm90(lambda: attend_packed(BF16)),
+    on_sm90(lambda: attend_backward(BF16, 200, 300)),
+    on_sm90(lambda: attend_backward(BF16, 20, 300, align="top_left")),
+    on_sm90(lambda: attend_backward(BF16, 300, 20)),
+    on_sm90(lambda: attend_backward(BF16, 300, 300, window=(100, None))),  # a NaN for some
+)
 GRADIENTS_BF16 = (
     functools.partial(attend_backward, BF16, 70, 100),
     functools.partial(attend_backward, BF16, 70, 100, dropout_p=0.1, seed=1),
@@ -217,6 +224,8 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     ),
     "attention_forward_bf16_64_sm90": FORWARD_SM90,
     "attention_forward_bf16_extra_64_sm90": FORWARD_EXTRA_SM90,
+    "attention_backward_queries_bf16_64_sm90": GRADIENTS_SM90,
+    "attention_backward_keys_bf16_64_sm90": GRADIENTS_SM90,
     "attention_backward_queries_bf16_64": GRADIENTS_BF16,
     "attention_backward_keys_bf16_64": GRADIENTS_BF16,
     "attention_backward_bias_bf16_64": BIAS_BF16,
@@ -233,12 +242,15 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
 }
 
 # What attention for sm_90 does twice in its pass over values that are no numbers: around their
-# removal, and before the products that follow.
+# removal, and before the products that follow; forward, and for gradients.
 TWICE = (
     *(f"fence.proxy.async.shared::cta: {n} of 10" for n in range(5, 11)),
     *(f"cp.async.wait_all: {n} of 11" for n in (7, 8, 10, 11)),
     *(f"bar.sync: {n} of 17" for n in (11, 12, 15, 16)),
     *(f"wgmma.wait_group.sync.aligned{how}: 9 of 10" for how in ("", " loosened")),
+    *(f"fence.proxy.async.shared::cta: {n} of 6" for n in (3, 4, 6)),
+    *(f"cp.async.wait_all: {n} of 7" for n in (4, 5, 6)),
+    *(f"bar.sync: {n} of 9" for n in (6, 7)),
 )
 
 # Mutants which do no harm, by words of what they are; the bounds in csrc/attention, which say what
@@ -277,7 +289,7 @@ HARMLESS: dict[tuple[str, ...], str] = {
     **{("_sm90", words): "what is done twice is needed once" for words in TWICE},
     ("_sm90", "wait_group", ": 6 of 10"): "in front of a first block, no product is under way",
     ("_sm90", "bar.sync: 17 of 17"): "all have waited for products of queries at the one before",
-    ("_sm90", "loosened", "store<false>"): "rows of outputs are whole 16 bytes, as those of values",
+    ("_sm90", "loosened", "store<"): "rows of results are whole 16 bytes, as those of values",
 }
 
 
