@@ -51,7 +51,10 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
     }
   });
   team.sum(sums);
-  const float mean = in.centred ? sums[0] * in.share : 0;
+  // Divided, for where a row's values are alike twice the rounding of their mean is twice the
+  // error.
+  const float cols = static_cast<float>(in.cols);
+  const float mean = in.centred ? sums[0] / cols : 0;
   float square[1] = {sums[1]};
   if (in.centred) {  // from the distances, since squares cancel
     square[0] = 0;
@@ -63,7 +66,7 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
     });
     team.sum(square);
   }
-  const float rstd = rsqrtf(square[0] * in.share + in.eps);
+  const float rstd = 1 / sqrtf(square[0] / cols + in.eps);
   each(whole, [&](int v, const Packed<R, V>& own) {
     float w[V], b[V];
     load_parameter<T>(w, weight, in.wide_weight, v, 1);
@@ -272,13 +275,15 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
       __syncthreads();
       for (int col = self * piece; col < in.cols; col += threads * piece) {
         const int v = col / V;
-        float sum[piece] = {};
+        float sum[piece] = {}, lost[piece] = {};
         for (int other = v % size; other < threads; other += size) {
           float more[piece];
           load(more, slot<V, N>(other, v / size, col % V));
 #pragma unroll
-          for (int j = 0; j < piece; j++) sum[j] += more[j];
+          for (int j = 0; j < piece; j++) add_exactly(sum[j], lost[j], more[j]);
         }
+#pragma unroll
+        for (int j = 0; j < piece; j++) sum[j] += lost[j];
         put_floats(part + col, sum);
       }
     };
@@ -305,7 +310,7 @@ __device__ void fold(const float* weight_parts, const float* bias_parts, void* g
   void* grad = blockIdx.y == 0 ? grad_weight : grad_bias;
   if (grad == nullptr) return;
   const int col = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
-  float sum = 0;
+  float sum = 0, lost = 0;
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.y); first < in.parts; first += kFolders * together) {
     float values[together] = {};
@@ -315,13 +320,16 @@ __device__ void fold(const float* weight_parts, const float* bias_parts, void* g
       if (part < in.parts && col < in.cols) values[i] = parts[int64_t{part} * in.cols + col];
     }
 #pragma unroll
-    for (int i = 0; i < together; i++) sum += values[i];
+    for (int i = 0; i < together; i++) add_exactly(sum, lost, values[i]);
   }
+  sum += lost;
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y > 0 || col >= in.cols) return;
+  lost = 0;
 #pragma unroll
-  for (int i = 1; i < kFolders; i++) sum += sums[i][threadIdx.x];
+  for (int i = 1; i < kFolders; i++) add_exactly(sum, lost, sums[i][threadIdx.x]);
+  sum += lost;
   if (blockIdx.y == 0 ? in.wide_weight : in.wide_bias)
     static_cast<float*>(grad)[col] = sum;
   else

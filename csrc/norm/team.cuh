@@ -112,6 +112,13 @@ __device__ float* slot(int thread, int n, int i) {
          (place * lanes + (thread % lanes ^ plane * 4)) * kPiece<V>;
 }
 
+// sum += value, where `lost` takes up what rounding takes off the sum (Knuth's two-sum).
+__device__ void add_exactly(float& sum, float& lost, float value) {
+  const float next = sum + value, added = next - sum;
+  lost += (sum - (next - added)) + (value - added);
+  sum = next;
+}
+
 // A vector of weight or bias, which may be fp32 or missing.
 template <class T, int V>
 __device__ void load_parameter(float (&to)[V], const void* from, int wide, int v, float missing) {
