@@ -88,7 +88,7 @@ def test_masked_words(example: Run, minilm: None) -> None:
 
 
 def test_denoising(example: Run) -> None:
-    held_out, printed = example("denoising", "--steps", 20, "--width", 32)
+    held_out, printed = example("denoising", "--steps", 40, "--width", 32)
     assert held_out < 6.7  # uniform over the pieces would be 6.9
     assert "restored: " in printed
 
