@@ -51,10 +51,12 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
     }
   });
   team.sum(sums);
-  // Divided, for where a row's values are alike twice the rounding of their mean is twice the
-  // error.
-  const float cols = static_cast<float>(in.cols);
-  const float mean = in.centred ? sums[0] / cols : 0;
+  // Divided as if exactly: where a row's values are alike, its mean's rounding is all of the error.
+  float mean = 0;
+  if (in.centred) {
+    mean = sums[0] * in.share;
+    mean = fmaf(fmaf(-mean, static_cast<float>(in.cols), sums[0]), in.share, mean);
+  }
   float square[1] = {sums[1]};
   if (in.centred) {  // from the distances, since squares cancel
     square[0] = 0;
@@ -66,7 +68,7 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
     });
     team.sum(square);
   }
-  const float rstd = 1 / sqrtf(square[0] / cols + in.eps);
+  const float rstd = rsqrtf(square[0] * in.share + in.eps);
   each(whole, [&](int v, const Packed<R, V>& own) {
     float w[V], b[V];
     load_parameter<T>(w, weight, in.wide_weight, v, 1);
