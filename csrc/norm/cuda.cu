@@ -344,9 +344,10 @@ __device__ void fold(const float* weight_parts, const float* bias_parts, void* g
 using namespace fastattn::cuda;
 
 #define FASTATTN_NORM_OF(name, T, R, V, N)                                                         \
-  extern "C" __global__ void __launch_bounds__(kNormThreads, 2) norm_forward_##name(               \
-      const T* input, const R* residual, const void* weight, const void* bias,                     \
-      const uint64_t* seed, T* out, R* summed, float* mean, float* rstd, NormScalars in) {         \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, (N) == kHeld ? 2 : 1)                 \
+      norm_forward_##name(const T* input, const R* residual, const void* weight, const void* bias, \
+                          const uint64_t* seed, T* out, R* summed, float* mean, float* rstd,       \
+                          NormScalars in) {                                                        \
     forward<T, R, V, N>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);         \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_##name(              \
