@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import rows as results
 from bench.cases import CASES, DTYPES, Case, select
 from bench.rows import DATA, FAILED, GPU_TABLE, MISMATCH, Row
-from bench.terminal import Console, Progress, Table, console, progress_bar, shown
+from bench.terminal import Console, Progress, Table, console, progress_bar, shown, what_to_run
 
 LAST = Path(__file__).with_name("results") / "last.csv"
 
@@ -40,17 +40,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = made.add_argument_group("what to run")
+    what = what_to_run(made)
     what.add_argument("--quick", action="store_true", help="the main cases: 2 to 3 minutes")
-    what.add_argument(
-        "--only",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="cases whose name contains or, with * and ?, equals PATTERN",
-    )
-    what.add_argument("--list", action="store_true", help="show the cases and stop")
     what.add_argument(
         "--dtype", type=dtypes, default=[], metavar="TYPES", help="run the cases in fp32,bf16,fp16"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +20,22 @@ try:
 except ImportError:
     sys.exit("python -m bench needs the package rich: pip install '.[bench]' in the source tree.")
 
-__all__ = ["Console", "Progress", "Table", "console", "progress_bar", "shown"]
+__all__ = ["Console", "Progress", "Table", "console", "progress_bar", "shown", "what_to_run"]
+
+
+def what_to_run(made: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that choose cases, and the group that others like them belong to."""
+    what = made.add_argument_group("what to run")
+    what.add_argument(
+        "--only",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="cases whose name contains or, with * and ?, equals PATTERN",
+    )
+    what.add_argument("--list", action="store_true", help="show the cases and stop")
+    return what
 
 
 def console() -> Console:

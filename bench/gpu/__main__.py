@@ -20,7 +20,7 @@ from bench.gpu import report
 from bench.gpu.cases import CALLS, GROUPS
 from bench.gpu.rows import KERNELS, Row
 from bench.rows import GPU_TABLE, MISMATCH
-from bench.terminal import Console, Table, console, progress_bar, shown
+from bench.terminal import Console, Table, console, progress_bar, shown, what_to_run
 
 DESCRIPTION = """\
 Race fastattn's GPU kernels against eager PyTorch and SDPA by backend, and flash-attn where it is
@@ -47,16 +47,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = made.add_argument_group("what to run")
-    what.add_argument(
-        "--only",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="cases whose name contains or, with * and ?, equals PATTERN",
-    )
-    what.add_argument("--list", action="store_true", help="show the cases and stop")
+    what = what_to_run(made)
     what.add_argument(
         "--kernels",
         type=kernels,
