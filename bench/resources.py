@@ -33,6 +33,7 @@ ROOMS = (
     "attention_decode",
     "attention_sm90",
     "ffn",
+    "ffn_sm90",
     "norm",
 )
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")

@@ -259,29 +259,39 @@ def test_emulator_is_forced_or_not_used(python) -> None:
     assert "emulator: chosen" in python("-c", code, FASTATTN_KERNEL="emulator").stdout
 
 
-# bytes of an element, first number of the architecture, multiprocessors, rows, depths, widths,
-# multiply-adds and elements saved for each element of the result
-BERT_UP = (2, 8, 108, 8192, (768,), (3072,), 768, 2)
+UP = choice.Product(8192, 3072, 768)  # of BERT, for 8192 tokens
+
+# bytes of an element, part of cuBLAS's speed, multiprocessors, products, elements saved
+CALL = (2, 0.85, 108, [UP], 2 * UP.rows * UP.cols)
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
         ({}, ""),
-        ({1: 12}, ""),
-        ({1: 9}, "cuBLAS is expected to be faster"),  # which has wgmma
-        ({4: (8192,), 6: 8192}, "cuBLAS is expected to be faster"),
-        ({6: 3 * 768, 7: 1}, "cuBLAS is expected to be faster"),  # when trained
-        ({7: 0}, "cuBLAS is expected to be faster"),  # without an activation
-        ({0: 4, 7: 2}, "cuBLAS is expected to be faster"),  # in fp32
-        ({3: 128}, "24 squares of the result leave some of 108 idle"),
-        ({4: (770,)}, "not whole 16 bytes"),
+        ({1: 0.35}, "cuBLAS is expected to be faster"),
+        ({3: [UP._replace(depth=8192)]}, "cuBLAS is expected to be faster"),
+        ({3: [UP, *UP.gradients()], 4: UP.rows * UP.cols}, "cuBLAS is expected to be faster"),
+        ({1: 0.97, 2: 132}, ""),  # by wgmma
+        ({4: 0}, "cuBLAS is expected to be faster"),  # without an activation
+        ({0: 4, 1: 0.67}, "cuBLAS is expected to be faster"),  # in fp32
+        ({3: [UP._replace(rows=128)]}, "24 squares of the result leave some of 108 idle"),
+        ({3: [UP._replace(rows=256 * 5, cols=256 * 3)], 4: 10**6}, "leave some of 108 idle"),
+        ({3: [UP._replace(depth=770)]}, "not whole 16 bytes"),
+        ({3: [UP._replace(rows=0)]}, ""),
     ],
 )
 def test_products_are_left_to_cublas(changed: dict[int, object], reason: str) -> None:
-    call = [changed.get(index, value) for index, value in enumerate(BERT_UP)]
+    call = [changed.get(index, value) for index, value in enumerate(CALL)]
     reasons = choice.expected_losses(*call)
-    assert len(reasons) == bool(reason) and all(reason in each for each in reasons)
+    assert bool(reasons) == bool(reason) and (not reason or any(reason in each for each in reasons))
+
+
+def test_the_last_squares_cost_what_they_leave_idle() -> None:
+    """One square more than multiprocessors takes as long as two for each."""
+    full, more = (choice.Product(128, 128 * squares, 64) for squares in (100, 101))
+    assert full.lost(1, 100) == 0
+    assert more.lost(1, 100) == pytest.approx(99 * 128 * 128 * 64 / choice.CUBLAS)
 
 
 def test_cuda_refuses_what_is_not_on_a_gpu() -> None:

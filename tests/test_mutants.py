@@ -25,7 +25,7 @@ import torch
 import fastattn
 from bench import resources
 from fastattn import _library, emulator
-from fastattn.emulator import device
+from fastattn.emulator import TensorMap, device
 from fastattn.emulator.launch import Memory
 from fastattn.emulator.ptx import Location, Statement
 
@@ -137,6 +137,18 @@ def feed_forward(dtype: torch.dtype) -> None:
         fastattn.linear(*empty).sum().backward()
 
 
+def feed_forward_by_boxes() -> None:
+    """Squares whole and not, for both groups of both multiprocessors; more steps than there are
+    places for, each way; all that is added and kept.
+    """
+    for rows, features, outs in ((264, 456, 136), (456, 136, 264), (136, 264, 456)):
+        x, weight = (torch.randn(n, features).bfloat16().requires_grad_() for n in (rows, outs))
+        fastattn.linear(x, weight, torch.randn(outs).bfloat16(), "gelu").sum().backward()
+    x, up, gate = (torch.randn(n, 72).bfloat16().requires_grad_() for n in (40, 136, 136))
+    bias, down = (torch.randn(*n, 136).bfloat16().requires_grad_() for n in ((), (8,)))
+    fastattn.ffn(x, up, down, bias, gate_weight=gate, gate_bias=bias).sum().backward()
+
+
 def drop(dtype: torch.dtype) -> None:
     x, up, down = (torch.randn(*shape).to(dtype) for shape in ((5, 9), (67, 9), (3, 67)))
     fastattn.ffn(x, up, down, dropout_p=0.3, seed=3)
@@ -196,6 +208,7 @@ DECODE_BF16 = (  # in several rounds, in less than one, and without copies of 16
     functools.partial(decode, BF16, 10),
     functools.partial(decode, BF16, 90, 9),
 )
+FFN_SM90 = (on_sm90(feed_forward_by_boxes),)
 FFN_F32, FFN_BF16 = functools.partial(feed_forward, F32), functools.partial(feed_forward, BF16)
 
 KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
@@ -239,6 +252,9 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "ffn_forward_bf16": (FFN_BF16,),
     "ffn_grad_input_bf16": (FFN_BF16,),
     "ffn_grad_weight_bf16": (FFN_BF16,),
+    "ffn_forward_bf16_sm90": FFN_SM90,
+    "ffn_grad_input_bf16_sm90": FFN_SM90,
+    "ffn_grad_weight_bf16_sm90": FFN_SM90,
 }
 
 # What attention for sm_90 does twice in its pass over values that are no numbers: around their
@@ -286,6 +302,11 @@ HARMLESS: dict[tuple[str, ...], str] = {
     ): "what is copied for rows past the end has weight 0",
     ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
     ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
+    ("_sm90", "fence.mbarrier_init"): "the emulator's copy engine sees what threads see",
+    ("i < squares", "ge loosened"): "a block behind the last square, which there is not",
+    ("Square(in, width, i)", "lt loosened"): "the lesser of two that are equal",
+    ("switch (static_cast<Activation>", "gt loosened"): "an activation that there is not",
+    ("ffn_grad_weight_bf16_sm90", "ge loosened", "finish<"): "nothing is added to this gradient",
     **{("_sm90", words): "what is done twice is needed once" for words in TWICE},
     ("_sm90", "wait_group", ": 6 of 10"): "in front of a first block, no product is under way",
     ("_sm90", "bar.sync: 17 of 17"): "all have waited for products of queries at the one before",
@@ -305,7 +326,7 @@ class Recorded:
     grid: list[int]
     block: list[int]
     shared: int
-    arguments: list[Memory | bytes | None]
+    arguments: list[Memory | TensorMap | bytes | None]
     before: dict[int, bytes]
     after: dict[int, bytes] = field(default_factory=dict)
 
@@ -336,6 +357,13 @@ class Recorded:
         return not report.ok or left != self.after
 
 
+def kept(argument: Memory | TensorMap | bytes | None) -> Memory | TensorMap | bytes | None:
+    """An argument whose matrix is there as long as itself: kernels do not write to those."""
+    if isinstance(argument, TensorMap):
+        return replace(argument, tensor=argument.tensor.clone())
+    return argument
+
+
 @functools.cache
 def launches(call: Callable[[], None]) -> list[tuple[str, Recorded]]:
     """The launches of a call, and, where rows take turns, the same by a single block."""
@@ -344,7 +372,7 @@ def launches(call: Callable[[], None]) -> list[tuple[str, Recorded]]:
 
     def watch(launch: device.Launch) -> None:
         name = launch.kernel.decode()
-        arguments = [device._argument(launch.arguments[i]) for i in range(launch.count)]
+        arguments = [kept(device._argument(launch.arguments[i])) for i in range(launch.count)]
         spans = {each.address: each.bytes for each in arguments if isinstance(each, Memory)}
         before = {at: ctypes.string_at(at, size) for at, size in spans.items()}
         grids = [launch.grid[:]]
@@ -372,9 +400,10 @@ def recorded(name: str, kernel: emulator.Kernel) -> list[Recorded]:
 
 # the mutants
 
-# Opcodes of barriers, waits, commits and fences.
+# Opcodes of barriers, arrivals, waits, commits and fences.
 SYNCHRONISES = (
     r"bar|cp\.async\.(?:wait|commit)\w*|wgmma\.(?:fence|commit_group|wait_group)|fence\.proxy"
+    r"|mbarrier\.(?:init|arrive)|fence\.mbarrier_init"
 )
 
 LOOSER = {"lt": "le", "le": "lt", "ge": "gt", "gt": "ge"}
@@ -428,6 +457,8 @@ def mutants(kernel: emulator.Kernel) -> Iterator[Mutant]:
         where = f"{seen[opcode]} of {counts[opcode]}, {texts(statement.source)}"
         if re.match(rf"({SYNCHRONISES})\b", opcode):
             yield Mutant(f"without {opcode}: {where}", {i: None})
+        if opcode.startswith("mbarrier.try_wait"):  # with the branch back to it
+            yield Mutant(f"without {opcode}: {where}", {i: None, i + 1: None})
         if re.match(r"(cp\.async|wgmma)\.wait_group\b", opcode):
             looser = replace(statement, operands=[str(int(operands[0]) + 1)])
             yield Mutant(f"{opcode} loosened: {where}", {i: looser})

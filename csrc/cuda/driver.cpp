@@ -20,7 +20,8 @@
 #define FASTATTN_FOREACH_ROOM(X) \
   X(attention)                   \
   X(attention_backward)          \
-  X(attention_backward_sm90) X(attention_bias) X(attention_decode) X(attention_sm90) X(ffn) X(norm)
+  X(attention_backward_sm90)     \
+  X(attention_bias) X(attention_decode) X(attention_sm90) X(ffn) X(ffn_sm90) X(norm)
 
 // Files that the linker took in as they are; null where the build had no nvcc.
 #define FASTATTN_DECLARE_PTX(room)                                          \
@@ -34,6 +35,10 @@ namespace {
 // Of the driver's enumerations.
 constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+constexpr int kMultiprocessors = 16;     // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kWords = 1;                // CU_TENSOR_MAP_DATA_TYPE_UINT16
+constexpr int kLines = 3;                // CU_TENSOR_MAP_SWIZZLE_128B
+constexpr int kSector = 2;               // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 
 // The PTX of a room; empty where it was not built.
 std::string_view ptx(std::string_view room) {
@@ -84,6 +89,8 @@ struct Driver {
   int (*cuFuncSetAttribute)(Function, int, int);
   int (*cuLaunchKernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                         unsigned, void*, void**, void**);
+  int (*cuTensorMapEncodeTiled)(void*, int, unsigned, const void*, const uint64_t*, const uint64_t*,
+                                const uint32_t*, const uint32_t*, int, int, int, int);
   int (*cuGetErrorString)(int, const char**);
 
   Driver() {
@@ -106,6 +113,7 @@ struct Driver {
     FASTATTN_FIND(cuModuleGetFunction);
     FASTATTN_FIND(cuFuncSetAttribute);
     FASTATTN_FIND(cuLaunchKernel);
+    FASTATTN_FIND(cuTensorMapEncodeTiled);
     FASTATTN_FIND(cuGetErrorString);
     check(cuInit(0), "to start the driver");
   }
@@ -116,6 +124,20 @@ struct Driver {
     cuGetErrorString(code, &text);
     throw std::runtime_error("fastattn: CUDA failed " + what + ": " +
                              (text ? text : "error " + std::to_string(code)));
+  }
+};
+
+// A matrix as the copy engine knows it: CUtensorMap.
+struct alignas(64) TensorMap {
+  char bytes[128];
+
+  void encode(const Driver& driver, const Boxed& of) {
+    const uint64_t sizes[] = {static_cast<uint64_t>(of.cols), static_cast<uint64_t>(of.rows)};
+    const uint64_t stride = 2 * sizes[0];
+    const uint32_t box[] = {kBoxSide, kBoxSide}, steps[] = {1, 1};
+    driver.check(driver.cuTensorMapEncodeTiled(this, kWords, 2, of.data, sizes, &stride, box, steps,
+                                               0, kLines, kSector, 0),
+                 "to describe a matrix");
   }
 };
 
@@ -141,7 +163,7 @@ class Functions {
  public:
   struct Opened {
     Driver::Context context = nullptr;
-    int architecture = 0;
+    int architecture = 0, multiprocessors = 0;
   };
 
   const Opened& open(int device) {
@@ -153,6 +175,8 @@ class Functions {
       driver.check(driver.cuDeviceGetAttribute(&major, kMajor, handle), "to know a device");
       driver.check(driver.cuDeviceGetAttribute(&minor, kMinor, handle), "to know a device");
       opened.architecture = 10 * major + minor;
+      driver.check(driver.cuDeviceGetAttribute(&opened.multiprocessors, kMultiprocessors, handle),
+                   "to know a device");
       driver.check(driver.cuDevicePrimaryCtxRetain(&opened.context, handle), "to open a device");
     }
     return opened;
@@ -198,6 +222,7 @@ Functions& functions() {
 using Emulator = const char* (*)(const Launch*);
 std::atomic<Emulator> emulator = nullptr;
 std::atomic<int> emulated = 80;  // the architecture of the emulator's GPU
+constexpr int kEmulatedMultiprocessors = 2;
 
 }  // namespace
 
@@ -205,6 +230,10 @@ bool emulating() { return emulator.load() != nullptr; }
 
 int architecture(const Device& device) {
   return emulating() ? emulated.load() : functions().open(device.index).architecture;
+}
+
+int multiprocessors(const Device& device) {
+  return emulating() ? kEmulatedMultiprocessors : functions().open(device.index).multiprocessors;
 }
 
 void run(const Device& device, const Launch& launch) {
@@ -219,7 +248,15 @@ void run(const Device& device, const Launch& launch) {
   const Current current(driver, all.open(device.index).context);
   const Driver::Function function = all.find(device.index, launch);
   void* values[kMostArguments];
-  for (int i = 0; i < launch.count; i++) values[i] = const_cast<void*>(launch.arguments[i].value);
+  TensorMap maps[kMostBoxed];
+  TensorMap* map = maps;
+  for (int i = 0; i < launch.count; i++) {
+    const Argument& argument = launch.arguments[i];
+    values[i] = const_cast<void*>(argument.value);
+    if (!argument.boxed) continue;
+    map->encode(driver, *static_cast<const Boxed*>(argument.value));
+    values[i] = map++;
+  }
   const auto& [x, y, z] = launch.grid;
   const auto& [threads_x, threads_y, threads_z] = launch.block;
   driver.check(driver.cuLaunchKernel(function, x, y, z, threads_x, threads_y, threads_z,

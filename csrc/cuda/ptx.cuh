@@ -125,4 +125,11 @@ __device__ inline float exp2(float x) {
   return y;
 }
 
+// 1 / x, to within an ulp.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fastattn::cuda::ptx

@@ -29,10 +29,15 @@ __device__ void settle(float (&values)[N][4]) {
 #pragma unroll
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(values[n][e])::"memory");
 }
-// Waits for all groups but the latest Pending, which have these sums.
+// Waits for all groups but the latest Pending.
+template <int Pending>
+__device__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+// The same, of which these are the sums.
 template <int Pending, int N>
 __device__ void wait_for_products(float (&sum)[N][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+  wait_for_products<Pending>();
   settle(sum);
 }
 
@@ -71,28 +76,29 @@ __device__ inline uint64_t matrix(uint32_t address, uint32_t apart = 0) {
 
 // Products by 16 of the depth, with Cols columns, whose sums are Count registers; those that follow
 // have the names N0 ... N4.
-//   multiply_transposed   sum = left right^T, and what sum was if `more`: the depth runs along the
-//                         rows of both, which are matrices
+//   multiply_transposed   sum = left right^T, and what sum was if `more`, of two matrices. The
+//                         depth runs along the rows of both, or down those of one that lies Across
 //   multiply              sum += left right: left is the part of a warp's lane, as mma.sync takes
 //                         it, and the depth runs across the rows of right
-#define FASTATTN_PRODUCTS(Type, type, Cols, Count, N0, N1, N2, N3, N4)                        \
-  __device__ inline void multiply_transposed(float (&sum)[Cols / 8][4], Type, uint64_t left,  \
-                                             uint64_t right, int more) {                      \
-    asm volatile("{ .reg .pred more; setp.ne.b32 more, " N2                                   \
-                 ", 0; wgmma.mma_async.sync.aligned.m64n" #Cols "k16.f32." type "." type      \
-                 " {" FASTATTN_NAMES_##Count "}, " N0 ", " N1 ", more, 1, 1, 0, 0; }"         \
-                 : FASTATTN_SUMS_##Count(sum, 0)                                              \
-                 : "l"(left), "l"(right), "r"(more)                                           \
-                 : "memory");                                                                 \
-  }                                                                                           \
-  __device__ inline void multiply(float (&sum)[Cols / 8][4], Type, const uint32_t (&left)[4], \
-                                  uint64_t right) {                                           \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #Cols "k16.f32." type "." type           \
-                 " {" FASTATTN_NAMES_##Count "}, {" N0 ", " N1 ", " N2 ", " N3 "}, " N4       \
-                                             ", 1, 1, 1, 1;"                                  \
-                 : FASTATTN_SUMS_##Count(sum, 0)                                              \
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right)         \
-                 : "memory");                                                                 \
+#define FASTATTN_PRODUCTS(Type, type, Cols, Count, N0, N1, N2, N3, N4)                          \
+  template <bool LeftAcross = false, bool RightAcross = false>                                  \
+  __device__ void multiply_transposed(float (&sum)[Cols / 8][4], Type, uint64_t left,           \
+                                      uint64_t right, int more) {                               \
+    asm volatile("{ .reg .pred more; setp.ne.b32 more, " N2                                     \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #Cols "k16.f32." type "." type        \
+                 " {" FASTATTN_NAMES_##Count "}, " N0 ", " N1 ", more, 1, 1, " N3 ", " N4 "; }" \
+                 : FASTATTN_SUMS_##Count(sum, 0)                                                \
+                 : "l"(left), "l"(right), "r"(more), "n"(LeftAcross), "n"(RightAcross)          \
+                 : "memory");                                                                   \
+  }                                                                                             \
+  __device__ inline void multiply(float (&sum)[Cols / 8][4], Type, const uint32_t (&left)[4],   \
+                                  uint64_t right) {                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #Cols "k16.f32." type "." type             \
+                 " {" FASTATTN_NAMES_##Count "}, {" N0 ", " N1 ", " N2 ", " N3 "}, " N4         \
+                                             ", 1, 1, 1, 1;"                                    \
+                 : FASTATTN_SUMS_##Count(sum, 0)                                                \
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right)           \
+                 : "memory");                                                                   \
   }
 #define FASTATTN_PRODUCTS_OF(Type, type)                                    \
   FASTATTN_PRODUCTS(Type, type, 64, 32, "%32", "%33", "%34", "%35", "%36")  \

@@ -410,6 +410,12 @@ void Machine::exit(Context& c) {
   });
   c.warp.live &= ~c.active;
   c.block.live -= std::popcount(c.active);
+  if (c.block.live == 0)
+    for (const auto& [offset, mbarrier] : c.block.mbarriers)
+      if (!mbarrier.late.empty())
+        report("copy-never-waited-for", c.block, c.thread(std::countr_zero(c.active)), c.pc,
+               {nullptr, nullptr, offset, kShared, -1}, {},
+               "the block ends with %zu copies under way to this mbarrier", mbarrier.late.size());
   progress(c.warp);
   // Those who wait for the rest of the warp may have waited for these.
   complete(c.block, c.warp, false);

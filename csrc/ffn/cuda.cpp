@@ -15,6 +15,7 @@ struct Plain {
   int64_t rows, cols;
 
   Memory memory(Dtype dtype) const { return reads(data, rows * cols * size_of(dtype)); }
+  Boxed boxed() const { return {data, rows, cols}; }
   bool aligned(Dtype dtype) const {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * size_of(dtype) % 16 == 0;
   }
@@ -42,19 +43,31 @@ struct Result {
   const void* gate_bias = nullptr;  // [cols]
   const void* add = nullptr;        // [rows, cols]; out itself is added to in place
 
-  bool aligned(Dtype dtype) const {
-    bool all = cols % 4 == 0;
+  // Whether so many neighbours of all of them can be moved at once.
+  bool aligned(Dtype dtype, int neighbours) const {
+    bool all = cols % neighbours == 0;
     for (const void* data :
          std::initializer_list<const void*>{out, pre, gate, bias, gate_bias, add})
-      all = all && reinterpret_cast<uintptr_t>(data) % (4 * size_of(dtype)) == 0;
+      all = all && reinterpret_cast<uintptr_t>(data) % (neighbours * size_of(dtype)) == 0;
     return all;
   }
 };
 
+// What a product is launched with besides its operands.
+template <class Operand>
+void launch_product(Device& device, const char* room, const std::string& kernel, const Shape& shape,
+                    Dtype dtype, const Operand& left, const Operand& right,
+                    const Operand& gate_right, const Result& to, const ProductScalars& numbers) {
+  const int64_t line = to.cols * size_of(dtype), all = to.rows * line;
+  const Memory out = to.add == to.out ? updates(to.out, all) : writes(to.out, all);
+  const Memory addend = to.add == to.out ? out : reads(to.add, all);
+  launch(device, room, kernel, shape, left, right, gate_right, reads(to.bias, line),
+         reads(to.gate_bias, line), addend, out, writes(to.pre, all), writes(to.gate, all),
+         numbers);
+}
+
 void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const Plain& left,
              const Plain& right, const Plain& gate_right, Activation activation, const Result& to) {
-  using Tiles = ProductTiles<2>;  // which differ from those of fp32 in their warps alone
-  static_assert(Tiles::kShared <= kMostShared && Tiles::kShared == ProductTiles<4>::kShared);
   const bool gated = gate_right.data != nullptr;
   ProductScalars numbers{};
   numbers.rows = counted(to.rows);
@@ -62,22 +75,28 @@ void product(Device& device, const char* kind, Dtype dtype, int64_t depth, const
   numbers.depth = counted(depth);
   numbers.aligned_left = left.aligned(dtype);
   numbers.aligned_right = right.aligned(dtype) && gate_right.aligned(dtype);
-  numbers.aligned_out = to.aligned(dtype);
+  numbers.aligned_out = to.aligned(dtype, 4);
   numbers.activation = static_cast<int32_t>(activation);
   numbers.gated = gated;
+  using Tiles = ProductTiles<2>;  // which differ from those of fp32 in their warps alone
+  static_assert(Tiles::kShared <= kMostShared && Tiles::kShared == ProductTiles<4>::kShared);
+  static_assert(Tiles::kSide == BoxTiles::kSide);
   const int64_t width = gated ? Tiles::kSide / 2 : Tiles::kSide;
-  const int64_t size = size_of(dtype), line = to.cols * size, all = to.rows * line;
+  const int32_t squares =
+      counted(int64_t{blocks_of(to.rows, Tiles::kSide)} * blocks_of(to.cols, width));
+  const std::string kernel = "ffn_" + std::string(kind) + "_" + name_of(dtype);
+  if (architecture(device) == 90 && dtype != Dtype::f32 && depth > 0 && numbers.aligned_left &&
+      numbers.aligned_right && to.aligned(dtype, 8)) {
+    const auto blocks = static_cast<uint32_t>(std::min(squares, multiprocessors(device)));
+    return launch_product(device, "ffn_sm90", kernel + "_sm90",
+                          {{blocks, 1, 1}, {BoxTiles::kThreads, 1, 1}, BoxTiles::kShared}, dtype,
+                          left.boxed(), right.boxed(), (gated ? gate_right : right).boxed(), to,
+                          numbers);
+  }
   const uint32_t threads = dtype == Dtype::f32 ? ProductTiles<4>::kThreads : Tiles::kThreads;
-  const bool in_place = to.add == to.out;
-  const Memory out = in_place ? updates(to.out, all) : writes(to.out, all);
-  const Memory addend = in_place ? out : reads(to.add, all);
-  launch(
-      device, "ffn", "ffn_" + std::string(kind) + "_" + name_of(dtype),
-      {{blocks_of(int64_t{blocks_of(to.rows, Tiles::kSide)} * blocks_of(to.cols, width), 1), 1, 1},
-       {threads, 1, 1},
-       Tiles::kShared},
-      left.memory(dtype), right.memory(dtype), gate_right.memory(dtype), reads(to.bias, line),
-      reads(to.gate_bias, line), addend, out, writes(to.pre, all), writes(to.gate, all), numbers);
+  launch_product(device, "ffn", kernel,
+                 {{static_cast<uint32_t>(squares), 1, 1}, {threads, 1, 1}, Tiles::kShared}, dtype,
+                 left.memory(dtype), right.memory(dtype), gate_right.memory(dtype), to, numbers);
 }
 
 // In two steps: blocks of rows first, and then their sums.

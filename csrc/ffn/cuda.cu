@@ -5,29 +5,12 @@
 //   grad_input   grad_input  = grad_pre weight       weight across it
 //   grad_weight  grad_weight = grad_pre^T input      both across it
 #include "cuda/matrix.cuh"
-#include "ffn/activation.h"
-#include "ffn/scalars.h"
+#include "ffn/product.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
 extern __shared__ uint4 shared_memory[];
-
-// The square of out that a block computes. Blocks walk down bands of a few rows of squares, so that
-// those which run at one time share what they read.
-struct Square {
-  static constexpr int kSide = ProductTiles<2>::kSide;
-  int row, col;
-
-  __device__ Square(const ProductScalars& in, int width) {
-    const int down = (in.rows + kSide - 1) / kSide;
-    const int each = kBandRows * ((in.cols + width - 1) / width);
-    const int block = static_cast<int>(blockIdx.x), band = block / each * kBandRows;
-    const int height = min(down - band, kBandRows);
-    row = (band + block % each % height) * kSide;
-    col = block % each / height * width;
-  }
-};
 
 // An operand's part for one step of the depth: 128 lines (rows of the left one, columns of the
 // right one) of 64 bytes, or, where the operand lies across, so many rows of the depth of 128.
@@ -191,108 +174,39 @@ __device__ void round_to(float (&x)[N]) {
   for (int i = 0; i < N; i++) x[i] = static_cast<float>(static_cast<T>(x[i]));
 }
 
-template <class T, int N>
-__device__ void add_from(float (&x)[N], const T* from) {
-  if (from == nullptr) return;
-  float term[N];
-  load(term, from);
-#pragma unroll
-  for (int i = 0; i < N; i++) x[i] += term[i];
-}
-
-// To within an eps or so of 1, or of x.
-__device__ float exponential(float x) { return ptx::exp2(x * 1.44269504088896340736f); }
-__device__ float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
-// Without 1 - sigmoid(x), of which little is left.
-__device__ float sigmoid_slope(float x) { return sigmoid(x) * sigmoid(-x); }
-__device__ float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678118654752f); }
-// 2 sqrt(2 / pi) (x + 0.044715 x^3)
-__device__ float tanh_inner(float x) {
-  return x * (1.5957691216057308f + 0.0713548162726f * (x * x));
-}
-
-// activation(x), and its derivative there.
-struct Activated {
-  float value, slope;
-};
-__device__ Activated activated(int kind, float x) {
-  switch (static_cast<Activation>(kind)) {
-    case Activation::identity:
-      break;
-    case Activation::relu:
-      return {x > 0 ? x : x == x ? 0 : x, x > 0 ? 1.0f : 0.0f};
-    case Activation::gelu: {
-      const float below = normal_cdf(x);
-      return {x * below, below + x * 0.39894228040143267794f * exponential(-0.5f * (x * x))};
-    }
-    case Activation::gelu_tanh: {
-      const float inner = tanh_inner(x), s = sigmoid(inner);
-      const float steepness = 1.5957691216057308f + 0.2140644488178f * (x * x);
-      return {x * s, s + x * sigmoid_slope(inner) * steepness};
-    }
-    case Activation::silu: {
-      const float s = sigmoid(x);
-      return {x * s, s + x * sigmoid_slope(x)};
-    }
-  }
-  return {x, 1};
-}
-
-// What a product reads and writes; null where it does not.
-template <class T>
-struct Tensors {
-  const T* left;
-  const T* right;
-  const T* gate_right;
-  const T* bias;
-  const T* gate_bias;
-  const T* add;
-  T* out;
-  T* pre;
-  T* gate;
-};
-
-// Finishes N neighbouring elements of out, and stores them. Backward sees x as it is rounded here.
+// Finishes N neighbouring elements of out.
 template <bool Forward, class T, int N>
 __device__ void finish(const Tensors<T>& of, const ProductScalars& in, int64_t row, int col,
                        float (&x)[N], float (&gate)[N]) {
   const int64_t at = row * in.cols + col;
-  if constexpr (!Forward) {
-    add_from(x, of.add == nullptr ? nullptr : of.add + at);
-    return store(of.out + at, x);
-  }
-  add_from(x, of.bias == nullptr ? nullptr : of.bias + col);
+  add_from(x, !Forward && of.add != nullptr ? of.add + at : nullptr);
+  add_from(x, Forward && of.bias != nullptr ? of.bias + col : nullptr);
+  if constexpr (!Forward) return store(of.out + at, x);
   round_to<T>(x);
-  if (of.pre != nullptr) store(of.pre + at, x);
   if (in.gated) {
     add_from(gate, of.gate_bias == nullptr ? nullptr : of.gate_bias + col);
     round_to<T>(gate);
-    if (of.gate != nullptr) store(of.gate + at, gate);
   }
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const float open = activated(in.activation, in.gated ? gate[i] : x[i]).value;
-    x[i] = in.gated ? open * x[i] : open;
-  }
-  store(of.out + at, x);
+  conclude(of, in, at, x, gate);
 }
 
 // out = left right, and what follows it. With a gate, half of every warp's columns are
 // the gate's, and the others those of the other matrix which they open.
 template <class T, bool LeftAcross, bool RightAcross>
-__device__ void product(const Tensors<T>& of, const ProductScalars& in) {
+__device__ void product(const T* left_data, const T* right_data, const T* gate_right,
+                        const Tensors<T>& of, const ProductScalars& in) {
   using Left = Operand<T, LeftAcross>;
   using Right = Operand<T, RightAcross>;
   using Tiles = ProductTiles<sizeof(T)>;
   constexpr int cols = Tiles::kCols, stages = Tiles::kStages;
   constexpr bool forward = !LeftAcross && !RightAcross;
-  const Square square(in, in.gated ? Tiles::kSide / 2 : Tiles::kSide);
+  const Square square(in, in.gated ? Tiles::kSide / 2 : Tiles::kSide, static_cast<int>(blockIdx.x));
   const int lane = lane_index(), warp = static_cast<int>(threadIdx.x / kWarp);
   const int across = Tiles::kSide / cols;
   const int row = warp / across * Tiles::kRows, col = warp % across * cols;
-  const Left left{of.left, LeftAcross ? in.rows : in.depth, in.rows, in.depth,
+  const Left left{left_data, LeftAcross ? in.rows : in.depth, in.rows, in.depth,
                   in.aligned_left != 0};
-  const Right right{of.right, RightAcross ? in.cols : in.depth, in.cols, in.depth,
+  const Right right{right_data, RightAcross ? in.cols : in.depth, in.cols, in.depth,
                     in.aligned_right != 0};
 
   char* memory = reinterpret_cast<char*>(shared_memory);
@@ -307,7 +221,7 @@ __device__ void product(const Tensors<T>& of, const ProductScalars& in) {
                [&](int line, const T*&) { return square.row + line; });
     right.fetch(right_lines(stage), step * Tiles::kDepth, [&](int line, const T*& from) {
       if (RightAcross || !in.gated) return square.col + line;
-      if (line % cols < cols / 2) from = of.gate_right;
+      if (line % cols < cols / 2) from = gate_right;
       return square.col + line / cols * (cols / 2) + line % (cols / 2);
     });
   };
@@ -396,19 +310,21 @@ __device__ void drop(T* x, const uint64_t* seed, const DropScalars& in) {
 // The gradient in front of an activation, or of a gate and what it opens, and what came behind.
 template <class T, int N>
 __device__ void pass_back(const T* grad_out, const T* pre, const T* gate, T* grad_pre, T* grad_gate,
-                          T* hidden, int activation, int64_t at) {
+                          T* hidden, int kind, int64_t at) {
   float grad[N], x[N], open[N] = {};
   load(grad, grad_out + at);
   load(x, pre + at);
   if (gate != nullptr) load(open, gate + at);
+  with_activation<T>(kind, [&](auto&& activation) {
 #pragma unroll
-  for (int i = 0; i < N; i++) {
-    const Activated of = activated(activation, gate == nullptr ? x[i] : open[i]);
-    const float factor = gate == nullptr ? 1 : x[i];
-    open[i] = grad[i] * factor * of.slope;
-    x[i] = factor * of.value;
-    grad[i] *= of.value;
-  }
+    for (int i = 0; i < N; i++) {
+      const Activated of = activation(gate == nullptr ? x[i] : open[i]);
+      const float factor = gate == nullptr ? 1 : x[i];
+      open[i] = grad[i] * factor * of.slope;
+      x[i] = factor * of.value;
+      grad[i] *= of.value;
+    }
+  });
   store(gate == nullptr ? grad_pre + at : grad_gate + at, open);
   if (gate != nullptr) store(grad_pre + at, grad);
   if (hidden != nullptr) store(hidden + at, x);
@@ -454,8 +370,8 @@ using namespace fastattn::cuda;
       ffn_##kind##_##name(const T* left, const T* right, const T* gate_right, const T* bias, \
                           const T* gate_bias, const T* add, T* out, T* pre, T* gate,         \
                           const __grid_constant__ ProductScalars in) {                       \
-    product<T, LeftAcross, RightAcross>(                                                     \
-        {left, right, gate_right, bias, gate_bias, add, out, pre, gate}, in);                \
+    product<T, LeftAcross, RightAcross>(left, right, gate_right,                             \
+                                        {bias, gate_bias, add, out, pre, gate}, in);         \
   }
 #define FASTATTN_FFN(name, T)                                                                     \
   FASTATTN_PRODUCT(forward, name, T, false, false)                                                \

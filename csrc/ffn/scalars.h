@@ -17,6 +17,18 @@ struct ProductTiles {
   static constexpr int kStages = 3, kShared = kStages * 2 * kOperand;
 };
 
+// For 16 bits on sm_90a: of two warp groups, each computes a square of its own. The operands of a
+// step are boxes of 64 x 64 elements, two for each side; while one step is multiplied, the next are
+// being copied. A warp has 4 KB of its own besides, through which 16 rows leave.
+struct BoxTiles {
+  static constexpr int kSide = 128, kDepth = 64, kBox = 64 * 64 * 2, kBoxes = kSide / 64;
+  static constexpr int kStage = 2 * kBoxes * kBox, kStages = 6;
+  static constexpr int kGroups = 2, kWarps = kGroups * 4, kThreads = (kGroups + 1) * 128;
+  static constexpr int kOutRows = 16, kOut = kOutRows * kSide * 2;
+  static constexpr int kBarriers = (2 * kStages + kGroups) * 8;
+  static constexpr int kShared = kStages * kStage + kWarps * kOut + kBarriers;
+};
+
 constexpr int kBandRows = 8;  // of squares, whose blocks come one after the other: see Square
 
 struct ProductScalars {

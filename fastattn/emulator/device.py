@@ -9,10 +9,13 @@ from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint32, c_v
 from functools import cache
 from typing import Any
 
+import torch
+
 from fastattn import _library
 from fastattn.emulator import abi
 from fastattn.emulator.launch import Kernel, Memory, load
 from fastattn.emulator.report import EmulatorError, Report
+from fastattn.emulator.tensor_map import TensorMap
 
 
 class Argument(Structure):
@@ -24,7 +27,21 @@ class Argument(Structure):
         ("extent", c_int64),
         ("written", c_int32),
         ("fresh", c_int32),
+        ("boxed", c_int32),
     ]
+
+
+class Boxed(Structure):
+    """`Boxed` of csrc/cuda/launch.h."""
+
+    _fields_ = [("data", c_void_p), ("rows", c_int64), ("cols", c_int64)]
+
+    BOX, SWIZZLE = (64, 64), 128  # what csrc/cuda/driver.cpp tells the copy engine besides
+
+    def tensor_map(self) -> TensorMap:
+        memory = (ctypes.c_int16 * (self.rows * self.cols)).from_address(self.data)
+        matrix = torch.frombuffer(memory, dtype=torch.int16).view(self.rows, self.cols)
+        return TensorMap(matrix, self.BOX, self.SWIZZLE)
 
 
 class Launch(Structure):
@@ -86,7 +103,9 @@ def watching(thorough: bool = False) -> Iterator[list[Report]]:
         _thorough, _reports = before
 
 
-def _argument(given: Argument) -> Memory | bytes | None:
+def _argument(given: Argument) -> Memory | TensorMap | bytes | None:
+    if given.boxed:
+        return Boxed.from_address(given.value).tensor_map()
     value = ctypes.string_at(given.value, given.bytes)
     if given.extent < 0:
         return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,14 @@ def _cpu_refusals(input: Tensor, *others: object) -> list[str]:
     return dispatch.cpu_refusals(input)  # and all the others are like it
 
 
+def _product(input: Tensor, *weights: Tensor) -> choice.Product:
+    """What projects `input` by all of these weights together."""
+    cols, depth = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    return choice.Product(math.prod(input.shape[:-1]), cols, depth)
+
+
 def _linear_gpu_refusals(
+    kernel: str,
     refusals: Callable[..., list[str]],  # of the kernels' language
     input: Tensor,
     weight: Tensor,
@@ -30,8 +38,14 @@ def _linear_gpu_refusals(
 ) -> list[str]:
     if reasons := refusals(input):
         return reasons
+    product = _product(input, weight)
     saved = 0 if activation == "identity" else 1 if save else 2
-    return choice.refusals(input, weight.shape[1:], weight.shape[:1], 3 if save else 1, saved)
+    return choice.refusals(
+        kernel,
+        input,
+        (product, *product.gradients()) if save else (product,),
+        saved * product.rows * product.cols,
+    )
 
 
 def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -68,14 +82,15 @@ LINEAR = registry.op(
     derivative=_linear_derivative,
     kernels={
         "cpu": _cpu_refusals,
-        "cuda": functools.partial(_linear_gpu_refusals, dispatch.cuda_refusals),
-        "triton": functools.partial(_linear_gpu_refusals, dispatch.triton_refusals),
+        "cuda": functools.partial(_linear_gpu_refusals, "cuda", dispatch.cuda_refusals),
+        "triton": functools.partial(_linear_gpu_refusals, "triton", dispatch.triton_refusals),
     },
     keep=(1,),
 )
 
 
 def _ffn_gpu_refusals(
+    kernel: str,
     refusals: Callable[..., list[str]],
     input: Tensor,
     up_weight: Tensor,
@@ -91,14 +106,18 @@ def _ffn_gpu_refusals(
 ) -> list[str]:
     if reasons := refusals(input):
         return reasons
-    hidden, features = up_weight.shape
-    projections = 1 if gate_weight is None else 2
-    depths = (features,) * projections + down_weight.shape[:1]
+    projections = (up_weight,) if gate_weight is None else (gate_weight, up_weight)
+    up = _product(input, *projections)
+    hidden = up.rows * up_weight.shape[0]
+    down = choice.Product(up.rows, *down_weight.shape)
+    products = [up, down]
+    if _save(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias):
+        products += [*up.gradients(), *down.gradients()]
+        if not save:
+            products.append(up)  # again
     # Backward writes anew what the activation gives, which eager keeps.
-    saved = projections - 1 if save else 2 * projections
-    trained = _save(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    products = 3 if save else 4 if trained else 1
-    return choice.refusals(input, depths, (hidden, down_weight.shape[0]), products, saved)
+    saved = len(projections) - 1 if save else 2 * len(projections)
+    return choice.refusals(kernel, input, products, saved * hidden)
 
 
 def _ffn_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
@@ -139,8 +158,8 @@ FFN = registry.op(
     derivative=_ffn_derivative,
     kernels={
         "cpu": _cpu_refusals,
-        "cuda": functools.partial(_ffn_gpu_refusals, dispatch.cuda_refusals),
-        "triton": functools.partial(_ffn_gpu_refusals, dispatch.triton_refusals),
+        "cuda": functools.partial(_ffn_gpu_refusals, "cuda", dispatch.cuda_refusals),
+        "triton": functools.partial(_ffn_gpu_refusals, "triton", dispatch.triton_refusals),
     },
     keep=(1, 2),
 )
