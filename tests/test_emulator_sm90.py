@@ -64,6 +64,46 @@ def test_products(kernels):
     assert torch.equal(c, (a.double() @ b.double().T).float())
 
 
+def test_blocks_of_a_cluster_read_each_others_memory(kernels):
+    x, out = torch.arange(128, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+    report = kernels["swap"].check(4, 32, x, out)
+    assert report.ok, report
+    assert torch.equal(out.view(2, 2, 32), x.view(2, 2, 32).flip(1, 2))
+
+
+def test_a_copy_reaches_both_blocks_of_a_cluster(kernels):
+    x, out = torch.arange(24 * 32, dtype=torch.int32).view(24, 32), torch.zeros(4, 3, 32).int()
+    report = kernels["share"].check(4, 32, emulator.TensorMap(x, (8, 32)), out, 3)
+    assert report.ok, report
+    assert torch.equal(out, x.view(3, 8, 32).sum(1, dtype=torch.int32).expand(4, 3, 32))
+
+
+CLUSTER_FAULTS = {
+    "swap_no_meeting": "race-read-after-write",
+    "swap_no_second_meeting": "out-of-bounds",
+    "share_too_early": "race-write-after-read",
+    "share_with_one_only": "hang",
+}
+
+
+@pytest.mark.parametrize("name", CLUSTER_FAULTS)
+def test_fault_in_a_cluster_is_caught(kernels, name: str):
+    x, out = torch.arange(24 * 32, dtype=torch.int32).view(24, 32), torch.zeros(4, 3, 32).int()
+    arguments = (x, out) if name.startswith("swap") else (emulator.TensorMap(x, (8, 32)), out, 3)
+    report = kernels[name].check(4, 32, *arguments, patience=100_000)
+    assert CLUSTER_FAULTS[name] in kinds(report), report
+
+
+def test_bad_clusters(kernels):
+    x = torch.zeros(128, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cluster must be"):
+        kernels["swap"].launch(4, 32, x, x.clone(), cluster=4)
+    with pytest.raises(ValueError, match="cluster must divide"):
+        kernels["swap"].launch(3, 32, x, x.clone())
+    with pytest.raises(ValueError, match="at most 16"):
+        kernels["bulk"].launch(32, 128, x.float(), x.float(), cluster=32)
+
+
 FAULTS = {
     "bulk_no_wait": "copy-not-waited-for",
     "bulk_no_init": "mbarrier-not-initialised",
@@ -90,6 +130,11 @@ def test_fault_is_caught(kernels, name: str, order: str):
     threads = 64 if name.startswith("hand") else 128
     report = kernels[name].launch(1, threads, *arguments, order=order, patience=100_000)
     assert any(kind.startswith(FAULTS[name]) for kind in kinds(report)), report
+
+
+def test_a_block_that_ends_before_its_copies_is_caught(kernels):
+    report = kernels["bulk_no_wait"].launch(1, 128, torch.ones(128), torch.zeros(128))
+    assert "copy-never-waited-for" in kinds(report), report
 
 
 @pytest.mark.parametrize("late", [True, False])

@@ -91,15 +91,20 @@ bool read_map(Context& c, int lane, uint64_t address, TensorMap& map) {
   return true;
 }
 
-void load(Context& c, int lane, const std::vector<Piece>& all, uint64_t mbarrier) {
-  auto found = c.block.mbarriers.find(mbarrier & ((1u << kClusterShift) - 1));
-  if (found == c.block.mbarriers.end() || !found->second.live)
+// Of shared memory here, or at the same place in another block of the cluster.
+uint64_t address_in(const Block& block, uint64_t offset) {
+  return uint64_t{block.rank + 1} << kClusterShift | (offset & ((1u << kClusterShift) - 1));
+}
+
+void load(Context& c, int lane, const std::vector<Piece>& all, uint64_t mbarrier, Block& to_block) {
+  auto found = to_block.mbarriers.find(mbarrier & ((1u << kClusterShift) - 1));
+  if (found == to_block.mbarriers.end() || !found->second.live)
     return c.machine.report("mbarrier-not-initialised", c.block, c.thread(lane), c.pc,
                             {nullptr, nullptr, mbarrier, kShared, -1}, {},
                             "a copy is to complete on it");
   Mbarrier& m = found->second;
   for (const Piece& piece : all) {
-    Place to = locate(c, lane, kShared, piece.shared, piece.bytes, true);
+    Place to = locate(c, lane, kShared, address_in(to_block, piece.shared), piece.bytes, true);
     Place from;
     if (piece.inside) from = locate(c, lane, kGlobal, piece.global, piece.bytes, false);
     if (!to.host || (piece.inside && !from.host)) {
@@ -109,7 +114,7 @@ void load(Context& c, int lane, const std::vector<Piece>& all, uint64_t mbarrier
     if (piece.inside) c.machine.check_read(c, lane, from, piece.bytes);
     if (to.shadow) {
       c.machine.check_write(c, lane, to, piece.bytes, nullptr);
-      Epoch epoch{c.block.linear, m.phase + 1, c.pc, static_cast<uint16_t>(m.agent), false};
+      Epoch epoch{m.block, m.phase + 1, c.pc, static_cast<uint16_t>(m.agent), false};
       to.shadow->write(to.offset, piece.bytes, c.state(lane).clock, epoch, nullptr, nullptr,
                        [](const Conflict&) {});
     }
@@ -144,8 +149,21 @@ bool aligned(Context& c, int lane, uint64_t shared, uint32_t to) {
   return false;
 }
 
-// Operands: shared memory (3), the map (3), the mbarrier (3, of loads alone), how many
-// coordinates, their slots.
+// Calls f with every block of the cluster whose bit a lane's mask has, or with its own where the
+// instruction has no mask.
+template <class F>
+void for_targets(Context& c, int lane, int mask_operand, F f) {
+  if (c.operand(mask_operand) < 0) return f(c.block);
+  uint32_t mask = c.lanes<uint16_t>(mask_operand)[lane];
+  for_lanes(mask, [&](int rank) {
+    if (Block* block = c.machine.peer(c.block, static_cast<uint32_t>(rank))) return f(*block);
+    c.machine.report("out-of-bounds", c.block, c.thread(lane), c.pc, {}, {},
+                     "a copy is to reach block %d of the cluster, which is not there", rank);
+  });
+}
+
+// Operands: shared memory (3), the map (3), the mbarrier (3, of loads alone), the slot of a mask of
+// blocks or -1, how many coordinates, their slots.
 template <bool kLoad>
 Flow copy_tensor(Context& c) {
   Access shared = access_at(c, 0, kShared, 16, kLoad),
@@ -156,32 +174,32 @@ Flow copy_tensor(Context& c) {
     if (!aligned(c, lane, shared.address[lane], 128)) return;
     if (!read_map(c, lane, map_at.address[lane], map)) return;
     int32_t corner[5] = {};
-    for (int d = 0; d < c.operand(9); d++) corner[d] = c.lanes<int32_t>(10 + d)[lane];
+    for (int d = 0; d < c.operand(10); d++) corner[d] = c.lanes<int32_t>(11 + d)[lane];
     auto all = pieces(map, static_cast<uint32_t>(shared.address[lane]), corner);
     if (kLoad)
-      load(c, lane, all, mbarrier.address[lane]);
+      for_targets(c, lane, 9, [&](Block& to) { load(c, lane, all, mbarrier.address[lane], to); });
     else
       store(c, lane, all);
   });
   return Flow::next;
 }
 
-// Operands: shared memory (3), global memory (3), the mbarrier (3, of loads alone), the slot of
-// how many bytes.
+// Operands: shared memory (3), global memory (3), the mbarrier (3, of loads alone), the slot of a
+// mask of blocks or -1, the slot of how many bytes.
 template <bool kLoad>
 Flow copy_bytes(Context& c) {
   Access shared = access_at(c, 0, kShared, 16, kLoad),
          global = access_at(c, 3, kGlobal, 16, !kLoad);
   Access mbarrier = access_at(c, 6, kShared, 8, true);
   for_lanes(c.active, [&](int lane) {
-    uint32_t bytes = c.lanes<uint32_t>(9)[lane];
+    uint32_t bytes = c.lanes<uint32_t>(10)[lane];
     auto at = static_cast<uint32_t>(shared.address[lane]);
     if (!aligned(c, lane, at, 16) || !aligned(c, lane, bytes, 16)) return;
     std::vector<Piece> all;
     for (uint32_t i = 0; i < bytes; i += 16)
       all.push_back({global.address[lane] + i, at + i, 16, true});
     if (kLoad)
-      load(c, lane, all, mbarrier.address[lane]);
+      for_targets(c, lane, 9, [&](Block& to) { load(c, lane, all, mbarrier.address[lane], to); });
     else
       store(c, lane, all);
   });

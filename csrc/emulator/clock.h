@@ -47,7 +47,7 @@ inline void join(Known& into, const Known& from) {
   if (into.block == from.block) join(into.fenced, from.fenced);
   join(into.block == from.block ? into.agents : into.others[from.block], from.agents);
   for (const auto& [block, agents] : from.others)
-    if (block != into.block) join(into.others[block], agents);
+    join(block == into.block ? into.agents : into.others[block], agents);
 }
 
 // Either may be null.

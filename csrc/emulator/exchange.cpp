@@ -225,6 +225,33 @@ Flow match(Context& c) {
   return Flow::next;
 }
 
+// --- clusters
+
+// Operand: whether what a thread has done is for those who wait to see.
+Flow arrive_at_cluster(Context& c) {
+  c.machine.arrive_at_cluster(c, c.operand(0));
+  return Flow::next;
+}
+
+// Operand: whether a thread sees what those have done who arrived.
+Flow wait_for_cluster(Context& c) {
+  return c.machine.wait_for_cluster(c, c.operand(0)) ? Flow::next : Flow::yield;
+}
+
+// Operands: d, its bytes a lane, the address of shared memory here (3), the slot of a block's rank
+// in the cluster. Where the address names no space, d does not either.
+Flow map_address(Context& c) {
+  Access a = access_at(c, 2, kGeneric, 1, false);
+  for_lanes(c.active, [&](int lane) {
+    const uint64_t window = a.address[lane] & kSharedWindow;
+    const uint64_t offset = a.address[lane] & ((1u << kClusterShift) - 1);
+    const uint64_t rank = c.lanes<uint32_t>(5)[lane];
+    const uint64_t there = window | (rank + 1) << kClusterShift | offset;
+    std::memcpy(c.warp.file.get() + c.operand(0) + lane * c.operand(1), &there, c.operand(1));
+  });
+  return Flow::next;
+}
+
 // Operands: d, p, the mask. The lowest lane is elected.
 Flow elect(Context& c) {
   uint32_t leader = std::countr_zero(c.active);
@@ -263,6 +290,9 @@ void add_exchanges(Table& table) {
   table.add("yield", yield);
   table.add("bar.sync", barrier<true>);
   table.add("bar.arrive", barrier<false>);
+  table.add("barrier.cluster.arrive", arrive_at_cluster);
+  table.add("barrier.cluster.wait", wait_for_cluster);
+  table.add("mapa", map_address);
   members("bar.warp.sync", warp_barrier, 0);
   members("shfl", shuffle, 5);
   members("vote.ballot", vote<kBallot>, 2);

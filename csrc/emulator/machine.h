@@ -94,6 +94,7 @@ struct Thread {
   std::vector<Copy> copies;
   uint32_t committed = 0;  // groups of copies
   uint32_t stored = 0;     // groups of bulk stores
+  uint32_t phases = 0;     // of the cluster's barrier, the last of which it has arrived at
 };
 
 // A register that a product is still to write.
@@ -144,7 +145,8 @@ struct Mbarrier {
   int64_t bytes = 0;                  // on their way
   uint32_t phase = 0;                 // phases completed
   bool live = false;
-  Shared news, done;  // from the arrivals of this phase, and of the one completed last
+  uint32_t block = 0;  // whose memory it is in
+  Shared news, done;   // from the arrivals of this phase, and of the one completed last
   std::vector<Delivery> late;
 
   void settle();  // ends the phase once all have arrived
@@ -165,6 +167,12 @@ struct Block {
   std::unordered_map<uint64_t, Mbarrier> mbarriers;
 };
 
+// The barrier of all threads of a cluster's blocks.
+struct ClusterBarrier {
+  uint32_t arrived = 0, phase = 0;  // threads, and phases completed
+  Shared news, done;                // from the arrivals of this phase, and of the one before
+};
+
 // Where an address leads. A null host means nowhere.
 struct Place {
   uint8_t* host = nullptr;
@@ -172,6 +180,7 @@ struct Place {
   uint64_t offset = 0;
   Space space = kGeneric;  // which stands for none
   int32_t buffer = -1;
+  Block* block = nullptr;  // whose shared memory it is
 };
 
 class Machine;
@@ -240,6 +249,9 @@ class Machine {
 
   // --- scheduling (schedule.cpp)
   void arrive(Context& c, int barrier, uint32_t expected, bool sleep);
+  void arrive_at_cluster(Context& c, bool publish);
+  // Whether all threads of the cluster have arrived; then the active ones know what those did.
+  bool wait_for_cluster(Context& c, bool learn);
   void exit(Context& c);
   uint32_t random();
   // Says that a warp has got somewhere, and does not hang.
@@ -270,11 +282,13 @@ class Machine {
   bool complete(Block& block, Warp& warp, bool force);
   void release(Block& block, Barrier& barrier);
   bool unblock(Block& block);
+  void settle_cluster();
   Flow execute(Block& block, Warp& warp, int32_t pc, uint32_t active);
 
   std::vector<Decoded> code_;
   std::vector<uint8_t> image_;  // the register file at the start of a warp
   std::vector<std::unique_ptr<Block>> resident_;
+  ClusterBarrier cluster_;
   std::vector<Shadow> shadows_;  // of the buffers
   std::unordered_map<uint64_t, std::array<Shared, 2>> published_;
   std::unordered_map<std::string, size_t> known_findings_;

@@ -10,7 +10,9 @@ void Mbarrier::settle() {
   phase++;
   pending = expected;
   if (news) {
-    auto all = std::make_shared<Known>(*news);
+    auto all = std::make_shared<Known>();
+    all->block = block;
+    join(*all, *news);
     if (all->agents.size() <= agent) all->agents.resize(agent + 1);
     all->agents[agent] = phase;
     done = all;
@@ -35,11 +37,13 @@ void for_objects(Context& c, int first, bool initialising, F f) {
   Access a = access_at(c, first, kShared, 8, true);
   for_lanes(c.machine.locate(c, a), [&](int lane) {
     const Place& place = a.place[lane];
-    auto [entry, fresh] = c.block.mbarriers.try_emplace(place.offset);
+    auto& all = place.block->mbarriers;
+    auto [entry, fresh] = all.try_emplace(place.offset);
     Mbarrier& mbarrier = entry->second;
-    if (fresh)
-      mbarrier.agent =
-          static_cast<Agent>(kRoles * c.block.threads.size() + c.block.mbarriers.size() - 1);
+    if (fresh) {
+      mbarrier.agent = static_cast<Agent>(kRoles * c.block.threads.size() + all.size() - 1);
+      mbarrier.block = place.block->linear;
+    }
     if (!mbarrier.live && !initialising)
       return c.machine.report("mbarrier-not-initialised", c.block, c.thread(lane), c.pc, place, {},
                               "no mbarrier.init made this an mbarrier");
@@ -58,9 +62,9 @@ Flow init(Context& c) {
     if (m.live)
       c.machine.report("mbarrier-reinitialised", c.block, c.thread(lane), c.pc, place, {},
                        "it is in use: mbarrier.inval comes first");
-    Agent agent = m.agent;
+    const auto [agent, block] = std::pair(m.agent, m.block);
     m = Mbarrier{};
-    m.agent = agent;
+    m.agent = agent, m.block = block;
     m.expected = m.pending = static_cast<int32_t>(c.lanes<uint32_t>(3)[lane]);
     m.live = true;
   });

@@ -69,6 +69,7 @@ uint32_t Machine::locate(Context& c, Access& access) {
       if (uint32_t rank = address >> kClusterShift) owner = peer(c.block, rank - 1);
       address &= (1u << kClusterShift) - 1;
       place.offset = address;
+      place.block = owner;
       if (!owner || !owner->live) return fail("out-of-bounds", "in a block that is not there;", 0);
       base = owner->shared.data();
       size = owner->shared.size();
@@ -171,7 +172,7 @@ void Machine::check_async_read(Context& c, int lane, const Place& place, uint32_
   for (uint32_t i = 0; i < bytes; i += 4) {
     const Epoch& write = place.shadow->at(place.offset + i).write;
     // Threads write, and cp.async does, where asynchronous units do not look without a fence.
-    bool generic = write.agent < kProducts * clock.threads;
+    bool generic = write.block == c.block.linear && write.agent < kProducts * clock.threads;
     if (!generic || !clock.knows(write) || covers(clock.known->fenced, write)) continue;
     Place at = place;
     at.offset += i;
@@ -190,7 +191,7 @@ void Machine::publish(Context& c, int lane, const Place& place) {
   Clock& clock = c.state(lane).clock;
   if (c.flag(kRelease)) clock.fence(c.flag(kGpuScope));
   if (!clock.released[0] && !clock.released[1]) return;
-  auto& cell = shared ? c.block.published[place.offset]
+  auto& cell = shared ? place.block->published[place.offset]
                       : published_[uint64_t(place.buffer) << 48 | place.offset];
   for (int scope = 0; scope < 2; scope++) cell[scope] = joined(cell[scope], clock.released[scope]);
 }
@@ -199,7 +200,7 @@ void Machine::observe(Context& c, int lane, const Place& place) {
   if (!launch.check) return;
   bool shared = place.space == kShared;
   Clock& clock = c.state(lane).clock;
-  auto& map = shared ? c.block.published : published_;
+  auto& map = shared ? place.block->published : published_;
   auto cell = map.find(shared ? place.offset : uint64_t(place.buffer) << 48 | place.offset);
   if (cell == map.end()) return;
   for (int scope = 0; scope < 2; scope++) {

@@ -65,6 +65,7 @@ void Machine::run() {
     for (uint32_t i = count; i > 1; i--) std::swap(order[i - 1], order[random() % i]);
   for (uint32_t i = 0; i < together; i++) resident_.push_back(std::make_unique<Block>());
   for (uint32_t cluster : order) {
+    cluster_ = {};
     for (uint32_t rank = 0; rank < together; rank++) {
       auto within = position(rank, launch.cluster);
       uint32_t corner[3] = {cluster % clusters[0], cluster / clusters[0] % clusters[1],
@@ -398,6 +399,41 @@ void Machine::release(Block& block, Barrier& barrier) {
   barrier = {};
 }
 
+void Machine::arrive_at_cluster(Context& c, bool publish) {
+  for_lanes(c.active, [&](int lane) {
+    Thread& thread = c.state(lane);
+    if (thread.phases > cluster_.phase)
+      return report("barrier-mismatch", c.block, c.thread(lane), c.pc, {}, {},
+                    "the cluster's barrier is arrived at twice without a wait");
+    thread.phases = cluster_.phase + 1;
+    cluster_.arrived++;
+    if (!publish || !launch.check) return;
+    cluster_.news = joined(cluster_.news, thread.clock.snapshot());
+    thread.clock.step();
+  });
+  settle_cluster();
+}
+
+// Ends the phase of the cluster's barrier once all who are left have arrived.
+void Machine::settle_cluster() {
+  uint32_t live = 0;
+  for (const auto& block : resident_) live += block->live;
+  if (live == 0 || cluster_.arrived < live) return;
+  cluster_ = {0, cluster_.phase + 1, nullptr, cluster_.news};
+}
+
+bool Machine::wait_for_cluster(Context& c, bool learn) {
+  uint32_t waiting = 0;
+  for_lanes(c.active, [&](int lane) { waiting |= c.state(lane).phases > cluster_.phase; });
+  if (waiting) return false;
+  for_lanes(c.active, [&](int lane) {
+    Clock& clock = c.state(lane).clock;
+    if (learn && launch.check && cluster_.done) clock.learn(cluster_.done);
+  });
+  progress(c.warp);
+  return true;
+}
+
 void Machine::exit(Context& c) {
   for_lanes(c.active, [&](int lane) {
     Thread& thread = c.state(lane);
@@ -408,8 +444,10 @@ void Machine::exit(Context& c) {
       break;
     }
   });
+  for_lanes(c.active, [&](int lane) { cluster_.arrived -= c.state(lane).phases > cluster_.phase; });
   c.warp.live &= ~c.active;
   c.block.live -= std::popcount(c.active);
+  settle_cluster();
   if (c.block.live == 0)
     for (const auto& [offset, mbarrier] : c.block.mbarriers)
       if (!mbarrier.late.empty())

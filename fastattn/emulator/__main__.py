@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--kernel", default="", help="its name, or a part that no other has")
     check.add_argument("--grid", type=size, required=True, help="blocks: x or x,y or x,y,z")
     check.add_argument("--block", type=size, required=True, help="threads of a block, likewise")
+    check.add_argument("--cluster", type=size, help="blocks of a cluster, likewise")
     check.add_argument("--shared", type=int, default=0, help="bytes of dynamic shared memory")
     check.add_argument("--counters", action="store_true", help="print what was counted, too")
     check.add_argument("--args", nargs="*", default=[], metavar="ARG", help="see below")
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.manual_seed(0)
         values = [argument(text) for text in options.args]
         report = module[options.kernel].check(
-            options.grid, options.block, *values, shared=options.shared
+            options.grid, options.block, *values, shared=options.shared, cluster=options.cluster
         )
     except (OSError, PtxError, TypeError, ValueError, KeyError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ MOST_FINDINGS = 256
 ALIGNMENT = 16  # of addresses, at most, that accesses ask for
 # Shared memory of a block on the largest GPU so far, and threads.
 MOST_SHARED, MOST_THREADS = 227 * 1024, 1024
+MOST_BLOCKS = 16  # of a cluster
 ALIGNMENT = 16  # that an instruction can ask for
 
 Size = int | Sequence[int]
@@ -210,6 +211,21 @@ class Kernel:
             end = offsets[-1] + parameter.bytes
         return [*offsets, end]
 
+    def _cluster(self, cluster: Size | None, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The blocks of a cluster, which divide the grid and are what the kernel requires."""
+        required = self.function.directives.get("reqnctapercluster")
+        if cluster is None:
+            cluster = required or 1
+        found = _three(cluster, "cluster")
+        if required and found != _three(required, "cluster"):
+            raise ValueError(f"cluster must be {required} for {self.name}, got {found}")
+        if math.prod(found) > MOST_BLOCKS or any(n % c for n, c in zip(grid, found, strict=True)):
+            raise ValueError(
+                f"cluster must divide grid {grid} into parts of at most {MOST_BLOCKS} blocks, "
+                f"got {found}"
+            )
+        return found
+
     def _pack(self, storages: _Storages, arguments: Sequence[Any]) -> torch.Tensor:
         """The parameters in memory, and a buffer for each array among the arguments."""
         params, offsets = self.function.params, self._offsets()
@@ -241,6 +257,7 @@ class Kernel:
         block: Size,
         *arguments: Any,
         shared: int = 0,
+        cluster: Size | None = None,
         order: str = "forward",
         late: bool = True,
         seed: int = 0,
@@ -254,6 +271,7 @@ class Kernel:
         arguments     one for each parameter: a numpy array or torch CPU tensor for a pointer (None
                       is null), a number, bytes for a struct, a TensorMap
         shared        bytes of dynamic shared memory
+        cluster       blocks of a cluster, one to three numbers; as the kernel requires when None
         order         in which lanes, warps and blocks take turns: "forward", "reverse", or
                       "random", which `seed` decides
         late          asynchronous copies arrive when they are waited for, else when issued
@@ -276,11 +294,12 @@ class Kernel:
                 f"shared must leave room for {program.static_shared} static bytes within "
                 f"{MOST_SHARED}, got {shared}"
             )
+        cluster = self._cluster(cluster, grid)
         storages = _Storages()
         self._place_module(storages)
         packed = self._pack(storages, arguments)
         launch = abi.Launch(
-            grid, block, (1, 1, 1), shared, ORDERS.index(order), late, check, count, seed, patience
+            grid, block, cluster, shared, ORDERS.index(order), late, check, count, seed, patience
         )
         launch.buffer_count, launch.max_findings = len(storages.buffers), MOST_FINDINGS
         launch.buffers = storages.native()

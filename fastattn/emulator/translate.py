@@ -122,6 +122,13 @@ def _cvta(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
         t.emit("or.b64", [target, source, t.constant(window, 8)])
 
 
+@_lowers("mapa")
+def _mapa(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
+    width = WIDTHS[qualifiers[-1]]
+    base = t.address(f"[{operands[1]}]")
+    t.emit("mapa", [t.slot(operands[0], width), width, *base, t.slot(operands[2], 4)])
+
+
 @_lowers("isspacep")
 def _isspacep(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     space = SPACES[qualifiers[0].split("::")[0]]
@@ -237,12 +244,15 @@ def _bulk(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     tensor = kind == "tensor"
     spaces = [q.split("::")[0] for q in qualifiers if q.split("::")[0] in ("shared", "global")]
     known = {"tile", "bulk_group", "mbarrier::complete_tx::bytes", "L2::cache_hint", "tensor"}
+    known |= {"multicast::cluster"}
     words = {q for q in qualifiers if q.split("::")[0] not in ("shared", "global")} - known
     if any(not re.fullmatch(r"[1-5]d", word) for word in words):
         raise PtxError("unknown asynchronous copy")
     loading = spaces[0] == "shared"
     shared, other = operands[:2] if loading else operands[1::-1]
-    mbarrier = t.address(operands[2 if tensor else 3]) if loading else t.address("[0]")
+    at = 2 if tensor else 3
+    mbarrier = t.address(operands[at]) if loading else t.address("[0]")
+    blocks = t.slot(operands[at + 1], 2) if "multicast::cluster" in qualifiers else -1
     if tensor:
         base, corner = split_operands(other[1:-1])
         tail = [t.slot(text, 4) for text in _elements(corner)]
@@ -251,7 +261,7 @@ def _bulk(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     else:
         where, tail = t.address(other), [t.slot(operands[2], 4)]
     name = f"bulk.{'tensor.' * tensor}{'load' if loading else 'store'}"
-    t.emit(name, [*t.address(shared), *where, *mbarrier, *tail])
+    t.emit(name, [*t.address(shared), *where, *mbarrier, blocks, *tail])
 
 
 # Where the fields of a tensor map lie, and from one index to the next (csrc/emulator/bulk.cpp).
@@ -366,6 +376,11 @@ def _nanosleep(t: Translation, qualifiers: list[str], operands: list[str]) -> No
 @_lowers("bar", "barrier")
 def _bar(t: Translation, qualifiers: list[str], operands: list[str]) -> None:
     kinds = [q for q in qualifiers if q not in ("cta", "aligned")]
+    if kinds[0] == "cluster":
+        flags = FLAGS["aligned"] if "aligned" in qualifiers else 0
+        ordered = int("relaxed" not in kinds)
+        t.emit(f"barrier.cluster.{kinds[1]}", [ordered], flags)
+        return
     if kinds == ["warp", "sync"]:
         t.emit("bar.warp.sync", [t.slot(operands[0], 4)])
         return

@@ -161,3 +161,86 @@ KERNEL wgmma_no_register_fence(const __nv_bfloat16* a, const __nv_bfloat16* b, f
 KERNEL wgmma_no_wait(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
   wgmma_body<kNoWait>(a, b, c);
 }
+
+// --- clusters of two: out [2 n] = each block's x, mirrored by the other; then a tile for both
+
+__device__ uint32_t of_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ int rank_in_cluster() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+enum ClusterFault { kSound, kNoMeeting, kNoSecondMeeting };
+
+template <ClusterFault kFault>
+__device__ void swap_body(const int* x, int* out) {
+  __shared__ int tile[32];
+  int t = threadIdx.x, other = rank_in_cluster() ^ 1;
+  tile[t] = x[32 * blockIdx.x + t];
+  if (kFault != kNoMeeting) meet_cluster();
+  int value;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(value) : "r"(of_block(shared_address(&tile[31 - t]), other)));
+  out[32 * blockIdx.x + t] = value;
+  if (kFault != kNoSecondMeeting) meet_cluster();  // until nobody reads here
+}
+#define CLUSTER extern "C" __global__ void __cluster_dims__(2, 1, 1)
+CLUSTER swap(const int* x, int* out) { swap_body<kSound>(x, out); }
+CLUSTER swap_no_meeting(const int* x, int* out) { swap_body<kNoMeeting>(x, out); }
+CLUSTER swap_no_second_meeting(const int* x, int* out) { swap_body<kNoSecondMeeting>(x, out); }
+
+// The first block of each cluster has a box copied to both, in rounds; each says when it has read.
+enum ShareFault { kShares, kSharesTooEarly, kSharesWithOneOnly };
+
+template <ShareFault kFault>
+__device__ void share_body(const TensorMap& from, int* out, int rounds) {
+  __shared__ alignas(1024) int box[8][32];
+  __shared__ alignas(8) uint64_t full, empty;
+  int t = threadIdx.x, rank = rank_in_cluster();
+  if (t == 0) {
+    init(&full, 1);
+    init(&empty, 2);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  meet_cluster();
+  for (int i = 0; i < rounds; i++) {
+    if (t == 0) {
+      expect(&full, sizeof box);
+      if (rank == 0) {
+        if (kFault != kSharesTooEarly) wait(&empty, (i & 1) ^ 1);
+        unsigned short both = kFault == kSharesWithOneOnly ? 1 : 3;
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(box)),
+            "l"(&from), "r"(0), "r"(8 * i), "r"(shared_address(&full)), "h"(both) : "memory");
+      }
+    }
+    wait(&full, i & 1);
+    int sum = 0;
+    for (int row = 0; row < 8; row++) sum += box[row][t];
+    out[(blockIdx.x * rounds + i) * 32 + t] = sum;
+    __syncwarp();
+    if (t == 0)
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                       of_block(shared_address(&empty), 0)) : "memory");
+  }
+  meet_cluster();
+}
+CLUSTER share(const __grid_constant__ TensorMap from, int* out, int rounds) {
+  share_body<kShares>(from, out, rounds);
+}
+CLUSTER share_too_early(const __grid_constant__ TensorMap from, int* out, int rounds) {
+  share_body<kSharesTooEarly>(from, out, rounds);
+}
+CLUSTER share_with_one_only(const __grid_constant__ TensorMap from, int* out, int rounds) {
+  share_body<kSharesWithOneOnly>(from, out, rounds);
+}
