@@ -15,7 +15,8 @@ struct Team {
   const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
   int turn = 0;
 
-  // Sums over the team, for all of its threads.
+  // Sums over the team, for all of its threads. All teams of a block wait for each other: with named
+  // barriers, of which a multiprocessor has 64, a block would take 16, and few blocks would live.
   template <int N>
   __device__ void sum(float (&values)[N]) {
     constexpr int most = kNormThreads / kWarp;
@@ -28,7 +29,7 @@ struct Team {
     if (lane_index() == 0)
 #pragma unroll
       for (int i = 0; i < N; i++) own[i][first + thread / int{kWarp}] = values[i];
-    ptx::sync_threads(threadIdx.y + 1, size);
+    __syncthreads();
     const int other = lane_index() % most;  // both halves of a warp add up all parts
 #pragma unroll
     for (int i = 0; i < N; i++) values[i] = other < warps ? own[i][first + other] : 0;
