@@ -230,6 +230,7 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "attention_backward_keys_bf16_64": GRADIENTS_BF16,
     "attention_backward_bias_bf16_64": BIAS_BF16,
     "attention_decode_bf16_64": DECODE_BF16,
+    "attention_combine_bf16": DECODE_BF16,
     "ffn_forward_f32": (FFN_F32,),
     "ffn_grad_input_f32": (FFN_F32,),
     "ffn_grad_weight_f32": (FFN_F32,),
