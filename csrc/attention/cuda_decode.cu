@@ -199,10 +199,10 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
     Accumulator<keys> weights = {};
     multiply_transposed<keys>(weights, Left<T, Dim, false>(queries, 0), key_tile(parity),
                               in.head_dim);
-    // Whether all of these rows see all of these keys.
+    // Whether all of these rows see all of these keys that there are.
     const bool seen = j >= last / in.group + offset - in.left &&
-                      j + keys <= min(query_of(0) + offset + in.right + 1, end);
-    const bool plain = seen && in.plain;
+                      min(j + keys, end) <= query_of(0) + offset + in.right + 1;
+    const bool plain = seen && j + keys <= end && in.plain;
     if (plain) {
 #pragma unroll
       for (int n = 0; n < keys / 8; n++)
