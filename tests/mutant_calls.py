@@ -143,7 +143,7 @@ NORMS_F32 = (
 )
 NORMS_BF16 = (
     functools.partial(norm, BF16, (36, 256), (6, 1032)),
-    functools.partial(norm, BF16, (10, 256), dropout_p=0.3),
+    functools.partial(norm, BF16, (10, 256), (6, 1032), dropout_p=0.3),
 )
 FORWARD_SM90 = (
     on_sm90(lambda: attend_packed(BF16)),
@@ -196,6 +196,7 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "norm_backward_f32_x1": NORMS_F32,
     "norm_fold_f32": (lambda: norm(F32, (600, 33)), lambda: norm(F32, (3, 64))),
     "norm_forward_bf16_x8": NORMS_BF16,
+    "norm_forward_plain_bf16_x8": NORMS_BF16,
     "norm_backward_bf16_x8": NORMS_BF16,
     "attention_forward_bf16_64": (
         lambda: attend(BF16, 70, 200, causal=True),
@@ -223,6 +224,7 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "attention_backward_keys_bf16_64": GRADIENTS_BF16,
     "attention_backward_bias_bf16_64": BIAS_BF16,
     "attention_decode_bf16_64": DECODE_BF16,
+    "attention_combine_bf16": DECODE_BF16,
     "ffn_forward_f32": (FFN_F32,),
     "ffn_grad_input_f32": (FFN_F32,),
     "ffn_grad_weight_f32": (FFN_F32,),
@@ -258,7 +260,7 @@ HARMLESS: dict[tuple[str, ...], str] = {
     ("at < (whole ? 1 : vectors)", "loosened"): "a round more, in which no lane is inside",
     ("if (apart < lanes)", "lt loosened"): "teams of 3, 5, 9 or 17 threads, which there are not",
     ("if (size <= int{kWarp})", "lt loosened"): "the same, of 33 threads",
-    ("norm_forward_f32_x1", "lt loosened", " vectors)", "each(false"): "a register that nothing was"
+    ("norm_forward_f32_x1", "lt loosened", " vectors)", "load_all("): "a register that nothing was"
     " loaded to, which is zero here, in a sum",
     ("row - threadIdx.y < in.rows", "loosened"): "a turn more, in which no team has a row",
     ("other < threads", "ge loosened"): "of the first team, which is always there",

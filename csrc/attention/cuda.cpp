@@ -343,7 +343,7 @@ Memory angles(const Rotary& rotary, const Source& table) {
 // few of its places empty in their last round; but none has few keys, and adding splits up does not
 // take long. The same rule serves every GPU, so that results do not depend on it.
 int64_t splits(int64_t blocks, int64_t room) {
-  constexpr int64_t places = 3 * 132, least = 256, most = 128, tried = 3;
+  constexpr int64_t places = 3 * 132, least = 128, most = 128, tried = 3;
   const int64_t last = std::min(ceil_div(room, least), most);
   const auto filled = [&](int64_t split) {
     const int64_t all = blocks * split;
@@ -377,15 +377,18 @@ void launch_decode(const AttentionDecode& args, Device& device) {
   numbers.splits = static_cast<int32_t>(split);
   numbers.width = static_cast<int32_t>(width);
   const int64_t part_bytes = in.rows * split * width * 4, statistics_bytes = in.rows * split * 8;
-  void *parts = device.scratch(part_bytes), *statistics = device.scratch(statistics_bytes);
+  char* const parts = static_cast<char*>(device.scratch(part_bytes + statistics_bytes));
+  char* const statistics = parts + part_bytes;
   launch(device, "attention_decode", name("decode", in, Dim),
          {{blocks(count * split), 1, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared}, of.query(),
          caches.keys(), caches.values(), caches.lengths(), caches.table(),
          angles(args.rotary, args.rotary.cos), angles(args.rotary, args.rotary.sin),
          of.alibi_slopes(), writes(parts, part_bytes), writes(statistics, statistics_bytes),
          numbers);
+  // A warp can have a row where it has the columns and the splits are few.
+  const uint32_t rows = split <= kFewSplits && width <= 4 * 32 ? kRowWarps : 1;
   launch(device, "attention_decode", "attention_combine_" + name_of(in.dtype),
-         {{blocks(ceil_div(in.rows, kRowWarps)), 1, 1}, {kRowWarps * 32, 1, 1}},
+         {{blocks(ceil_div(in.rows, rows)), 1, 1}, {kRowWarps * 32 / rows, rows, 1}},
          reads(parts, part_bytes), reads(statistics, statistics_bytes), of.sinks(),
          of.queries(args.out, in.value_dim), writes(args.lse, in.rows * 4), numbers);
 }

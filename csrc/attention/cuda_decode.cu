@@ -76,6 +76,7 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
   using Values = Tile<T, Dim, sizeof(T) == 2>;  // fp32 reads one row at a time
   constexpr int rows = Tiles::kRows, keys = Tiles::kKeys, warps = Tiles::kWarps;
   constexpr int step = warps * keys;
+  constexpr int each = Tile<T, Dim>::kEach, chunks = Tile<T, Dim>::kChunks;
   const AttentionScalars& in = all.in;
   // Neighbouring blocks have the heads of one split, for these may share pages of memory.
   int block = static_cast<int>(blockIdx.x);
@@ -116,56 +117,69 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
   const auto all_keys = head_of(key_cache, all.cache.key, head, in.head_dim);
   const auto all_values = head_of(value_cache, all.cache.value, head, in.value_dim);
 
-  // The lanes are each in a chunk or, where these are not aligned, in an element.
+  // Each lane knows where one of the keys from j on lies; past the end there is none.
+  const auto find = [&](int j) {
+    return j + lane % keys < end ? cache.at(batch, j + lane % keys) : Cache::Place{-1, 0};
+  };
+  // Copies the keys from j on, which lie at the lanes' places. Eight lanes are in one, or all in
+  // its elements where these are not whole chunks.
   const auto copy = [&](const auto& to, const auto& from, const Layout& layout,
-                        Cache::Place place) {
-    constexpr int chunks = Tile<T, Dim>::kChunks, each = Tile<T, Dim>::kEach;
-    const auto row_at = [&](int row, bool& there) {
-      const Cache::Place at = {__shfl_sync(kAllLanes, place.page, row),
-                               __shfl_sync(kAllLanes, place.slot, row)};
-      there = at.page >= 0;
-      return row_of(from, layout, at);
+                        const Cache::Place& place, int j) {
+    constexpr bool permuted = std::decay_t<decltype(to)>::kPermuted;
+    const auto own_row = reinterpret_cast<uint64_t>(row_of(from, layout, place));
+    const auto row_at = [&](int row) {
+      return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, own_row, row));
     };
-    bool there;
-    if (from.aligned) {
-#pragma unroll 4
-      for (int i = lane; i < keys * chunks; i += static_cast<int>(kWarp)) {
-        const int row = i / chunks, chunk = i % chunks, col = chunk * each;
-        const T* source = row_at(row, there) + col;
-        const int count = there ? min(max(from.cols - col, 0), each) : 0;
-        ptx::copy_async(to.chunk(row, chunk), source, count * static_cast<int>(sizeof(T)));
+    if (from.aligned && from.cols % each == 0) {
+      const uint32_t target = ptx::shared_address(to.chunk(lane / 8, lane % 8));
+#pragma unroll(chunks > 16 ? 1 : keys / 4)
+      for (int i = 0; i < keys; i += 4) {
+        const T* const source = row_at(i + lane / 8) + lane % 8 * each;
+        // No bit is in both i and the lane's row.
+        const uint32_t row = (permuted ? target ^ i % 8 * 16 : target) + i * chunks * 16;
+#pragma unroll
+        for (int c = 0; c < chunks; c += 8)
+          ptx::copy_async(row + c * 16, source + c * each,
+                          j + i + lane / 8 < end && (lane % 8 + c) * each < from.cols);
       }
     } else {
 #pragma unroll 1
       for (int i = lane; i < keys * Dim; i += static_cast<int>(kWarp)) {
         const int row = i / Dim, col = i % Dim;
-        const T* source = row_at(row, there) + col * from.col_stride;
-        *to.at(row, col) = there && col < from.cols ? *source : T(0.0f);
+        const T* const source = row_at(row);
+        *to.at(row, col) =
+            j + row < end && col < from.cols ? source[col * from.col_stride] : T(0.0f);
       }
     }
   };
-  // Each lane knows where one of the keys from j on lies; past the end there is none.
-  const auto find = [&](int j) {
-    return j + lane % keys < end ? cache.at(batch, j + lane % keys) : Cache::Place{-1, 0};
+  const auto fetch = [&](const Cache::Place& place, int j, int parity) {
+    copy(key_tile(parity), all_keys, all.cache.key, place, j);
+    copy(value_tile(parity), all_values, all.cache.value, place, j);
   };
-  const auto fetch = [&](const Cache::Place& place, int parity) {
-    copy(key_tile(parity), all_keys, all.cache.key, place);
-    copy(value_tile(parity), all_values, all.cache.value, place);
+  const auto query_at = [&](int r) {
+    return row_at(query, in.query, batch, head_of_row(r), query_of(r));
   };
-  int j = begin + warp * keys;
-  fetch(find(j), 0);
-  Cache::Place place = find(j + step);
-
-  for (int i = thread; i < rows * Dim; i += static_cast<int>(blockDim.x)) {
-    const int r = i / Dim, c = i % Dim;
-    T element = T(0.0f);
-    if (first + r <= last && c < in.head_dim) {
-      const T* from = query + batch * in.query.stride[0] + head_of_row(r) * in.query.stride[1] +
-                      query_of(r) * in.query.stride[2];
-      element = rotary.element(from, in.query.stride[3], c, offset + query_of(r));
+  const bool as_is = in.query.aligned && in.head_dim % each == 0 && rotary.in.pairs == 0;
+  if (as_is)
+    for (int i = thread; i < rows * chunks; i += static_cast<int>(blockDim.x)) {
+      const int r = i / chunks, chunk = i % chunks;
+      ptx::copy_async(ptx::shared_address(queries.chunk(r, chunk)), query_at(r) + chunk * each,
+                      first + r <= last && chunk * each < in.head_dim);
     }
-    *queries.at(r, c) = element;
-  }
+  ptx::commit_copies();
+  int j = begin + warp * keys;
+  fetch(find(j), j, 0);
+  ptx::commit_copies();
+  Cache::Place place = find(j + step);
+  if (!as_is)
+    for (int i = thread; i < rows * Dim; i += static_cast<int>(blockDim.x)) {
+      const int r = i / Dim, c = i % Dim;
+      T element = T(0.0f);
+      if (first + r <= last && c < in.head_dim)
+        element = rotary.element(query_at(r), in.query.stride[3], c, offset + query_of(r));
+      *queries.at(r, c) = element;
+    }
+  ptx::wait_for_groups<1>();
   __syncthreads();
 
   // To these queries, keys past the split's end are not there.
@@ -179,32 +193,49 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
   for (int parity = 0; j < end; j += step, parity ^= 1) {
     ptx::wait_for_copies();
     __syncwarp();
-    if (j + step < end) fetch(place, parity ^ 1);
+    if (j + step < end) fetch(place, j + step, parity ^ 1);
     place = find(j + 2 * step);
     const Values tile = value_tile(parity);
     Accumulator<keys> weights = {};
     multiply_transposed<keys>(weights, Left<T, Dim, false>(queries, 0), key_tile(parity),
                               in.head_dim);
+    // Whether all of these rows see all of these keys that there are.
+    const bool seen = j >= last / in.group + offset - in.left &&
+                      min(j + keys, end) <= query_of(0) + offset + in.right + 1;
+    const bool plain = seen && j + keys <= end && in.plain;
+    if (plain) {
 #pragma unroll
-    for (int n = 0; n < keys / 8; n++)
+      for (int n = 0; n < keys / 8; n++)
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const auto sight = scores[half].sight(query_of(lane / 4 + half * 8), j + n * 8 + 2 * q);
+        for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
+          total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
+    } else {
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-          float& weight = weights[n][2 * half + k];
-          weight = scores[half].template operator()<true>(weight, sight, k);
+      for (int n = 0; n < keys / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const auto sight = scores[half].sight(query_of(lane / 4 + half * 8), j + n * 8 + 2 * q);
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            float& weight = weights[n][2 * half + k];
+            weight = scores[half].template operator()<true>(weight, sight, k);
+          }
         }
-      }
+    }
     // Nothing times NaN is NaN, so that values which some of the rows do not see are looked at.
-    if (j < last / in.group + offset - in.left ||
-        min(j + keys, end) > query_of(0) + offset + in.right + 1) {
+    if (!seen) {
       find_strange<keys, Dim>(tile, in.value_dim, weights, sum);
       __syncwarp();
       clean(tile.memory, keys * Dim, lane, static_cast<int>(kWarp));
       __syncwarp();
     }
-    weigh<keys, Dim>(weights, 1, highest, total, sum);
+    float factors[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      factors[half] = weigh<keys>(weights, half, plain ? in.scale : 1, highest[half], total[half]);
+    if (__any_sync(kAllLanes, factors[0] != 1 || factors[1] != 1))
+#pragma unroll
+      for (int half = 0; half < 2; half++) rescale<Dim>(sum, half, factors[half]);
     multiply<keys>(sum, weights, tile);
   }
   ptx::wait_for_copies();
@@ -227,11 +258,11 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
   }
   __syncthreads();
   // Eight lanes, which take turns with others, are in one row, for two rows share banks.
-  const int chunks = all.width / 4, lanes = (chunks + 7) / 8 * 8;
+  const int columns = all.width / 4, lanes = (columns + 7) / 8 * 8;
 #pragma unroll 1
   for (int i = thread; i < (last - first + 1) * lanes; i += static_cast<int>(blockDim.x)) {
-    const int r = i / lanes, chunk = i % lanes;
-    if (chunk >= chunks) continue;
+    const int r = i / lanes, column = i % lanes;
+    if (column >= columns) continue;
     float top = -kInfinity, weight = 0, values[4] = {};
 #pragma unroll
     for (int w = 0; w < warps; w++) top = fmaxf(top, of_warps[w][r].x);
@@ -239,65 +270,87 @@ __device__ void attend(const T* query, const T* key_cache, const T* value_cache,
     for (int w = 0; w < warps; w++) {
       const float factor = ptx::exp2(of_warps[w][r].x - (top == -kInfinity ? 0 : top));
       float own_values[4];
-      load(own_values, sums_of(w) + r * Tiles::kPitch + chunk * 4);
+      load(own_values, sums_of(w) + r * Tiles::kPitch + column * 4);
       weight += of_warps[w][r].y * factor;
 #pragma unroll
       for (int k = 0; k < 4; k++) values[k] += own_values[k] * factor;
     }
-    store(parts + number(r) * all.width + chunk * 4, values);
-    if (chunk == 0) statistics[number(r)] = {top, weight};
+    store(parts + number(r) * all.width + column * 4, values);
+    if (column == 0) statistics[number(r)] = {top, weight};
   }
 }
 
-// A warp adds up the splits of one row, in their order, and a sink where there is one.
+// Adds up the splits of a row, and a sink where there is one. Each warp of a block has a row, or
+// all have one. Threads with the same four columns share out the splits of a row; the order of the
+// sums is fixed by the shapes alone.
 template <class T>
 __device__ void combine(const float* parts, const float2* statistics, const double* sinks, T* out,
                         float* lse, const AttentionDecodeScalars& all) {
+  constexpr int together = 4;  // loads on their way
+  __shared__ float4 sums[kRowWarps * kWarp];
   const AttentionScalars& in = all.in;
-  const int lane = lane_index();
-  const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp;
-  if (row >= int64_t{in.batch} * in.heads * in.q_len) return;
-  const int i = static_cast<int>(row % in.q_len),
-            head = static_cast<int>(row / in.q_len % in.heads),
-            batch = static_cast<int>(row / in.q_len / in.heads);
-  const float2* own = statistics + row * all.splits;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const bool there = row < int64_t{in.batch} * in.heads * in.q_len;
+  const int splits = there ? all.splits : 0;
+  const float2* own = statistics + row * splits;
+  const int head = static_cast<int>(row / in.q_len % in.heads);
 
   const float sink = sinks == nullptr ? -kInfinity : static_cast<float>(sinks[head]) * kLog2e;
   float top = sink;
-  for (int s = lane; s < all.splits; s += static_cast<int>(kWarp)) top = fmaxf(top, own[s].x);
+  for (int s = lane_index(); s < splits; s += static_cast<int>(kWarp)) top = fmaxf(top, own[s].x);
 #pragma unroll
   for (unsigned apart = kWarp / 2; apart > 0; apart /= 2)
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, apart));
   const float base = top == -kInfinity ? 0 : top;
   float total = 0;
-  for (int s = lane; s < all.splits; s += static_cast<int>(kWarp))
+  for (int s = lane_index(); s < splits; s += static_cast<int>(kWarp))
     total += own[s].y * ptx::exp2(own[s].x - base);
 #pragma unroll
   for (unsigned apart = kWarp / 2; apart > 0; apart /= 2)
     total += __shfl_xor_sync(kAllLanes, total, apart);
   total += ptx::exp2(sink - base);
 
-  const float whole = total == 0 ? 0 : 1 / total;
-  T* to = out + batch * in.out.stride[0] + head * in.out.stride[1] + i * in.out.stride[2];
-  for (int c = 4 * lane; c < all.width; c += 4 * static_cast<int>(kWarp)) {
-    float sum[4] = {};
-#pragma unroll 4
-    for (int s = 0; s < all.splits; s++) {
-      const float2 of_split = own[s];
-      if (of_split.y == 0) continue;  // nothing was left there
-      const float factor = ptx::exp2(of_split.x - base) * whole;
-      float values[4];
-      load(values, parts + (row * all.splits + s) * all.width + c);
+  const int columns = all.width / 4, teams = threads / columns, team = thread / columns;
+  const int c = thread % columns * 4;
+  float sum[4] = {};
+  if (team < teams)
+#pragma unroll 1
+    for (int first = team; first < splits; first += together * teams) {
+      float factors[together], values[together][4] = {};
 #pragma unroll
-      for (int k = 0; k < 4; k++) sum[k] += values[k] * factor;
+      for (int n = 0; n < together; n++) {
+        const int s = first + n * teams;
+        const float2 of_split = s < splits ? own[s] : float2{-kInfinity, 0};
+        factors[n] = ptx::exp2(of_split.x - base);
+        if (of_split.y != 0)  // or nothing was left there
+          load(values[n], parts + (row * splits + s) * all.width + c);
+      }
+#pragma unroll
+      for (int n = 0; n < together; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum[k] += values[n][k] * factors[n];
     }
-    if (in.out.aligned) {
-      store(to + c, sum);
-    } else {
-      for (int k = 0; k < min(4, in.value_dim - c); k++) to[c + k] = T(sum[k]);
-    }
+  float4* const of_row = sums + threadIdx.y * threads;
+  of_row[thread] = {sum[0], sum[1], sum[2], sum[3]};
+  __syncthreads();
+  if (!there || team > 0) return;
+  for (int other = 1; other < min(teams, splits); other++) {
+    const float4 more = of_row[thread + other * columns];
+    sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
   }
-  if (lane == 0) lse[row] = total == 0 ? -kInfinity : (top + log2f(total)) * kLn2;
+  const float whole = total == 0 ? 0 : 1 / total;
+#pragma unroll
+  for (int k = 0; k < 4; k++) sum[k] *= whole;
+  T* to = row_at(out, in.out, static_cast<int>(row / in.q_len / in.heads), head,
+                 static_cast<int>(row % in.q_len)) +
+          c;
+  if (in.out.aligned) {
+    store(to, sum);
+  } else {
+    for (int k = 0; k < min(4, in.value_dim - c); k++) to[k] = T(sum[k]);
+  }
+  if (thread == 0) lse[row] = total == 0 ? -kInfinity : (top + log2f(total)) * kLn2;
 }
 
 // A warp puts one new key of a head, turned to its position, and its value into the caches.

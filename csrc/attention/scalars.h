@@ -142,6 +142,7 @@ struct AttentionAppendScalars {
 };
 
 constexpr int kRowWarps = 4;             // of a block, in which each warp has one row
+constexpr int kFewSplits = 4;            // which one warp adds up
 constexpr int kStatisticsTeam = 8;       // threads for each row
 constexpr int kStatisticsThreads = 256;  // of a block
 constexpr int32_t kFar = 1 << 29;        // no bound of a window

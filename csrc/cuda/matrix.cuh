@@ -19,6 +19,7 @@ using Accumulator = float[Cols / 8][4];
 template <class T, int Cols, bool Permuted = true>
 struct Tile {
   static constexpr int kCols = Cols, kEach = 16 / sizeof(T), kChunks = Cols / kEach;
+  static constexpr bool kPermuted = Permuted;
   static_assert(kChunks % 8 == 0 || kChunks == 4);
 
   T* memory;

@@ -90,9 +90,11 @@ void norm_forward(const NormForward& args, Device& device) {
   const Tensors of{in};
   NormScalars numbers = scalars(in);
   numbers.eps = static_cast<float>(args.eps);
-  launch(device, "norm", name("forward", in, teams), teams.shape(teams.blocks(in)), of.input(),
-         of.residual(), of.weight(), of.bias(), of.seed(), writes(args.out, of.narrow()),
-         writes(args.summed, of.wide()), writes(in.centred ? args.mean : nullptr, of.statistics()),
+  const bool plain = in.residual == nullptr && teams.vector > 1 && teams.whole;
+  launch(device, "norm", name(plain ? "forward_plain" : "forward", in, teams),
+         teams.shape(teams.blocks(in)), of.input(), of.residual(), of.weight(), of.bias(),
+         of.seed(), writes(args.out, of.narrow()), writes(args.summed, of.wide()),
+         writes(in.centred ? args.mean : nullptr, of.statistics()),
          writes(args.rstd, of.statistics()), numbers);
 }
 
@@ -107,10 +109,13 @@ void norm_backward(const NormBackward& args, Device& device) {
   // At least one, which sums nothing up where there are no rows.
   const int64_t parts = std::clamp<int64_t>(teams.blocks(in), 1, at_once);
   const int64_t part_bytes = parts * in.cols * kFloat;
-  void* weight_parts = args.grad_weight == nullptr ? nullptr : device.scratch(part_bytes);
-  void* bias_parts = args.grad_bias == nullptr ? nullptr : device.scratch(part_bytes);
+  const bool of_weight = args.grad_weight != nullptr, of_bias = args.grad_bias != nullptr;
+  const bool sums = of_weight || of_bias;
+  char* const all_parts =  // at once, for torch takes two microseconds to find memory
+      sums ? static_cast<char*>(device.scratch((of_weight + of_bias) * part_bytes)) : nullptr;
+  char* const weight_parts = of_weight ? all_parts : nullptr;
+  char* const bias_parts = of_bias ? all_parts + of_weight * part_bytes : nullptr;
   // Registers hold one of a thread's sums, shared memory the other.
-  const bool sums = weight_parts != nullptr || bias_parts != nullptr;
   const int64_t shared = teams.whole ? threads * kHeld * teams.vector * kFloat : 0;
   launch(device, "norm", name("backward", in, teams), teams.shape(parts, shared),
          reads(args.grad_out, of.narrow()), reads(args.grad_summed, of.wide()), of.input(),

@@ -5,31 +5,45 @@ namespace fastattn::cuda {
 namespace {
 
 // A thread holds kHeld vectors of a row. What a longer row has beyond is read again in each pass.
-template <class T, class R, int V, int N>
+// `Plain`: nothing is added to the rows.
+template <class T, class R, int V, int N, bool Plain>
 __device__ void forward(const T* input, const R* residual, const void* weight, const void* bias,
                         const uint64_t* seed, T* out, R* summed, float* mean_of, float* rstd_of,
                         const NormScalars& in) {
   constexpr bool whole = N == kHeld;
-  Team team;
+  Team<false> team;
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const int vectors = row < in.rows ? in.cols / V : 0, step = team.size * N;
   const Rows<T, R, V> rows{input, residual, nullptr, seed, in};
   Packed<R, V> held[N];
-  // Calls f(v, x) for this thread's vectors.
-  const auto each = [&](bool loaded, auto&& f) {
-    for (int at = 0; at < (whole ? 1 : vectors); at += step) {
-      const int first = at + team.thread;
-      if (!loaded) {
-        const uint32_t bits = rows.template kept<N>(row, first, team.size);
-        Packed<T, V> own[N];
+  const auto load_all = [&](int first) {
+    if constexpr (Plain) {
+      const R* const from = reinterpret_cast<const R*>(input) + row * in.cols;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (first + n * team.size < vectors) held[n].load(from + (first + n * team.size) * V);
+    } else {
+      const uint32_t bits = rows.template kept<N>(row, first, team.size);
+      Packed<T, V> own[N];
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (first + n * team.size < vectors)
+          rows.begin(row, first + n * team.size, held[n], own[n]);
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        if (first + n * team.size < vectors) rows.finish(bits >> n * V, held[n], own[n]);
+      if (summed != nullptr)
 #pragma unroll
         for (int n = 0; n < N; n++)
           if (first + n * team.size < vectors)
-            rows.begin(row, first + n * team.size, held[n], own[n]);
-#pragma unroll
-        for (int n = 0; n < N; n++)
-          if (first + n * team.size < vectors) rows.finish(bits >> n * V, held[n], own[n]);
-      }
+            held[n].store(summed + row * in.cols + (first + n * team.size) * V);
+    }
+  };
+  // Calls f(v, x) for this thread's vectors.
+  const auto each = [&](auto&& f) {
+    for (int at = 0; at < (whole ? 1 : vectors); at += step) {
+      const int first = at + team.thread;
+      if constexpr (!whole) load_all(first);
 #pragma unroll
       for (int n = 0; n < N; n++) {
         const int v = first + n * team.size;
@@ -38,52 +52,70 @@ __device__ void forward(const T* input, const R* residual, const void* weight, c
       }
     }
   };
+  if constexpr (whole) load_all(team.thread);
 
-  float sums[2] = {};  // of elements and of squares
-  each(false, [&](int v, const Packed<R, V>& own) {
-    if (summed != nullptr) own.store(summed + row * in.cols + v * V);
-    float x[V];
-    own.get(x);
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      sums[0] += x[i];
-      sums[1] += x[i] * x[i];
-    }
-  });
-  team.sum(sums);
   // Divided as if exactly: where a row's values are alike, its mean's rounding is all of the error.
   float mean = 0;
   if (in.centred) {
-    mean = sums[0] * in.share;
-    mean = fmaf(fmaf(-mean, static_cast<float>(in.cols), sums[0]), in.share, mean);
-  }
-  float square[1] = {sums[1]};
-  if (in.centred) {  // from the distances, since squares cancel
-    square[0] = 0;
-    each(whole, [&](int, const Packed<R, V>& own) {
-      float x[V];
-      own.get(x);
+    float sum[1] = {};
+    each([&](int, const Packed<R, V>& own) {
 #pragma unroll
-      for (int i = 0; i < V; i++) square[0] += (x[i] - mean) * (x[i] - mean);
+      for (int i = 0; i < V; i += kPiece<V>) {
+        float x[kPiece<V>];
+        own.get(x, i);
+#pragma unroll
+        for (int j = 0; j < kPiece<V>; j++) sum[0] += x[j];
+      }
     });
-    team.sum(square);
+    if constexpr (!whole) summed = nullptr;  // it is stored
+    team.sum(sum);
+    mean = sum[0] * in.share;
+    mean = fmaf(fmaf(-mean, static_cast<float>(in.cols), sum[0]), in.share, mean);
   }
-  const float rstd = rsqrtf(square[0] * in.share + in.eps);
-  each(whole, [&](int v, const Packed<R, V>& own) {
-    float w[V], b[V];
-    load_parameter<T>(w, weight, in.wide_weight, v, 1);
-    load_parameter<T>(b, bias, in.wide_bias, v, 0);
-    Packed<T, V> to;
+  float square[1] = {};  // of the distances, since squares of elements cancel
+  each([&](int, const Packed<R, V>& own) {
 #pragma unroll
     for (int i = 0; i < V; i += kPiece<V>) {
       float x[kPiece<V>];
       own.get(x, i);
 #pragma unroll
-      for (int j = 0; j < kPiece<V>; j++) x[j] = fmaf((x[j] - mean) * rstd, w[i + j], b[i + j]);
-      to.put(x, i);
+      for (int j = 0; j < kPiece<V>; j++) square[0] += (x[j] - mean) * (x[j] - mean);
     }
-    to.store(out + row * in.cols + v * V);
   });
+  if constexpr (!whole) summed = nullptr;
+  team.sum(square);
+  const float rstd = rsqrtf(square[0] * in.share + in.eps);
+  T* const to = out + row * in.cols;
+  const auto finish = [&](const auto& load_parameters) {
+    each([&](int v, const Packed<R, V>& own) {
+      float w[V], b[V];
+      load_parameters(v, w, b);
+      Packed<T, V> result;
+#pragma unroll
+      for (int i = 0; i < V; i += kPiece<V>) {
+        float x[kPiece<V>];
+        own.get(x, i);
+#pragma unroll
+        for (int j = 0; j < kPiece<V>; j++) x[j] = fmaf((x[j] - mean) * rstd, w[i + j], b[i + j]);
+        result.put(x, i);
+      }
+      result.store(to + v * V);
+    });
+  };
+  // Parameters as they mostly are, so that all loads of a vector are on their way at once.
+  constexpr bool wide = std::is_same_v<T, float>;
+  if (weight != nullptr && (wide || (!in.wide_weight && (bias == nullptr || !in.wide_bias))))
+    finish([&](int v, float (&w)[V], float (&b)[V]) {
+      load(w, static_cast<const T*>(weight) + v * V);
+#pragma unroll
+      for (int i = 0; i < V; i++) b[i] = 0;
+      if (bias != nullptr) load(b, static_cast<const T*>(bias) + v * V);
+    });
+  else
+    finish([&](int v, float (&w)[V], float (&b)[V]) {
+      load_parameter<T>(w, weight, in.wide_weight, v, 1);
+      load_parameter<T>(b, bias, in.wide_bias, v, 0);
+    });
   if (team.thread == 0 && row < in.rows) {
     if (in.centred) mean_of[row] = mean;
     rstd_of[row] = rstd;
@@ -112,7 +144,7 @@ __device__ void backward(const T* grad_out, const R* grad_summed, const T* input
                          const NormScalars& in) {
   constexpr bool whole = N == kHeld;
   constexpr int piece = kPiece<V>;
-  Team team;
+  Team<true> team;
   const int size = team.size, step = size * N;
   const Rows<T, R, V> rows{input, residual, summed, seed, in};
   const int most = in.cols / V;
@@ -343,13 +375,15 @@ __device__ void fold(const float* weight_parts, const float* bias_parts, void* g
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_NORM_OF(name, T, R, V, N)                                                         \
+#define FASTATTN_NORM_FORWARD(name, T, R, V, N, Plain)                                             \
   extern "C" __global__ void __launch_bounds__(kNormThreads, (N) == kHeld ? 2 : 1)                 \
       norm_forward_##name(const T* input, const R* residual, const void* weight, const void* bias, \
                           const uint64_t* seed, T* out, R* summed, float* mean, float* rstd,       \
                           NormScalars in) {                                                        \
-    forward<T, R, V, N>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);         \
-  }                                                                                                \
+    forward<T, R, V, N, Plain>(input, residual, weight, bias, seed, out, summed, mean, rstd, in);  \
+  }
+#define FASTATTN_NORM_OF(name, T, R, V, N)                                                         \
+  FASTATTN_NORM_FORWARD(name, T, R, V, N, false)                                                   \
   extern "C" __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_##name(              \
       const T* grad_out, const R* grad_summed, const T* input, const R* residual, const R* summed, \
       const void* weight, const uint64_t* seed, const float* mean, const float* rstd,              \
@@ -371,6 +405,10 @@ FASTATTN_NORM(f16, __half, __half, 1)
 FASTATTN_NORM(f16, __half, __half, 8)
 FASTATTN_NORM(f16_f32, __half, float, 1)
 FASTATTN_NORM(f16_f32, __half, float, 4)
+
+FASTATTN_NORM_FORWARD(plain_f32_x4, float, float, 4, kHeld, true)
+FASTATTN_NORM_FORWARD(plain_bf16_x8, __nv_bfloat16, __nv_bfloat16, 8, kHeld, true)
+FASTATTN_NORM_FORWARD(plain_f16_x8, __half, __half, 8, kHeld, true)
 
 #define FASTATTN_NORM_FOLD(name, T)                                                           \
   extern "C" __global__ void __launch_bounds__(kFolders* kWarp)                               \

@@ -10,7 +10,10 @@ namespace {
 
 extern __shared__ float4 shared_memory[];
 
-// Threads that work on one row together: some lanes of a warp, or whole warps of a block.
+// Threads that work on one row together: some lanes of a warp, or whole warps of a block. `Apart`:
+// a block's teams do not wait for each other. That takes all 16 barriers of a block, of the 64 that
+// a multiprocessor has, so that no more than four such blocks live there.
+template <bool Apart>
 struct Team {
   const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
   int turn = 0;
@@ -28,7 +31,10 @@ struct Team {
     if (lane_index() == 0)
 #pragma unroll
       for (int i = 0; i < N; i++) own[i][first + thread / int{kWarp}] = values[i];
-    ptx::sync_threads(threadIdx.y + 1, size);
+    if constexpr (Apart)
+      ptx::sync_threads(threadIdx.y + 1, size);
+    else
+      __syncthreads();
     const int other = lane_index() % most;  // both halves of a warp add up all parts
 #pragma unroll
     for (int i = 0; i < N; i++) values[i] = other < warps ? own[i][first + other] : 0;

@@ -114,23 +114,23 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, Sq, D), got {query.dim()} dimensions")
     batch, heads, _, width = query.shape
+    shapes = []  # a shape is slow to ask for
     for name, tensor in (("key", key), ("value", value)):
         checks.same(name, tensor, "query", query, shape=False)
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must be (B, Hkv, Sk, head_dim), got {tensor.dim()} dimensions"
-            )
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} must have query's batch {batch}, got {tensor.shape[0]}")
-    if key.shape[3] != width:
-        raise ValueError(f"key must have query's head_dim {width}, got {key.shape[3]}")
-    if value.shape[1:3] != key.shape[1:3]:
+        shape = tensor.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must be (B, Hkv, Sk, head_dim), got {len(shape)} dimensions")
+        if shape[0] != batch:
+            raise ValueError(f"{name} must have query's batch {batch}, got {shape[0]}")
+        shapes.append(shape)
+    (_, kv_heads, kv_len, key_width), (_, *of_value, _) = shapes
+    if key_width != width:
+        raise ValueError(f"key must have query's head_dim {width}, got {key_width}")
+    if of_value != [kv_heads, kv_len]:
+        raise ValueError(f"value must have key's (Hkv, Sk) {[kv_heads, kv_len]}, got {of_value}")
+    if heads % kv_heads if kv_heads else heads:
         raise ValueError(
-            f"value must have key's (Hkv, Sk) {list(key.shape[1:3])}, got {list(value.shape[1:3])}"
-        )
-    if heads % key.shape[1] if key.shape[1] else heads:
-        raise ValueError(
-            f"key must have a number of heads that divides query's {heads}, got {key.shape[1]}"
+            f"key must have a number of heads that divides query's {heads}, got {kv_heads}"
         )
 
 

@@ -77,8 +77,10 @@ def terms_of_heads(
 def too_wide(in_fp32: int, in_others: int, *tensors: Tensor) -> list[str]:
     """The refusal of a kernel whose heads have at most so many elements, where it is due."""
     widest = in_fp32 if tensors[0].dtype == torch.float32 else in_others
-    wide = any(tensor.shape[3] > widest for tensor in tensors)
-    return [f"heads are wider than {widest}"] if wide else []
+    for tensor in tensors:
+        if tensor.shape[3] > widest:
+            return [f"heads are wider than {widest}"]
+    return []
 
 
 def scale_and_softcap(
