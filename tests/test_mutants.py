@@ -224,7 +224,9 @@ def skeleton(text: str) -> list[str]:
     return [each for each, _ in itertools.groupby(re.findall(pattern, text))]
 
 
-@pytest.mark.parametrize("room", ["attention", "attention_decode", "attention_sm90", "ffn", "ffn_sm90", "norm"])
+@pytest.mark.parametrize(
+    "room", ["attention", "attention_decode", "attention_sm90", "ffn", "ffn_sm90", "norm"]
+)
 def test_mutants_stand_for_every_kernel(room: str) -> None:
     """A kernel without mutants of its own synchronises as one of its kind does, or not at all."""
     names = re.findall(r"\.entry (\w+)\(", _library.ptx(room))
