@@ -49,17 +49,16 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
           const float2* statistics = from.statistics_of(sequence, head);
           const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
                                      i + 8 < in.q_len ? statistics[i + 8] : float2{}};
-          const uint32_t bits =
-              in.threshold == 0
-                  ? 0
-                  : kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
-          differentiate<T, false, false, true, others>(
-              weights, grads, from, sequence, head, first + row, other, bits,
-              band.whole(first + row, 16, other, others),
-              [&](const Scores<T>& scores) {
-                return scores.template hidden<others>(first + row, other);
-              },
-              [&](int r) { return of_rows[r / 8]; });
+          const Scores<T> scores(in, sequence, from.terms, head);
+          Flags flags;
+          if (in.threshold != 0)
+            flags.kept =
+                kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
+          if (from.terms.mask != nullptr)
+            flags.hidden = scores.template hidden<others>(first + row, other);
+          differentiate<T, false, false, others>(
+              weights, grads, scores, flags, first + row, other,
+              band.whole(first + row, 16, other, others), [&](int r) { return of_rows[r / 8]; });
 #pragma unroll
           for (int n = 0; n < others / 8; n++)
 #pragma unroll
