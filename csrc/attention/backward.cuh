@@ -82,6 +82,10 @@ struct Band {
   __device__ int end(int first, int count) const {
     return first < rows ? min(min(first + count, rows) + shift + after, others) : 0;
   }
+  // Whether any of [first, first + count) meet any of [other, other + other_count).
+  __device__ bool meet(int first, int count, int other, int other_count) const {
+    return other < end(first, count) && other + other_count > begin(first);
+  }
   // Whether all of [first, first + count) meet all of [other, other + other_count).
   __device__ bool whole(int first, int count, int other, int other_count) const {
     return first + count <= rows && other + other_count <= others &&

@@ -280,6 +280,18 @@ void launch_grouped_rows(const Backward& of, Device& device) {
   }
 }
 
+template <class Tiles>
+void launch_bias(const Backward& of, Device& device, const char* room, const std::string& kernel) {
+  const int64_t (&sizes)[4] = of.args.bias_sizes;
+  const int64_t count =
+      sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
+  const int64_t bytes =
+      sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(of.in.bias_dtype);
+  of.run(device, room, kernel,
+         {{blocks(count), 1, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared},
+         of.scalars(Tiles::kRows), writes(of.args.grad_bias, bytes));
+}
+
 template <int Bytes, int Dim>
 void launch_backward(const AttentionBackward& args, Device& device) {
   using Tiles = BackwardTiles<Bytes, Dim>;
@@ -299,7 +311,6 @@ void launch_backward(const AttentionBackward& args, Device& device) {
            {{blocks(in.heads), 1, 1}, {kStatisticsThreads, 1, 1}}, of.of.sinks(),
            reads(of.statistics, of.statistics_bytes), writes(args.grad_sinks, head_bytes), numbers);
 
-  bool rows_left = true;
   if constexpr (Bytes == 2 && Dim <= 128)
     if (args.grad_out.data != nullptr && grouped(in, device,
                                                  {{&in.query, in.head_dim},
@@ -308,28 +319,25 @@ void launch_backward(const AttentionBackward& args, Device& device) {
                                                   {&args.grad_out, in.value_dim}})) {
       has_extras(in) ? launch_grouped_rows<Dim, true>(of, device)
                      : launch_grouped_rows<Dim, false>(of, device);
-      rows_left = false;
+      if (args.grad_bias != nullptr)
+        launch_bias<GroupBiasTiles<Dim>>(of, device, "attention_bias_sm90",
+                                         name("backward_bias", in, Dim) + "_sm90");
+      return;
     }
+
   const auto shape = [](int64_t count, uint32_t apart = 1) {
-    return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
+    return Shape{{blocks(count), apart, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared};
   };
-  if (rows_left) {
-    of.run(device, "attention_backward", name("backward_queries", in, Dim),
-           shape(int64_t{numbers.in.query_blocks} * in.heads * numbers.in.batch), numbers,
-           of.of.query_starts(), of.of.key_starts(), of.of.queries(args.grad_query, in.head_dim));
-    of.run(device, "attention_backward", name("backward_keys", in, Dim),
-           shape(int64_t{numbers.in.key_blocks} * in.kv_heads * numbers.in.batch,
-                 Tiles::kApart ? 2 : 1),
-           numbers, of.of.query_starts(), of.of.key_starts(),
-           of.of.keys(args.grad_key, in.head_dim), of.of.keys(args.grad_value, in.value_dim));
-  }
-  if (args.grad_bias == nullptr) return;
-  const int64_t (&sizes)[4] = args.bias_sizes;
-  const int64_t count =
-      sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
-  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(in.bias_dtype);
-  of.run(device, "attention_bias", name("backward_bias", in, Dim), shape(count), numbers,
-         writes(args.grad_bias, bytes));
+  of.run(device, "attention_backward", name("backward_queries", in, Dim),
+         shape(int64_t{numbers.in.query_blocks} * in.heads * numbers.in.batch), numbers,
+         of.of.query_starts(), of.of.key_starts(), of.of.queries(args.grad_query, in.head_dim));
+  of.run(
+      device, "attention_backward", name("backward_keys", in, Dim),
+      shape(int64_t{numbers.in.key_blocks} * in.kv_heads * numbers.in.batch, Tiles::kApart ? 2 : 1),
+      numbers, of.of.query_starts(), of.of.key_starts(), of.of.keys(args.grad_key, in.head_dim),
+      of.of.keys(args.grad_value, in.value_dim));
+  if (args.grad_bias != nullptr)
+    launch_bias<Tiles>(of, device, "attention_bias", name("backward_bias", in, Dim));
 }
 
 // What the host knows of a cache of keys and values, which the kernels may write to.

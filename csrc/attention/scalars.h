@@ -59,6 +59,16 @@ struct GroupBackwardTiles {
   static constexpr int kBias = 2 * kQueries * kBiasPitch<OfKeys, kKeys, Bytes>;
 };
 
+// The gradient of a bias sums over all that share it, whose both sides are there twice.
+template <int Dim>
+struct GroupBiasTiles {
+  static constexpr int kGroups = Dim == 64 ? 3 : 2;  // as shared memory allows
+  static constexpr int kThreads = 128 * kGroups, kRows = 64 * kGroups;
+  static constexpr int kOthers = 64;
+  static constexpr int kCopying = 256;  // threads that copy
+  static constexpr int kShared = 2 * 2 * 2 * Dim * (kRows + kOthers);
+};
+
 // Strides count elements; those of a dimension that broadcasts are 0. `aligned`: see Matrix.
 struct Layout {
   int64_t stride[4];
