@@ -109,7 +109,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
     if (threadIdx.x >= Tiles::kCopying) return;
     const auto side = OfKeys ? Side<T>::queries(from, sequence, step.head)
                              : Side<T>::keys(from, sequence, step.head);
-    const int thread = Extras ? ptx::thread_index() : static_cast<int>(threadIdx.x);
+    const int thread = ptx::thread_index();
     fetch<!OfKeys, Tiles::kCopying>(scored(parity), side.scored, step.first, thread);
     fetch<!OfKeys, Tiles::kCopying>(weighed(parity), side.weighed, step.first, thread);
     if constexpr (OfKeys) {
@@ -190,14 +190,12 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
       const Flags flags = flags_of(scores, step, parity);
       ptx::wait_for_products<0>(weights);
       ptx::settle(grads);
-      using Own = Runs<OfKeys, others>;
       differentiate<T, OfKeys, true, Extras, others>(
           weights, grads, scores, flags, first + row(), step.first,
           band().whole(first + row(), 16, step.first, others),
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; },
-          [&](float (&terms)[Own::kLength], int run) {
-            bias_tile(parity).read(terms, Own::query(run) + (OfKeys ? 0 : row()),
-                                   Own::key(run) + (OfKeys ? row() : 0));
+          [&](const auto& add) {
+            bias_tile(parity).read(OfKeys ? 0 : row(), OfKeys ? row() : 0, add);
           });
       uint32_t left[sums][others / 16][4];
       pack<T, others>(left[0], grads);

@@ -78,17 +78,33 @@ struct BiasTile {
     else
       fetch<Threads>(scores, static_cast<const T*>(scores.bias), i, j);
   }
-  __device__ void read(float (&terms)[Runs<OfKeys, 64>::kLength], int query, int key) const {
+  // Calls add(run, terms) for the Runs from a query and a key on, see Scores.
+  template <class Add>
+  __device__ void read(int query, int key, const Add& add) const {
     if (wide)
-      load(terms, at<float>(query, key));
+      read<float>(query, key, add);
     else
-      load(terms, at<T>(query, key));
+      read<T>(query, key, add);
   }
 
  private:
   template <class E>
   __device__ E* at(int query, int key) const {
     return reinterpret_cast<E*>(memory + query * kBiasPitch<OfKeys, Keys, sizeof(E)>) + key;
+  }
+  template <class E, class Add>
+  __device__ void read(int query, int key, const Add& add) const {
+    using Own = Runs<OfKeys, OfKeys ? Queries : Keys>;
+    const char* from =
+        reinterpret_cast<const char*>(at<E>(query + Own::query(0), key + Own::key(0)));
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++) {
+      constexpr int pitch = kBiasPitch<OfKeys, Keys, sizeof(E)>;
+      const int down = Own::query(run) - Own::query(0), right = Own::key(run) - Own::key(0);
+      float terms[Own::kLength];
+      load(terms, reinterpret_cast<const E*>(from + down * pitch + right * int{sizeof(E)}));
+      add(run, terms);
+    }
   }
   template <int Threads, class E>
   __device__ void fetch(const Scores<T>& scores, const E* from, int i, int j) const {

@@ -130,7 +130,9 @@ struct Terms {
 };
 
 // To within an eps or so of 1, which is what matters for a logit of that size.
-__device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
+__device__ float hyperbolic_tangent(float x) {
+  return 1 - __fdividef(2, 1 + ptx::exp2(2 * kLog2e * x));
+}
 
 // The elements that a lane has of an Accumulator whose rows are queries and whose columns are dealt
 // keys or, if OfKeys, the other way round: runs of neighbouring keys of one query. Flags of all of
@@ -229,14 +231,12 @@ struct Scores {
   // of them are within each other's bounds.
   template <int Keys, bool Extras>
   __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole = false) const {
-    all<Keys, Extras>(weights, first, j, whole, [&](float (&terms)[4], int run) {
-      bias_of(terms, first + Runs<false, Keys>::query(run), j + Runs<false, Keys>::key(run));
-    });
+    all<Keys, Extras>(weights, first, j, whole, bias_here<false, Keys>(first, j));
   }
-  // The same where read_bias(terms, run) has the bias.
+  // The same with a bias that calls its argument with every run's number and terms.
   template <int Keys, bool Extras, class Bias>
   __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole,
-                      const Bias& read_bias) const {
+                      const Bias& bias) const {
     using Own = Runs<false, Keys>;
     uint32_t invisible = 0;
     if constexpr (Extras)
@@ -250,7 +250,7 @@ struct Scores {
         Own::each(weights, [&](int, int, float& weight) {
           weight = hyperbolic_tangent(weight) * in.softcap;
         });
-      add_terms<false, Keys>(weights, first, j, read_bias);
+      add_terms<false, Keys>(weights, first, j, bias);
     }
     if (!whole)
       hide_outside<false, Keys>(first, j, [&](int run, int k) {
@@ -262,22 +262,31 @@ struct Scores {
       });
   }
 
-  // Adds bias, which read_bias(terms, run) has, and ALiBi to logits in base 2 of the Runs from query
-  // i and key j on.
-  template <bool OfKeys, int N, class Bias>
-  __device__ void add_terms(Accumulator<N>& logits, int i, int j, const Bias& read_bias) const {
+  // The bias of the Runs from query i and key j on, as `all` takes one.
+  template <bool OfKeys, int N>
+  __device__ auto bias_here(int i, int j) const {
     using Own = Runs<OfKeys, N>;
-    if (biases)
+    return [=, this](const auto& add) {
 #pragma unroll
       for (int run = 0; run < Own::kCount; run++) {
         float terms[Own::kLength];
-        read_bias(terms, run);
+        bias_of(terms, i + Own::query(run), j + Own::key(run));
+        add(run, terms);
+      }
+    };
+  }
+  // Adds a bias and ALiBi to logits in base 2 of the Runs from query i and key j on.
+  template <bool OfKeys, int N, class Bias>
+  __device__ void add_terms(Accumulator<N>& logits, int i, int j, const Bias& bias) const {
+    using Own = Runs<OfKeys, N>;
+    if (biases)
+      bias([&](int run, const float (&terms)[Own::kLength]) {
 #pragma unroll
         for (int k = 0; k < Own::kLength; k++) {
           float& logit = logits[Own::n(run, k)][Own::e(run, k)];
           logit = terms[k] == -kInfinity ? -kInfinity : fmaf(terms[k], kLog2e, logit);
         }
-      }
+      });
     if (slope != 0) {
       const int query = i + sequence.offset + Own::query(0), key = j + Own::key(0);
       const float apart = static_cast<float>(query - key);
@@ -465,7 +474,7 @@ __device__ void clean(T* memory, int count, int thread, int threads) {
 template <int Keys>
 __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i, int j) {
   static_assert(Keys % 16 == 0 && Keys <= 64);
-  const int q = lane_index() % 4;
+  const int q = lane_index() % 4, first_word = Keys == 64 ? 0 : j % 64 / 16;
   uint32_t bits = 0;
 #pragma unroll 2  // four chains of rounds are enough side by side; both rows share some products
   for (int own = 0; own < 4; own++)
@@ -475,7 +484,7 @@ __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i
           philox(seed, j / 64 * 16 + 4 * q + own, static_cast<uint32_t>(i + 8 * half), head);
 #pragma unroll
       for (int n = 0; n < Keys / 16; n++)
-        bits |= static_cast<uint32_t>(word(words, j % 64 / 16 + n) >= threshold)
+        bits |= static_cast<uint32_t>(word(words, first_word + n) >= threshold)
                 << (Runs<false, Keys>::bit(2 * n + half, 0) + own);
     }
   return bits;
