@@ -55,12 +55,13 @@ def whole_rows(case: Case) -> bool:
     return all(case.tensors[name].shape[-1] % 8 == 0 for name in ("key", "value"))
 
 
-ENUMERATED = [
-    replace(case, inference=True)
+SERVED = [
+    case
     for function in ("attention", "attention_varlen")
     for case in cases(function)
     if not case.refused and whole_rows(case)
 ]
+ENUMERATED = [replace(case, inference=True) for case in SERVED]
 WIDE = [
     wide(64, 56), wide(72, 128), wide(256, 40),
     wide(56, 64, extra=True), wide(128, 72, extra=True),
@@ -84,24 +85,15 @@ def test_matches_oracle(case: Case, dtype: torch.dtype) -> None:
 
 
 def of_groups(reports: list[emulator.Report]) -> list[str]:
-    """The kernels which sum gradients of queries, keys and values up."""
-    summing = ("queries", "keys")
+    """The kernels which sum gradients of queries, keys and values up, and of a bias."""
+    summing = ("queries", "keys", "bias")
     return [name for name in kernels(reports) if name.split("_")[2] in summing]
 
 
-# Of the enumerated those without extras, and several blocks of either side.
-DIFFERENTIATED = [
-    *(
-        case
-        for function, names in (
-            ("attention", ("plain", "causal_tall", "grouped", "window", "sinks", "one_key")),
-            ("attention_varlen", ("no_rows", "grouped")),
-        )
-        for case in cases(function)
-        if case.name in names
-    ),
-    replace(wide(64, 56), inference=False),
-    replace(wide(72, 128), inference=False),
+# All that have gradients, and several blocks of either side.
+DIFFERENTIATED = [case for case in SERVED if not case.inference] + [
+    replace(case, inference=False)
+    for case in (wide(64, 56), wide(72, 128), wide(56, 64, extra=True), wide(128, 72, extra=True))
 ]
 
 
@@ -110,7 +102,7 @@ def test_gradients_match_oracle(case: Case, dtype: torch.dtype) -> None:
     with device.watching() as reports:
         assert_case_close_to_oracle(case, dtype, "emulator")
     summing = of_groups(reports)
-    assert len(summing) == 2 and all(name.endswith("_sm90") for name in summing)
+    assert len(summing) >= 2 and all(name.endswith("_sm90") for name in summing)
 
 
 def gradients(tensors: list[Tensor], grad_out: Tensor, **options: object) -> tuple[Tensor, ...]:
@@ -145,7 +137,6 @@ def test_what_is_not_finite_spoils_the_gradients_that_meet_it(position: int) -> 
 
 
 GRADIENTS_LEFT = {
-    "extras": {"softcap": 2.0},
     "wide": {"head_dim": 136},
     "odd": {"head_dim": 20},
     "sm_80": {"architecture": 80},
@@ -158,7 +149,7 @@ def test_gradients_left_to_other_kernels(kind: str) -> None:
     shape = (1, 1, 20, change.get("head_dim", 24))
     *tensors, grad_out = (torch.randn(shape).half() for _ in range(4))
     with device.emulating(change.get("architecture", 90)), device.watching() as reports:
-        gradients(tensors, grad_out, softcap=change.get("softcap"))
+        gradients(tensors, grad_out)
     assert of_groups(reports) and not any(name.endswith("_sm90") for name in of_groups(reports))
 
 

@@ -102,9 +102,9 @@ struct Flags {
 // The products of 16 rows of this side, in `weights` and `grads`, become the weights that dropout
 // lets meet the values, which it has not scaled, and the gradients of the logits or, if OfProducts,
 // of what softcap made them from. The rows begin at `first` and the columns at `other`; if `whole`,
-// all are within each other's bounds; `statistic(query)` is that of a query behind the first; of the
-// bias see Scores. Without Extras there are no more than products and bounds. Where the bias hides
-// something that is no number, only the gradient of logits is one.
+// all are within each other's bounds; `statistic(query)` is that of a query behind the first; of
+// the bias see Scores. Without Extras there are no more than products and bounds. Where the bias
+// hides something that is no number, only the gradient of logits is one.
 template <class T, bool OfKeys, bool OfProducts, bool Extras, int N, class Statistic, class Bias>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
                               const Scores<T>& scores, const Flags& flags, int first, int other,
@@ -137,7 +137,7 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
         weight = tangent * in.softcap;
         if (OfProducts) grad(run, k) *= 1 - tangent * tangent;
       });
-    scores.template add_terms<OfKeys, N>(weights, i, j, bias);
+    scores.template add_terms<OfKeys, !OfProducts, N>(weights, i, j, bias);
   }
   Own::each(weights, [&](int run, int k, float& weight) {
     weight = ptx::exp2(fmaf(weight, scale, -statistic(Own::query(run)).x));
@@ -162,8 +162,8 @@ template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
                               const Scores<T>& scores, const Flags& flags, int first, int other,
                               bool whole, const Statistic& statistic) {
-  const auto bias = scores.template bias_here<OfKeys, N>(OfKeys ? other : first,
-                                                         OfKeys ? first : other);
+  const auto bias =
+      scores.template bias_here<OfKeys, N>(OfKeys ? other : first, OfKeys ? first : other);
   differentiate<T, OfKeys, OfProducts, true, N>(weights, grads, scores, flags, first, other, whole,
                                                 statistic, bias);
 }

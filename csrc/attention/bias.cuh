@@ -44,8 +44,8 @@ struct BiasPart {
     return {step.batch + 1, heads.x, step.first, step.other};
   }
 
-  // Stores the sums of a warp's 16 rows from `row` on, and so all others of the block theirs, by way
-  // of shared memory.
+  // Stores the sums of a warp's 16 rows from `row` on, and so all others of the block theirs, by
+  // way of shared memory.
   static constexpr int kPitch = Cols / 32 * 32 + 16;  // so that the lanes of a store meet all banks
   static constexpr int kShared = Rows * kPitch * 4;
   template <class T>

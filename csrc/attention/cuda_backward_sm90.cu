@@ -24,15 +24,16 @@ struct KeptWords {
     const bool packed = all.in.sequences > 0;
     const int own = (packed ? 0 : sequence.index * all.in.heads) + head - all.first_head;
     const int row = (packed ? sequence.query / 16 + sequence.index : 0) + i / 16;
-    return words + ((int64_t{own} * all.kept_rows + row) * all.kept_cols + j / kKeys) * kWarp;
+    const int tile = (own * all.kept_rows + row) * all.kept_cols + j / kKeys;
+    return words + static_cast<uint32_t>(tile) * uint64_t{kWarp};
   }
-  __device__ bool there(int i, int j) const { return i < sequence.q_len && j < sequence.kv_len; }
 
   // The flags of the Runs of 16 rows of keys, the first of which is `row` of those in `tiles`, and
   // N queries. A lane has two queries of every eight, and two keys.
   template <int N, int Words>
   __device__ static uint32_t of_keys(const uint32_t (&tiles)[N / 16][Words], int row) {
-    const int lane = ptx::thread_index() % static_cast<int>(kWarp), shift = row / 16 % 2 * 16 + row / 32 % 2 * 4 + lane / 4 % 2 * 2;
+    const int lane = ptx::thread_index() % static_cast<int>(kWarp),
+              shift = row / 16 % 2 * 16 + row / 32 % 2 * 4 + lane / 4 % 2 * 2;
     uint32_t bits = 0;
 #pragma unroll
     for (int tile = 0; tile < N / 16; tile++) {
@@ -60,9 +61,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
   if (work.none(OfKeys)) return;
   // Read, and this warp's first row counted, anew each time, for registers are few.
   const int &head = work.head, &first = work.first;
-  const auto band = [&] {
-    return OfKeys ? Band::keys(in, sequence) : Band::queries(in, sequence);
-  };
+  const auto band = [&] { return OfKeys ? Band::keys(in, sequence) : Band::queries(in, sequence); };
   const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
 
   T* memory = reinterpret_cast<T*>(shared_memory);
@@ -97,35 +96,36 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
   };
   const auto behind = [&](const Step& step) {
     return step.first + others < end() ? Step{step.head, step.first + others}
-                                     : Step{step.head + 1, begin()};
+                                       : Step{step.head + 1, begin()};
   };
   const auto scores_of = [&](const Step& step) {
     return Scores<T>(in, sequence, Extras ? from.terms : Terms(), OfKeys ? step.head : head);
   };
   const auto fetch_others = [&](const Step& step, int parity) {
     if (Extras && from.terms.bias != nullptr)
-      bias_tile(parity).template fetch<Tiles::kThreads>(scores_of(step), OfKeys ? step.first : first,
-                                                        OfKeys ? first : step.first);
-    if (threadIdx.x >= Tiles::kCopying) return;
+      bias_tile(parity).template fetch<Tiles::kThreads>(
+          scores_of(step), OfKeys ? step.first : first, OfKeys ? first : step.first);
+    const int thread = ptx::thread_index();
+    if (thread >= Tiles::kCopying) return;
     const auto side = OfKeys ? Side<T>::queries(from, sequence, step.head)
                              : Side<T>::keys(from, sequence, step.head);
-    const int thread = ptx::thread_index();
     fetch<!OfKeys, Tiles::kCopying>(scored(parity), side.scored, step.first, thread);
     fetch<!OfKeys, Tiles::kCopying>(weighed(parity), side.weighed, step.first, thread);
     if constexpr (OfKeys) {
-      const int i = step.first + static_cast<int>(threadIdx.x);
+      const int query = step.first + thread;
       const float2* statistics = from.statistics_of(sequence, step.head);
-      if (threadIdx.x < others)
-        ptx::copy_pair_async(&others_statistics[parity][threadIdx.x],
-                             i < sequence.q_len ? statistics + i : from.statistics,
-                             i < sequence.q_len ? 8 : 0);
+      if (thread < others)
+        ptx::copy_pair_async(&others_statistics[parity][thread],
+                             query < sequence.q_len ? statistics + query : from.statistics,
+                             query < sequence.q_len ? 8 : 0);
       if (Extras && in.threshold != 0) {
         constexpr int chunks = key_blocks * 8;
         const int tile = thread / chunks, chunk = thread % chunks;
+        const int i = step.first + 16 * tile, j = first + chunk / 8 * KeptWords::kKeys;
         if (tile < others / 16)
-          ptx::copy_async(&kept_keys[parity][tile][chunk * 4],
-                          kept_by.at(step.head, step.first + 16 * tile, first) + chunk * 4,
-                          kept_by.there(step.first + 16 * tile, first + chunk / 8 * 64) ? 16 : 0);
+          ptx::copy_async(ptx::shared_address(kept_keys[parity][tile]) + chunk * 16,
+                          kept_by.at(step.head, i, first) + chunk * 4,
+                          i < sequence.q_len && j < sequence.kv_len);
       }
     }
   };
@@ -176,16 +176,14 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
     if constexpr (decltype(careful)::value) clean_rows(own_scored.memory, rows);
     int parity = 0;
 #pragma unroll 1
-    for (Step now = start(); any_left(now); parity ^= 1) {
-      const Step step = now;
-      now = behind(now);
+    for (Step step = start(); any_left(step); step = behind(step), parity ^= 1) {
       if constexpr (decltype(careful)::value) clean_rows(scored(parity).memory, others);
       Accumulator<others> weights, grads;
       ptx::begin_products();
       multiply_rows<others>(weights, own_scored, row() / 64 * 64, scored(parity));
       multiply_rows<others>(grads, own_weighed, row() / 64 * 64, weighed(parity));
       ptx::commit_products();
-      if (any_left(now)) fetch_others(now, parity ^ 1);
+      if (const Step next = behind(step); any_left(next)) fetch_others(next, parity ^ 1);
       const Scores<T> scores = scores_of(step);
       const Flags flags = flags_of(scores, step, parity);
       ptx::wait_for_products<0>(weights);

@@ -98,12 +98,11 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_BIAS(name, T, Dim)                                                \
-  FASTATTN_KERNEL(GroupBiasTiles<Dim>, 1)                                          \
-  attention_backward_bias_##name##_##Dim##_sm90(                                   \
-      FASTATTN_INPUTS(T), void* grad_bias,                                         \
-      const __grid_constant__ AttentionBackwardScalars all) {                      \
-    bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                               \
+#define FASTATTN_BIAS(name, T, Dim)                                                                \
+  FASTATTN_KERNEL(GroupBiasTiles<Dim>, 1)                                                          \
+  attention_backward_bias_##name##_##Dim##_sm90(                                                   \
+      FASTATTN_INPUTS(T), void* grad_bias, const __grid_constant__ AttentionBackwardScalars all) { \
+    bias_gradient<T, Dim>(FASTATTN_FROM, grad_bias);                                               \
   }
 
 FASTATTN_BIAS(bf16, __nv_bfloat16, 64)

@@ -124,9 +124,8 @@ struct BiasTile {
 #pragma unroll 1
       for (int c = ptx::thread_index(); c < Queries * Keys; c += Threads) {
         const int query = c / Keys, key = c % Keys;
-        *at<E>(query, key) = query < queries && key < keys
-                                 ? from[query * in.bias[2] + key * in.bias[3]]
-                                 : E(0.0f);
+        *at<E>(query, key) =
+            query < queries && key < keys ? from[query * in.bias[2] + key * in.bias[3]] : E(0.0f);
       }
     }
   }

@@ -17,6 +17,9 @@ struct AttentionTiles {
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
+// Dynamic shared memory that a block can have on sm_90, with some static beside it.
+constexpr int kMostGroupShared = 216 * 1024;
+
 // The same for warp groups of sm_90a, which have 64 queries each. `Extras`: see cuda_sm90.cu.
 template <int Dim, bool Extras>
 struct GroupTiles {
@@ -113,9 +116,9 @@ struct AttentionScalars {
 struct AttentionBackwardScalars {
   AttentionScalars in;
   Layout grad_out, grad_query, grad_key, grad_value;
-  int32_t bias_sizes[4];  // 1 where the bias broadcasts
-  float scale;            // of products, to logits
-  int32_t first_head;     // of all batches', whose gradients come from this launch
+  int32_t bias_sizes[4];         // 1 where the bias broadcasts
+  float scale;                   // of products, to logits
+  int32_t first_head;            // of all batches', whose gradients come from this launch
   int32_t kept_rows, kept_cols;  // tiles of a head, see KeptWords
 };
 

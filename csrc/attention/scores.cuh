@@ -187,10 +187,7 @@ struct Scores {
       : in(in), sequence(sequence) {}
   __device__ Scores(const AttentionScalars& in, const Sequence& sequence, const Terms& terms,
                     int head)
-      : in(in),
-        sequence(sequence),
-        masks(terms.mask != nullptr),
-        biases(terms.bias != nullptr) {
+      : in(in), sequence(sequence), masks(terms.mask != nullptr), biases(terms.bias != nullptr) {
     const int batch = sequence.index;
     if (masks) mask = terms.mask + batch * in.mask[0] + head * in.mask[1];
     if (biases)
@@ -242,20 +239,18 @@ struct Scores {
     if constexpr (Extras)
       if (masks) invisible = hidden<Keys>(first, j);
     // What is infinite is visible all the same, and no number.
-    Own::each(weights, [&](int, int, float& weight) {
-      weight = fmaf(weight, 0, weight * in.scale);
-    });
+    Own::each(weights,
+              [&](int, int, float& weight) { weight = fmaf(weight, 0, weight * in.scale); });
     if constexpr (Extras) {
       if (in.softcap != 0)
         Own::each(weights, [&](int, int, float& weight) {
           weight = hyperbolic_tangent(weight) * in.softcap;
         });
-      add_terms<false, Keys>(weights, first, j, bias);
+      add_terms<false, true, Keys>(weights, first, j, bias);
     }
     if (!whole)
-      hide_outside<false, Keys>(first, j, [&](int run, int k) {
-        weights[Own::n(run, k)][Own::e(run, k)] = -kInfinity;
-      });
+      hide_outside<false, Keys>(
+          first, j, [&](int run, int k) { weights[Own::n(run, k)][Own::e(run, k)] = -kInfinity; });
     if (Extras && masks)
       Own::each(weights, [&](int run, int k, float& weight) {
         if (invisible >> Own::bit(run, k) & 1) weight = -kInfinity;
@@ -275,8 +270,9 @@ struct Scores {
       }
     };
   }
-  // Adds a bias and ALiBi to logits in base 2 of the Runs from query i and key j on.
-  template <bool OfKeys, int N, class Bias>
+  // Adds a bias and ALiBi to logits in base 2 of the Runs from query i and key j on. Only if
+  // Strict, a bias of -inf hides products that are no numbers.
+  template <bool OfKeys, bool Strict, int N, class Bias>
   __device__ void add_terms(Accumulator<N>& logits, int i, int j, const Bias& bias) const {
     using Own = Runs<OfKeys, N>;
     if (biases)
@@ -284,7 +280,8 @@ struct Scores {
 #pragma unroll
         for (int k = 0; k < Own::kLength; k++) {
           float& logit = logits[Own::n(run, k)][Own::e(run, k)];
-          logit = terms[k] == -kInfinity ? -kInfinity : fmaf(terms[k], kLog2e, logit);
+          logit = fmaf(terms[k], kLog2e, logit);
+          if (Strict && terms[k] == -kInfinity) logit = -kInfinity;
         }
       });
     if (slope != 0) {
@@ -349,8 +346,7 @@ struct Scores {
     for (int run = 0; run < Own::kCount; run++) {
       const uint8_t* row = mask_row(i + Own::query(run), sequence.q_len - 1);
 #pragma unroll
-      for (int k = 0; k < 2; k++)
-        bits |= static_cast<uint32_t>(!row[cols[k]]) << Own::bit(run, k);
+      for (int k = 0; k < 2; k++) bits |= static_cast<uint32_t>(!row[cols[k]]) << Own::bit(run, k);
     }
     return bits;
   }
