@@ -110,17 +110,47 @@ def gradients(tensors: list[Tensor], grad_out: Tensor, **options: object) -> tup
     return torch.autograd.grad(fastattn.attention(*leaves, **options), leaves, grad_out)
 
 
+@pytest.mark.parametrize("terms", ["", "bias", "fp32 bias", "dropout"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_memory_of_gradients_is_moved_whole(head_dim: int) -> None:
+def test_memory_of_gradients_is_moved_whole(head_dim: int, terms: str) -> None:
     """Under every schedule, of 64, with the same bits."""
     *tensors, grad_out = (torch.randn(1, 1, 192, head_dim).bfloat16() for _ in range(4))
+    options = {"dropout_p": 0.1, "seed": 3} if terms == "dropout" else {}
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    if "bias" in terms:
+        bias = torch.randn(192, 192, dtype=torch.float32 if "fp32" in terms else BF16)
+        leaves.append(bias.requires_grad_())
+        options["bias"] = bias
     with device.watching(thorough=head_dim == 64) as reports:
-        gradients(tensors, grad_out, causal=True)
-    assert len(of_groups(reports)) == 2
+        out = fastattn.attention(*tensors, causal=True, **options)
+        torch.autograd.grad(out, leaves, grad_out)
+    assert len(of_groups(reports)) == 2 + ("bias" in terms)
     for report in reports:
         assert report.ok, report
         assert report.counters.bank_conflicts == 1, report.counters
         assert report.counters.sector_efficiency >= 0.95, report.counters
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, -math.inf])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_nothing_leaks_into_gradients(kind: str, rubbish: float) -> None:
+    """From keys that a mask or a bias hides, of the second with a row that sees nothing."""
+    query, key, value, grad_out = (torch.randn(2, 1, 170, 16).bfloat16() for _ in range(4))
+    hidden = torch.arange(170) >= 100
+    bias = torch.randn(170, 170).bfloat16()
+    bias[:, hidden] = bias[5] = -math.inf
+
+    def found() -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        terms = {"mask": ~hidden} if kind == "mask" else {"bias": bias.clone().requires_grad_()}
+        out = fastattn.attention(*leaves, **terms)
+        leaves += [] if kind == "mask" else [terms["bias"]]
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        return [grads[0], *(grad[:, :, ~hidden] for grad in grads[1:3]), *grads[3:]]
+
+    expected = found()
+    key[:, :, hidden] = value[:, :, hidden] = rubbish
+    assert all(map(torch.equal, found(), expected))
 
 
 @pytest.mark.parametrize("position", range(4), ids=["query", "key", "value", "grad_out"])
