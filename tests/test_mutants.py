@@ -309,6 +309,7 @@ HARMLESS: dict[tuple[str, ...], str] = {
         "attention_backward_keys",
         "copies of all",
     ): "what is copied for rows past the end has weight 0",
+    ("copies of all", "at<E>(query, key)"): "a bias past the ends is that of nothing visible",
     ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
     ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
     **{("_sm90", words): "what is done twice is needed once" for words in TWICE},
