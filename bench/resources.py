@@ -30,6 +30,7 @@ ROOMS = (
     "attention_backward",
     "attention_backward_sm90",
     "attention_bias",
+    "attention_bias_sm90",
     "attention_decode",
     "attention_sm90",
     "ffn",

@@ -66,11 +66,20 @@ def attend_backward(
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
+def attend_shared_bias(dtype: torch.dtype) -> None:
+    """With a bias of one row, which all queries of both batches share."""
+    query, key, value = (torch.randn(2, 1, n, 64).to(dtype) for n in (200, 72, 72))
+    bias = torch.randn(72).to(dtype).requires_grad_()
+    out = fastattn.attention(query, key, value, bias=bias)
+    out.backward(torch.ones_like(out))
+
+
 def attend_packed(dtype: torch.dtype, **options: object) -> None:
     """Sequences of which one has no keys, and one no queries."""
     tensors = [torch.randn(9, 1, 64).to(dtype).requires_grad_() for _ in range(3)]
     starts = torch.tensor([0, 5, 9, 9]), torch.tensor([0, 0, 6, 9])
-    fastattn.attention_varlen(*tensors, *starts, 5, 6, **options).sum().backward()
+    out = fastattn.attention_varlen(*tensors, *starts, 5, 6, **options)
+    out.backward(torch.ones_like(out))
 
 
 def attend_to_everything(dtype: torch.dtype, dim: int) -> None:
@@ -167,6 +176,19 @@ GRADIENTS_SM90 = (
     on_sm90(lambda: attend_backward(BF16, 300, 20)),
     on_sm90(lambda: attend_backward(BF16, 300, 300, window=(100, None))),  # a NaN for some
 )
+GRADIENTS_EXTRA_SM90 = (
+    on_sm90(lambda: attend_packed(BF16, dropout_p=0.1, seed=1)),
+    on_sm90(lambda: attend_backward(BF16, 200, 304, biased=True)),
+    on_sm90(lambda: attend_backward(BF16, 70, 100, biased=True)),  # rows of a bias that are not
+    on_sm90(lambda: attend_backward(BF16, 20, 300, align="top_left", softcap=2.0)),
+    on_sm90(lambda: attend_backward(BF16, 300, 20, dropout_p=0.1, seed=1)),
+    on_sm90(lambda: attend_backward(BF16, 300, 300, window=(100, None), dropout_p=0.1, seed=1)),
+)
+BIAS_SM90 = (
+    on_sm90(lambda: attend_backward(BF16, 200, 304, biased=True)),
+    on_sm90(lambda: attend_backward(BF16, 70, 100, biased=True, dropout_p=0.1, seed=1)),
+    on_sm90(lambda: attend_shared_bias(BF16)),
+)
 GRADIENTS_BF16 = (
     functools.partial(attend_backward, BF16, 70, 100),
     functools.partial(attend_backward, BF16, 70, 100, dropout_p=0.1, seed=1),
@@ -220,6 +242,9 @@ KERNELS: dict[str, tuple[Callable[[], None], ...]] = {
     "attention_forward_bf16_extra_64_sm90": FORWARD_EXTRA_SM90,
     "attention_backward_queries_bf16_64_sm90": GRADIENTS_SM90,
     "attention_backward_keys_bf16_64_sm90": GRADIENTS_SM90,
+    "attention_backward_queries_bf16_extra_64_sm90": GRADIENTS_EXTRA_SM90,
+    "attention_backward_keys_bf16_extra_64_sm90": GRADIENTS_EXTRA_SM90,
+    "attention_backward_bias_bf16_64_sm90": BIAS_SM90,
     "attention_backward_queries_bf16_64": GRADIENTS_BF16,
     "attention_backward_keys_bf16_64": GRADIENTS_BF16,
     "attention_backward_bias_bf16_64": BIAS_BF16,
@@ -282,6 +307,7 @@ HARMLESS: dict[tuple[str, ...], str] = {
         "attention_backward_keys",
         "copies of all",
     ): "what is copied for rows past the end has weight 0",
+    ("copies of all", "at<E>(query, key)"): "a bias past the ends is that of nothing visible",
     ("at + 4 <= in.size", "loosened"): "the last four elements go one by one",
     ("count > 0 ? at : from.data", "loosened"): "the address of a copy of no bytes",
     ("_sm90", "fence.mbarrier_init"): "the emulator's copy engine sees what threads see",

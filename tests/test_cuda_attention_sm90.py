@@ -55,12 +55,13 @@ def whole_rows(case: Case) -> bool:
     return all(case.tensors[name].shape[-1] % 8 == 0 for name in ("key", "value"))
 
 
-ENUMERATED = [
-    replace(case, inference=True)
+SERVED = [
+    case
     for function in ("attention", "attention_varlen")
     for case in cases(function)
     if not case.refused and whole_rows(case)
 ]
+ENUMERATED = [replace(case, inference=True) for case in SERVED]
 WIDE = [
     wide(64, 56), wide(72, 128), wide(256, 40),
     wide(56, 64, extra=True), wide(128, 72, extra=True),
@@ -84,24 +85,15 @@ def test_matches_oracle(case: Case, dtype: torch.dtype) -> None:
 
 
 def of_groups(reports: list[emulator.Report]) -> list[str]:
-    """The kernels which sum gradients of queries, keys and values up."""
-    summing = ("queries", "keys")
+    """The kernels which sum gradients of queries, keys and values up, and of a bias."""
+    summing = ("queries", "keys", "bias")
     return [name for name in kernels(reports) if name.split("_")[2] in summing]
 
 
-# Of the enumerated those without extras, and several blocks of either side.
-DIFFERENTIATED = [
-    *(
-        case
-        for function, names in (
-            ("attention", ("plain", "causal_tall", "grouped", "window", "sinks", "one_key")),
-            ("attention_varlen", ("no_rows", "grouped")),
-        )
-        for case in cases(function)
-        if case.name in names
-    ),
-    replace(wide(64, 56), inference=False),
-    replace(wide(72, 128), inference=False),
+# All that have gradients, and several blocks of either side.
+DIFFERENTIATED = [case for case in SERVED if not case.inference] + [
+    replace(case, inference=False)
+    for case in (wide(64, 56), wide(72, 128), wide(56, 64, extra=True), wide(128, 72, extra=True))
 ]
 
 
@@ -110,7 +102,7 @@ def test_gradients_match_oracle(case: Case, dtype: torch.dtype) -> None:
     with device.watching() as reports:
         assert_case_close_to_oracle(case, dtype, "emulator")
     summing = of_groups(reports)
-    assert len(summing) == 2 and all(name.endswith("_sm90") for name in summing)
+    assert len(summing) >= 2 and all(name.endswith("_sm90") for name in summing)
 
 
 def gradients(tensors: list[Tensor], grad_out: Tensor, **options: object) -> tuple[Tensor, ...]:
@@ -118,17 +110,47 @@ def gradients(tensors: list[Tensor], grad_out: Tensor, **options: object) -> tup
     return torch.autograd.grad(fastattn.attention(*leaves, **options), leaves, grad_out)
 
 
+@pytest.mark.parametrize("terms", ["", "bias", "fp32 bias", "dropout"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_memory_of_gradients_is_moved_whole(head_dim: int) -> None:
+def test_memory_of_gradients_is_moved_whole(head_dim: int, terms: str) -> None:
     """Under every schedule, of 64, with the same bits."""
     *tensors, grad_out = (torch.randn(1, 1, 192, head_dim).bfloat16() for _ in range(4))
+    options = {"dropout_p": 0.1, "seed": 3} if terms == "dropout" else {}
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    if "bias" in terms:
+        bias = torch.randn(192, 192, dtype=torch.float32 if "fp32" in terms else BF16)
+        leaves.append(bias.requires_grad_())
+        options["bias"] = bias
     with device.watching(thorough=head_dim == 64) as reports:
-        gradients(tensors, grad_out, causal=True)
-    assert len(of_groups(reports)) == 2
+        out = fastattn.attention(*tensors, causal=True, **options)
+        torch.autograd.grad(out, leaves, grad_out)
+    assert len(of_groups(reports)) == 2 + ("bias" in terms)
     for report in reports:
         assert report.ok, report
         assert report.counters.bank_conflicts == 1, report.counters
         assert report.counters.sector_efficiency >= 0.95, report.counters
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, -math.inf])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_nothing_leaks_into_gradients(kind: str, rubbish: float) -> None:
+    """From keys that a mask or a bias hides, of the second with a row that sees nothing."""
+    query, key, value, grad_out = (torch.randn(2, 1, 170, 16).bfloat16() for _ in range(4))
+    hidden = torch.arange(170) >= 100
+    bias = torch.randn(170, 170).bfloat16()
+    bias[:, hidden] = bias[5] = -math.inf
+
+    def found() -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        terms = {"mask": ~hidden} if kind == "mask" else {"bias": bias.clone().requires_grad_()}
+        out = fastattn.attention(*leaves, **terms)
+        leaves += [] if kind == "mask" else [terms["bias"]]
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        return [grads[0], *(grad[:, :, ~hidden] for grad in grads[1:3]), *grads[3:]]
+
+    expected = found()
+    key[:, :, hidden] = value[:, :, hidden] = rubbish
+    assert all(map(torch.equal, found(), expected))
 
 
 @pytest.mark.parametrize("position", range(4), ids=["query", "key", "value", "grad_out"])
@@ -145,7 +167,6 @@ def test_what_is_not_finite_spoils_the_gradients_that_meet_it(position: int) -> 
 
 
 GRADIENTS_LEFT = {
-    "extras": {"softcap": 2.0},
     "wide": {"head_dim": 136},
     "odd": {"head_dim": 20},
     "sm_80": {"architecture": 80},
@@ -158,7 +179,7 @@ def test_gradients_left_to_other_kernels(kind: str) -> None:
     shape = (1, 1, 20, change.get("head_dim", 24))
     *tensors, grad_out = (torch.randn(shape).half() for _ in range(4))
     with device.emulating(change.get("architecture", 90)), device.watching() as reports:
-        gradients(tensors, grad_out, softcap=change.get("softcap"))
+        gradients(tensors, grad_out)
     assert of_groups(reports) and not any(name.endswith("_sm90") for name in of_groups(reports))
 
 

@@ -82,6 +82,10 @@ struct Band {
   __device__ int end(int first, int count) const {
     return first < rows ? min(min(first + count, rows) + shift + after, others) : 0;
   }
+  // Whether any of [first, first + count) meet any of [other, other + other_count).
+  __device__ bool meet(int first, int count, int other, int other_count) const {
+    return other < end(first, count) && other + other_count > begin(first);
+  }
   // Whether all of [first, first + count) meet all of [other, other + other_count).
   __device__ bool whole(int first, int count, int other, int other_count) const {
     return first + count <= rows && other + other_count <= others &&
@@ -90,54 +94,78 @@ struct Band {
   }
 };
 
-// The products of 16 rows of this side, in `weights` and `grads`, become the weights that met the
-// values, and the gradients of the logits or, if OfProducts, of what softcap made them from. The
-// rows begin at `first` and the columns at `other`; `bits` and `hidden_by(scores)` say what dropout
-// keeps and the mask hides, see Runs; `statistic(query)` is that of a query behind the first.
-// Without Extras there are no more than products and bounds.
-template <class T, bool OfKeys, bool OfProducts, bool Extras, int N, class Hidden, class Statistic>
-__device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads, const Inputs<T>& from,
-                              const Sequence& sequence, int head, int first, int other,
-                              uint32_t bits, bool whole, const Hidden& hidden_by,
-                              const Statistic& statistic) {
+// Flags of a lane's Runs: what dropout keeps and the mask hides.
+struct Flags {
+  uint32_t kept = 0, hidden = 0;
+};
+
+// The products of 16 rows of this side, in `weights` and `grads`, become the weights that dropout
+// lets meet the values, which it has not scaled, and the gradients of the logits or, if OfProducts,
+// of what softcap made them from. The rows begin at `first` and the columns at `other`; if `whole`,
+// all are within each other's bounds; `statistic(query)` is that of a query behind the first; of
+// the bias see Scores. Without Extras there are no more than products and bounds. Where the bias
+// hides something that is no number, only the gradient of logits is one.
+template <class T, bool OfKeys, bool OfProducts, bool Extras, int N, class Statistic, class Bias>
+__device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
+                              const Scores<T>& scores, const Flags& flags, int first, int other,
+                              bool whole, const Statistic& statistic, const Bias& bias) {
   using Own = Runs<OfKeys, N>;
-  const AttentionScalars& in = from.all.in;
-  if (Extras && in.threshold != 0) drop<OfKeys, N>(grads, bits, in.kept);
-  if (whole && in.plain) {
-#pragma unroll
-    for (int run = 0; run < Own::kCount; run++)
-#pragma unroll
-      for (int k = 0; k < Own::kLength; k++) {
-        const int n = Own::n(run, k), e = Own::e(run, k);
-        const float2 of_query = statistic(Own::query(run));
-        weights[n][e] = ptx::exp2(fmaf(weights[n][e], in.scale, -of_query.x));
-        grads[n][e] = weights[n][e] * (grads[n][e] - of_query.y);
-      }
-  } else {
-    const Scores<T> scores(in, sequence, from.terms, head);
-    const uint32_t hidden = scores.mask == nullptr ? 0 : hidden_by(scores);
-#pragma unroll
-    for (int run = 0; run < Own::kCount; run++) {
-      const int i = (OfKeys ? other : first) + Own::query(run);
-      const int j = (OfKeys ? first : other) + Own::key(run);
-      const float2 of_query = statistic(Own::query(run));
-      const auto sight = scores.sight(i, j);
-      float terms[Own::kLength] = {};
-      if constexpr (Extras) scores.bias_of(terms, i, j);
-#pragma unroll
-      for (int k = 0; k < Own::kLength; k++) {
-        float &weight = weights[Own::n(run, k)][Own::e(run, k)],
-              &grad = grads[Own::n(run, k)][Own::e(run, k)];
-        float steepness = 1;
-        const float logit = scores.template operator()<Extras>(weight, sight, k, terms[k],
-                                                               hidden >> Own::bit(run, k) & 1,
-                                                               OfProducts ? &steepness : nullptr);
-        weight = logit == -kInfinity ? 0 : ptx::exp2(logit - of_query.x);
-        grad = weight == 0 ? 0 : weight * (grad - of_query.y) * steepness;
-      }
-    }
+  const AttentionScalars& in = scores.in;
+  const int i = OfKeys ? other : first, j = OfKeys ? first : other;
+  const auto grad = [&](int run, int k) -> float& { return grads[Own::n(run, k)][Own::e(run, k)]; };
+  const auto hide = [&](int run, int k) {
+    weights[Own::n(run, k)][Own::e(run, k)] = grad(run, k) = 0;
+  };
+  const bool drops = Extras && in.threshold != 0;
+  const uint32_t kept = in.kept == 0 ? 0 : flags.kept;
+  const auto keeps = [&](int run, int k) { return kept >> Own::bit(run, k) & 1; };
+  float scale = in.scale;  // that products still lack
+
+  if (drops)
+    Own::each(grads, [&](int run, int k, float& value) {
+      const float off = statistic(Own::query(run)).y;
+      value = keeps(run, k) ? fmaf(value, in.kept, -off) : -off;
+    });
+  else
+    Own::each(grads, [&](int run, int, float& value) { value -= statistic(Own::query(run)).y; });
+  if (Extras && !in.plain) {
+    Own::each(weights, [&](int, int, float& weight) { weight *= in.scale; });
+    scale = 1;
+    if (in.softcap != 0)
+      Own::each(weights, [&](int run, int k, float& weight) {
+        const float tangent = hyperbolic_tangent(weight);
+        weight = tangent * in.softcap;
+        if (OfProducts) grad(run, k) *= 1 - tangent * tangent;
+      });
+    scores.template add_terms<OfKeys, !OfProducts, N>(weights, i, j, bias);
   }
-  if (Extras && in.threshold != 0) drop<OfKeys, N>(weights, bits, in.kept);
+  Own::each(weights, [&](int run, int k, float& weight) {
+    weight = ptx::exp2(fmaf(weight, scale, -statistic(Own::query(run)).x));
+    grad(run, k) *= weight;
+  });
+  if (!whole) scores.template hide_outside<OfKeys, N>(i, j, hide);
+  if (Extras && scores.masks)
+    Own::each(weights, [&](int run, int k, float&) {
+      if (flags.hidden >> Own::bit(run, k) & 1) hide(run, k);
+    });
+  if (!OfProducts && scores.biases)
+    Own::each(weights, [&](int run, int k, float& weight) {
+      if (weight == 0) grad(run, k) = 0;
+    });
+  if (OfKeys && drops)
+    Own::each(weights, [&](int run, int k, float& weight) {
+      if (!keeps(run, k)) weight = 0;
+    });
+}
+// The same where the bias is read from global memory.
+template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
+__device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
+                              const Scores<T>& scores, const Flags& flags, int first, int other,
+                              bool whole, const Statistic& statistic) {
+  const auto bias =
+      scores.template bias_here<OfKeys, N>(OfKeys ? other : first, OfKeys ? first : other);
+  differentiate<T, OfKeys, OfProducts, true, N>(weights, grads, scores, flags, first, other, whole,
+                                                statistic, bias);
 }
 
 }  // namespace

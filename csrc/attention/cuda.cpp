@@ -88,6 +88,7 @@ AttentionScalars scalars(const Attention& in, int64_t rows) {
   std::copy(in.bias.stride, in.bias.stride + 4, to.bias);
   to.wide_bias = in.bias_dtype == Dtype::f32;
   to.aligned_bias = aligned(in.bias, size_of(in.bias_dtype), 4 * size_of(in.bias_dtype));
+  to.chunked_bias = aligned(in.bias, size_of(in.bias_dtype));
   to.offset = static_cast<int32_t>(in.offset);
   to.left = static_cast<int32_t>(std::min<int64_t>(in.left, kFar));
   to.right = static_cast<int32_t>(std::min<int64_t>(in.right, kFar));
@@ -226,21 +227,78 @@ struct Backward {
   }
 };
 
+// What dropout keeps of a head's weights, as the queries' gradients leave it for the keys': tiles,
+// see KeptWords. Heads are worked on together whose tiles take no more than a bound; those that
+// share a head of keys have to be.
+struct KeptTiles {
+  int64_t rows, cols, heads;  // tiles of a head; heads together
+  bool fit;
+
+  static KeptTiles of(const Attention& in) {
+    constexpr int64_t most = int64_t{256} << 20;
+    const AttentionScalars numbers = scalars(in, 1);
+    const bool packed = numbers.sequences > 0;
+    KeptTiles to{};
+    to.rows = packed ? in.q_len / 16 + in.batch : ceil_div(in.q_len, 16);
+    to.cols = ceil_div(packed ? numbers.key_starts.longest : in.kv_len, 64);
+    to.heads = in.heads * numbers.batch;
+    to.fit = true;
+    if (in.dropout_p > 0) {
+      const int64_t groups = most / std::max<int64_t>(to.bytes() * numbers.group, 1);
+      to.heads = std::min(groups * numbers.group, to.heads);
+      to.fit = groups > 0;
+    }
+    return to;
+  }
+  int64_t bytes() const { return rows * cols * 32 * 4; }  // of a head
+};
+
 // The gradients of queries, and of keys and values.
-template <int Dim>
+template <int Dim, bool Extras>
 void launch_grouped_rows(const Backward& of, Device& device) {
-  using Tiles = GroupBackwardTiles<Dim>;
+  using Queries = GroupBackwardTiles<Dim, false, Extras>;
+  using Keys = GroupBackwardTiles<Dim, true, Extras>;
   const Attention& in = of.in;
-  const AttentionBackwardScalars numbers = of.scalars(Tiles::kRows);
-  const auto run = [&](const char* kernel, int64_t count, const auto&... grads) {
-    of.run(device, "attention_backward_sm90", name(kernel, in, Dim) + "_sm90",
-           {{blocks(count * numbers.in.batch), 1, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared},
-           numbers, of.of.query_starts(), of.of.key_starts(), grads...);
+  AttentionBackwardScalars of_queries = of.scalars(Queries::kRows),
+                           of_keys = of.scalars(Keys::kRows);
+  const KeptTiles kept = KeptTiles::of(in);
+  const int64_t heads = in.heads * of_queries.in.batch, group = of_queries.in.group;
+  const int64_t bytes = in.dropout_p > 0 ? kept.heads * kept.bytes() : 0;
+  void* words = bytes > 0 ? device.scratch(bytes) : nullptr;
+  const auto run = [&]<class Tiles>(Tiles, const char* kernel, AttentionBackwardScalars& numbers,
+                                    int64_t first_head, int64_t count, const auto&... more) {
+    static_assert(Tiles::kShared + Tiles::template kBias<4> <= kMostGroupShared);
+    numbers.first_head = static_cast<int32_t>(first_head);
+    numbers.kept_rows = static_cast<int32_t>(kept.rows);
+    numbers.kept_cols = static_cast<int32_t>(kept.cols);
+    const int bias = in.bias.data == nullptr       ? 0
+                     : size_of(in.bias_dtype) == 4 ? Tiles::template kBias<4>
+                                                   : Tiles::template kBias<2>;
+    of.run(device, "attention_backward_sm90",
+           name(kernel, in, Dim, Extras ? "_extra" : "") + "_sm90",
+           {{blocks(count), 1, 1},
+            {Tiles::kThreads, 1, 1},
+            static_cast<uint32_t>(Tiles::kShared + bias)},
+           numbers, of.of.query_starts(), of.of.key_starts(), more...);
   };
-  run("backward_queries", int64_t{numbers.in.query_blocks} * in.heads,
-      of.of.queries(of.args.grad_query, in.head_dim));
-  run("backward_keys", int64_t{numbers.in.key_blocks} * in.kv_heads,
-      of.of.keys(of.args.grad_key, in.head_dim), of.of.keys(of.args.grad_value, in.value_dim));
+  for (int64_t first = 0; first < heads; first += kept.heads) {
+    const int64_t count = std::min(kept.heads, heads - first);
+    run(Queries(), "backward_queries", of_queries, first, count * of_queries.in.query_blocks,
+        writes(words, bytes), of.of.queries(of.args.grad_query, in.head_dim));
+    run(Keys(), "backward_keys", of_keys, first, count / group * of_keys.in.key_blocks,
+        reads(words, bytes), of.of.keys(of.args.grad_key, in.head_dim),
+        of.of.keys(of.args.grad_value, in.value_dim));
+  }
+}
+
+template <class Tiles>
+void launch_bias(const Backward& of, Device& device, const char* room, const std::string& kernel) {
+  const int64_t (&sizes)[4] = of.args.bias_sizes;
+  const int64_t count =
+      sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
+  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(of.in.bias_dtype);
+  of.run(device, room, kernel, {{blocks(count), 1, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared},
+         of.scalars(Tiles::kRows), writes(of.args.grad_bias, bytes));
 }
 
 template <int Bytes, int Dim>
@@ -263,16 +321,22 @@ void launch_backward(const AttentionBackward& args, Device& device) {
            reads(of.statistics, of.statistics_bytes), writes(args.grad_sinks, head_bytes), numbers);
 
   if constexpr (Bytes == 2 && Dim <= 128)
-    if (!has_extras(in) && args.grad_out.data != nullptr &&
+    if (args.grad_out.data != nullptr && KeptTiles::of(in).fit &&
         grouped(in, device,
                 {{&in.query, in.head_dim},
                  {&in.key, in.head_dim},
                  {&in.value, in.value_dim},
-                 {&args.grad_out, in.value_dim}}))
-      return launch_grouped_rows<Dim>(of, device);
+                 {&args.grad_out, in.value_dim}})) {
+      has_extras(in) ? launch_grouped_rows<Dim, true>(of, device)
+                     : launch_grouped_rows<Dim, false>(of, device);
+      if (args.grad_bias != nullptr)
+        launch_bias<GroupBiasTiles<Dim>>(of, device, "attention_bias_sm90",
+                                         name("backward_bias", in, Dim) + "_sm90");
+      return;
+    }
 
   const auto shape = [](int64_t count, uint32_t apart = 1) {
-    return Shape{{blocks(count), apart, 1}, {Tiles::kWarps * 32, 1, 1}, Tiles::kShared};
+    return Shape{{blocks(count), apart, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared};
   };
   of.run(device, "attention_backward", name("backward_queries", in, Dim),
          shape(int64_t{numbers.in.query_blocks} * in.heads * numbers.in.batch), numbers,
@@ -282,13 +346,8 @@ void launch_backward(const AttentionBackward& args, Device& device) {
       shape(int64_t{numbers.in.key_blocks} * in.kv_heads * numbers.in.batch, Tiles::kApart ? 2 : 1),
       numbers, of.of.query_starts(), of.of.key_starts(), of.of.keys(args.grad_key, in.head_dim),
       of.of.keys(args.grad_value, in.value_dim));
-  if (args.grad_bias == nullptr) return;
-  const int64_t (&sizes)[4] = args.bias_sizes;
-  const int64_t count =
-      sizes[0] * sizes[1] * ceil_div(sizes[2], Tiles::kRows) * ceil_div(sizes[3], Tiles::kOthers);
-  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * size_of(in.bias_dtype);
-  of.run(device, "attention_bias", name("backward_bias", in, Dim), shape(count), numbers,
-         writes(args.grad_bias, bytes));
+  if (args.grad_bias != nullptr)
+    launch_bias<Tiles>(of, device, "attention_bias", name("backward_bias", in, Dim));
 }
 
 // What the host knows of a cache of keys and values, which the kernels may write to.

@@ -113,9 +113,9 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
         tiles.clean();
         __syncthreads();
       }
-      uint32_t bits = 0;
+      const int query_head = OfKeys ? step.head : head;
+      const Scores<T> scores(in, sequence, from.terms, query_head);
       if (OfKeys && from.terms.mask != nullptr) {
-        const Scores<T> scores(in, sequence, from.terms, step.head);
 #pragma unroll 1
         for (int i = warp; i < others; i += Tiles::kWarps)
 #pragma unroll
@@ -143,27 +143,25 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
       multiply_transposed<others>(weights, scored, tiles.scored, in.head_dim);
       if (!of_values) multiply_transposed<others>(grads, weighed, tiles.weighed, in.value_dim);
       using Own = Runs<OfKeys, others>;
-      if constexpr (!OfKeys) {
+      Flags flags;
+      if constexpr (OfKeys) {
+#pragma unroll
+        for (int run = 0; run < Own::kCount; run++) {
+          const int query = Own::query(run), key = Own::key(run), bit = Own::bit(run, 0);
+          if (in.threshold != 0) flags.kept |= (kept_keys[query][warp] >> key & 3) << bit;
+          if (from.terms.mask != nullptr)
+            flags.hidden |= (hidden_keys[query][warp / 2] >> (warp % 2 * 16 + key) & 3) << bit;
+        }
+      } else {
         if (in.threshold != 0)
-          bits = kept<others>(in.threshold, seed, from.head_number(sequence, head),
-                              first + row + lane / 4, step.first);
-      } else if (in.threshold != 0) {
-#pragma unroll
-        for (int run = 0; run < Own::kCount; run++)
-          bits |= (kept_keys[Own::query(run)][warp] >> Own::key(run) & 3) << Own::bit(run, 0);
+          flags.kept = kept<others>(in.threshold, seed, from.head_number(sequence, head),
+                                    first + row + lane / 4, step.first);
+        if (from.terms.mask != nullptr)
+          flags.hidden = scores.template hidden<others>(first + row, step.first);
       }
-      const auto hidden_by = [&](const Scores<T>& scores) {
-        if constexpr (!OfKeys) return scores.template hidden<others>(first + row, step.first);
-        uint32_t hidden = 0;
-#pragma unroll
-        for (int run = 0; run < Own::kCount; run++)
-          hidden |= (hidden_keys[Own::query(run)][warp / 2] >> (warp % 2 * 16 + Own::key(run)) & 3)
-                    << Own::bit(run, 0);
-        return hidden;
-      };
-      differentiate<T, OfKeys, true, true, others>(
-          weights, grads, from, sequence, OfKeys ? step.head : head, first + row, step.first, bits,
-          band.whole(first + row, 16, step.first, others), hidden_by,
+      differentiate<T, OfKeys, true, others>(
+          weights, grads, scores, flags, first + row, step.first,
+          band.whole(first + row, 16, step.first, others),
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });
       if constexpr (sums == 2) {
         multiply<others>(sum[0], grads, tiles.scored);
@@ -190,11 +188,13 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
     if (!careful) break;
   }
 
-  if (!of_values)
 #pragma unroll
-    for (int n = 0; n < Dim / 8; n++)
+  for (int n = 0; n < Dim / 8; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) sum[0][n][e] *= all.scale;
+    for (int e = 0; e < 4; e++) {
+      sum[0][n][e] *= of_values ? in.kept : all.scale;
+      if constexpr (sums == 2) sum[1][n][e] *= in.kept;
+    }
   const auto leave = [&](T* grad, const Layout& layout, int cols, const Accumulator<Dim>& of,
                          const Tile<T, Dim>& tile) {
     store<OfKeys>(matrix(grad, layout, sequence.index, head, OfKeys ? sequence.key : sequence.query,
@@ -209,8 +209,9 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   }
 }
 
-// A few threads for each row: its lse in base 2, and grad_out . out - grad_lse. A row that met
-// something that is not finite where keys may hide gets no number at all.
+// A few threads for each row: its lse in base 2, which is inf instead of -inf so that weights of a
+// row that sees nothing are 0, and grad_out . out - grad_lse. A row that met something that is not
+// finite where keys may hide gets no number at all.
 template <class T>
 __device__ void row_statistics(const T* grad_out, const T* out, const float* lse,
                                const float* grad_lse, float2* statistics,
@@ -245,7 +246,8 @@ __device__ void row_statistics(const T* grad_out, const T* out, const float* lse
   for (int apart = 1; apart < team; apart *= 2) total += __shfl_xor_sync(kAllLanes, total, apart);
   if (row >= count || own != 0) return;
   const float delta = total - (grad_lse == nullptr ? 0 : grad_lse[row]);
-  statistics[row] = {in.hides && !isfinite(delta) ? kNan : lse[row] * kLog2e, delta};
+  const float base = lse[row] == -kInfinity ? kInfinity : lse[row] * kLog2e;
+  statistics[row] = {in.hides && !isfinite(delta) ? kNan : base, delta};
 }
 
 }  // namespace
@@ -275,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(kStatisticsThreads, 1)
   for (int batch = 0; batch < all.in.batch; batch++)
     for (int i = own; i < all.in.q_len; i += kStatisticsThreads) {
       const float2 of_row = statistics[(int64_t{batch} * all.in.heads + head) * all.in.q_len + i];
-      if (of_row.x != -kInfinity) total -= ptx::exp2(sink - of_row.x) * of_row.y;
+      if (of_row.x != kInfinity) total -= ptx::exp2(sink - of_row.x) * of_row.y;
     }
   parts[own] = total;
   for (int apart = kStatisticsThreads / 2; apart > 0; apart /= 2) {

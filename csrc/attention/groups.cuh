@@ -42,12 +42,13 @@ __device__ void pack(uint32_t (&to)[K / 16][4], const Accumulator<K>& from) {
 // Begins to copy a block of rows, from row `first` on and with zeros behind the last, of each of so
 // many threads a column of chunks. It is `copy` for rows of whole chunks not too far apart.
 template <bool Dealt, int Threads, class T, int Rows, int Dim>
-__device__ void fetch(const Panels<T, Rows, Dim>& to, const Matrix<const T>& from, int first) {
+__device__ void fetch(const Panels<T, Rows, Dim>& to, const Matrix<const T>& from, int first,
+                      int thread = static_cast<int>(threadIdx.x)) {
   constexpr int chunks = Dim / 8, step = Threads / chunks;
   static_assert(Threads % chunks == 0 && Rows % step == 0 && step % 8 == 0);
   static_assert((step & (step - 1)) == 0);  // no bit is in both a thread's row and r
   const auto source = [](int row) { return Dealt ? dealt(row) : row; };
-  const int thread = static_cast<int>(threadIdx.x), chunk = thread % chunks, own = thread / chunks;
+  const int chunk = thread % chunks, own = thread / chunks;
   const int row = first + source(own), stride = static_cast<int>(from.row_stride);
   const int left = chunk * 8 < from.cols ? from.rows - row : 0;
   const T* at = from.data + int64_t{row} * stride + chunk * 8;
@@ -56,6 +57,79 @@ __device__ void fetch(const Panels<T, Rows, Dim>& to, const Matrix<const T>& fro
   for (int r = 0; r < Rows; r += step)
     ptx::copy_async(target + r * 128, at + int64_t{source(r)} * stride, source(r) < left);
 }
+
+// A block of a bias in shared memory, in its own type, for lanes that have keys, or queries, as
+// rows.
+template <class T, bool OfKeys, int Queries, int Keys>
+struct BiasTile {
+  char* memory;
+  bool wide;  // fp32
+
+  __device__ static BiasTile of(void* memory, int parity, bool wide) {
+    const int pitch = wide ? kBiasPitch<OfKeys, Keys, 4> : kBiasPitch<OfKeys, Keys, sizeof(T)>;
+    return {static_cast<char*>(memory) + parity * Queries * pitch, wide};
+  }
+
+  // Begins to copy what Scores have of it from query i and key j on, with zeros behind the last.
+  template <int Threads>
+  __device__ void fetch(const Scores<T>& scores, int i, int j) const {
+    if (wide)
+      fetch<Threads>(scores, static_cast<const float*>(scores.bias), i, j);
+    else
+      fetch<Threads>(scores, static_cast<const T*>(scores.bias), i, j);
+  }
+  // Calls add(run, terms) for the Runs from a query and a key on, see Scores.
+  template <class Add>
+  __device__ void read(int query, int key, const Add& add) const {
+    if (wide)
+      read<float>(query, key, add);
+    else
+      read<T>(query, key, add);
+  }
+
+ private:
+  template <class E>
+  __device__ E* at(int query, int key) const {
+    return reinterpret_cast<E*>(memory + query * kBiasPitch<OfKeys, Keys, sizeof(E)>) + key;
+  }
+  template <class E, class Add>
+  __device__ void read(int query, int key, const Add& add) const {
+    using Own = Runs<OfKeys, OfKeys ? Queries : Keys>;
+    const char* from =
+        reinterpret_cast<const char*>(at<E>(query + Own::query(0), key + Own::key(0)));
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++) {
+      constexpr int pitch = kBiasPitch<OfKeys, Keys, sizeof(E)>;
+      const int down = Own::query(run) - Own::query(0), right = Own::key(run) - Own::key(0);
+      float terms[Own::kLength];
+      load(terms, reinterpret_cast<const E*>(from + down * pitch + right * int{sizeof(E)}));
+      add(run, terms);
+    }
+  }
+  template <int Threads, class E>
+  __device__ void fetch(const Scores<T>& scores, const E* from, int i, int j) const {
+    const AttentionScalars& in = scores.in;
+    const int queries = scores.sequence.q_len - i, keys = scores.sequence.kv_len - j;
+    from += i * in.bias[2] + j * in.bias[3];
+    if (in.chunked_bias) {
+      constexpr int each = 16 / sizeof(E), chunks = Keys / each;
+#pragma unroll 1
+      for (int c = ptx::thread_index(); c < Queries * chunks; c += Threads) {
+        const int query = c / chunks, key = c % chunks * each;
+        const int there = query < queries ? min(max(keys - key, 0), each) : 0;
+        ptx::copy_async(at<E>(query, key), there > 0 ? from + query * in.bias[2] + key : from,
+                        there * static_cast<int>(sizeof(E)));
+      }
+    } else {
+#pragma unroll 1
+      for (int c = ptx::thread_index(); c < Queries * Keys; c += Threads) {
+        const int query = c / Keys, key = c % Keys;
+        *at<E>(query, key) =
+            query < queries && key < keys ? from[query * in.bias[2] + key * in.bias[3]] : E(0.0f);
+      }
+    }
+  }
+};
 
 // What this thread has copied or changed is there for the products of all.
 __device__ void hand_over() {

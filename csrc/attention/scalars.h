@@ -17,6 +17,9 @@ struct AttentionTiles {
   static constexpr int kShared = kWidth * (kQueries + 2 * 2 * kKeys);
 };
 
+// Dynamic shared memory that a block can have on sm_90, with some static beside it.
+constexpr int kMostGroupShared = 216 * 1024;
+
 // The same for warp groups of sm_90a, which have 64 queries each. `Extras`: see cuda_sm90.cu.
 template <int Dim, bool Extras>
 struct GroupTiles {
@@ -39,14 +42,34 @@ struct BackwardTiles {
   static constexpr bool kApart = kWidth > 256;
 };
 
-// The same for warp groups of sm_90a, which have 64 rows each.
-template <int Dim>
+// Bytes of a row of a bias in shared memory, for elements of so many: lanes whose rows are keys, or
+// queries, read from all banks.
+template <bool OfKeys, int Keys, int Bytes>
+constexpr int kBiasPitch = OfKeys ? Keys * Bytes + 16 : (Keys + 16) * Bytes;
+
+// The same for warp groups of sm_90a, which have 64 rows each, of queries or of keys. `Extras`: see
+// cuda_backward_sm90.cu.
+template <int Dim, bool OfKeys, bool Extras>
 struct GroupBackwardTiles {
-  static constexpr int kGroups = Dim == 64 ? 3 : 2;  // as registers allow
+  static constexpr int kGroups = Dim == 64 && !(OfKeys && Extras) ? 3 : 2;  // as registers allow
   static constexpr int kThreads = 128 * kGroups, kRows = 64 * kGroups;
   static constexpr int kOthers = 64;
   static constexpr int kCopying = 256;  // threads that copy
   static constexpr int kShared = 2 * 2 * Dim * (kRows + 2 * kOthers);
+  // Of two blocks of a bias, see BiasTile.
+  static constexpr int kQueries = OfKeys ? kOthers : kRows, kKeys = OfKeys ? kRows : kOthers;
+  template <int Bytes>
+  static constexpr int kBias = 2 * kQueries * kBiasPitch<OfKeys, kKeys, Bytes>;
+};
+
+// The gradient of a bias sums over all that share it, whose both sides are there twice.
+template <int Dim>
+struct GroupBiasTiles {
+  static constexpr int kGroups = Dim == 64 ? 3 : 2;  // as shared memory allows
+  static constexpr int kThreads = 128 * kGroups, kRows = 64 * kGroups;
+  static constexpr int kOthers = 64;
+  static constexpr int kCopying = 256;  // threads that copy
+  static constexpr int kShared = 2 * 2 * 2 * Dim * (kRows + kOthers);
 };
 
 // Strides count elements; those of a dimension that broadcasts are 0. `aligned`: see Matrix.
@@ -79,6 +102,7 @@ struct AttentionScalars {
   int64_t mask[4], bias[4];
   int32_t wide_bias;     // fp32, whatever query is
   int32_t aligned_bias;  // four elements of a row can be loaded at once
+  int32_t chunked_bias;  // 16 bytes of a row can be copied at once
   int32_t offset;        // where sequences are not packed
   int32_t left, right;   // query i sees the keys i + offset - left ... i + offset + right
   int32_t hides;         // whether some keys may be invisible
@@ -92,8 +116,10 @@ struct AttentionScalars {
 struct AttentionBackwardScalars {
   AttentionScalars in;
   Layout grad_out, grad_query, grad_key, grad_value;
-  int32_t bias_sizes[4];  // 1 where the bias broadcasts
-  float scale;            // of products, to logits
+  int32_t bias_sizes[4];         // 1 where the bias broadcasts
+  float scale;                   // of products, to logits
+  int32_t first_head;            // of all batches', whose gradients come from this launch
+  int32_t kept_rows, kept_cols;  // tiles of a head, see KeptWords
 };
 
 // A warp has 16 rows of queries, those of all heads that share a head of keys, and tiles of keys of

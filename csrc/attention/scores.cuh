@@ -40,11 +40,13 @@ struct Work {
   Sequence sequence;
   int head, first;
 
-  // `rows` of queries or of keys, in the order in which most work comes first under a causal mask.
-  __device__ void find(const AttentionScalars& in, const Starts& starts, bool of_keys, int rows) {
+  // `rows` of queries or of keys, in the order in which most work comes first under a causal mask,
+  // of the heads from `first_head` on.
+  __device__ void find(const AttentionScalars& in, const Starts& starts, bool of_keys, int rows,
+                       int first_head = 0) {
     const int heads = of_keys ? in.heads / in.group : in.heads;
     const int blocks = of_keys ? in.key_blocks : in.query_blocks;
-    const int block = static_cast<int>(blockIdx.x);
+    const int block = static_cast<int>(blockIdx.x) + first_head * blocks;
     int own = block % blocks;
     const Sequence found =
         in.sequences > 0 ? packed(in, starts, of_keys, rows, own)
@@ -128,7 +130,9 @@ struct Terms {
 };
 
 // To within an eps or so of 1, which is what matters for a logit of that size.
-__device__ float hyperbolic_tangent(float x) { return 1 - 2 / (1 + ptx::exp2(2 * kLog2e * x)); }
+__device__ float hyperbolic_tangent(float x) {
+  return 1 - __fdividef(2, 1 + ptx::exp2(2 * kLog2e * x));
+}
 
 // The elements that a lane has of an Accumulator whose rows are queries and whose columns are dealt
 // keys or, if OfKeys, the other way round: runs of neighbouring keys of one query. Flags of all of
@@ -146,7 +150,8 @@ struct Runs {
   }
   // Its bit among the flags.
   __device__ static constexpr int bit(int run, int k) {
-    return OfKeys ? run * 2 + k : run / 2 % 2 * 16 + run % 2 * 8 + run / 4 * 4 + k;
+    return OfKeys ? run / 8 * 16 + run / 2 % 2 * 8 + run / 4 % 2 * 4 + run % 2 * 2 + k
+                  : run / 2 % 2 * 16 + run % 2 * 8 + run / 4 * 4 + k;
   }
   // The query of a run and the first of its keys, from the accumulator's first on.
   __device__ static int query(int run) {
@@ -156,6 +161,14 @@ struct Runs {
   __device__ static int key(int run) {
     const int lane = lane_index();
     return OfKeys ? lane / 4 * 2 : run / 2 * 16 + lane % 4 * 4;
+  }
+  // Calls change(run, k, element) for all of them.
+  template <class Change>
+  __device__ static void each(Accumulator<N>& values, const Change& change) {
+#pragma unroll
+    for (int run = 0; run < kCount; run++)
+#pragma unroll
+      for (int k = 0; k < kLength; k++) change(run, k, values[n(run, k)][e(run, k)]);
   }
 };
 
@@ -168,15 +181,16 @@ struct Scores {
   const uint8_t* mask = nullptr;
   const void* bias = nullptr;
   float slope = 0;  // of ALiBi, in base 2
+  bool masks = false, biases = false;
 
   __device__ Scores(const AttentionScalars& in, const Sequence& sequence)
       : in(in), sequence(sequence) {}
   __device__ Scores(const AttentionScalars& in, const Sequence& sequence, const Terms& terms,
                     int head)
-      : in(in), sequence(sequence) {
+      : in(in), sequence(sequence), masks(terms.mask != nullptr), biases(terms.bias != nullptr) {
     const int batch = sequence.index;
-    if (terms.mask != nullptr) mask = terms.mask + batch * in.mask[0] + head * in.mask[1];
-    if (terms.bias != nullptr)
+    if (masks) mask = terms.mask + batch * in.mask[0] + head * in.mask[1];
+    if (biases)
       bias = static_cast<const char*>(terms.bias) +
              (batch * in.bias[0] + head * in.bias[1]) * (in.wide_bias ? 4 : sizeof(T));
     if (terms.alibi_slopes != nullptr) slope = terms.alibi_slopes[batch * in.heads + head] * kLog2e;
@@ -195,50 +209,101 @@ struct Scores {
             static_cast<float>(place - j)};
   }
 
-  // Of the k-th key, to which the bias adds `term`, unless the mask hides it. `steepness` receives
-  // the derivative of softcap, where there is one.
+  // Of the k-th key, to which the bias adds `term`, unless the mask hides it.
   template <bool Extras>
   __device__ float operator()(float product, const Sight& sight, int k, float term = 0,
-                              bool hidden = false, float* steepness = nullptr) const {
+                              bool hidden = false) const {
     if (sight.before + static_cast<unsigned>(k) >= sight.count) return -kInfinity;
     // What is infinite is visible all the same, and no number.
     float logit = (product - product + product) * in.scale;
     if constexpr (Extras) {
       if (hidden || term == -kInfinity) return -kInfinity;
-      if (in.softcap != 0) {
-        const float tangent = hyperbolic_tangent(logit);
-        logit = tangent * in.softcap;
-        if (steepness != nullptr) *steepness = 1 - tangent * tangent;
-      }
+      if (in.softcap != 0) logit = hyperbolic_tangent(logit) * in.softcap;
       logit += term * kLog2e - slope * fabsf(sight.apart - static_cast<float>(k));
     }
     return logit;
   }
 
-  // Of a warp's 16 queries from `first` on and the keys from j on, in place.
+  // Of a warp's 16 queries from `first` on and the keys from j on, in place; `whole` says that all
+  // of them are within each other's bounds.
   template <int Keys, bool Extras>
-  __device__ void all(Accumulator<Keys>& weights, int first, int j) const {
+  __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole = false) const {
+    all<Keys, Extras>(weights, first, j, whole, bias_here<false, Keys>(first, j));
+  }
+  // The same with a bias that calls its argument with every run's number and terms.
+  template <int Keys, bool Extras, class Bias>
+  __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole,
+                      const Bias& bias) const {
     using Own = Runs<false, Keys>;
     uint32_t invisible = 0;
     if constexpr (Extras)
-      if (mask != nullptr) invisible = hidden<Keys>(first, j);
-    const int first_key = j + Own::key(0);
+      if (masks) invisible = hidden<Keys>(first, j);
+    // What is infinite is visible all the same, and no number.
+    Own::each(weights,
+              [&](int, int, float& weight) { weight = fmaf(weight, 0, weight * in.scale); });
+    if constexpr (Extras) {
+      if (in.softcap != 0)
+        Own::each(weights, [&](int, int, float& weight) {
+          weight = hyperbolic_tangent(weight) * in.softcap;
+        });
+      add_terms<false, true, Keys>(weights, first, j, bias);
+    }
+    if (!whole)
+      hide_outside<false, Keys>(
+          first, j, [&](int run, int k) { weights[Own::n(run, k)][Own::e(run, k)] = -kInfinity; });
+    if (Extras && masks)
+      Own::each(weights, [&](int run, int k, float& weight) {
+        if (invisible >> Own::bit(run, k) & 1) weight = -kInfinity;
+      });
+  }
+
+  // The bias of the Runs from query i and key j on, as `all` takes one.
+  template <bool OfKeys, int N>
+  __device__ auto bias_here(int i, int j) const {
+    using Own = Runs<OfKeys, N>;
+    return [=, this](const auto& add) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int i = first + Own::query(half);
-      const auto seen = sight(i, first_key);
-#pragma unroll
-      for (int run = half; run < Own::kCount; run += 2) {
-        const int behind = run / 2 * 16;
-        float terms[Own::kLength] = {};
-        if constexpr (Extras) bias_of(terms, i, first_key + behind);
+      for (int run = 0; run < Own::kCount; run++) {
+        float terms[Own::kLength];
+        bias_of(terms, i + Own::query(run), j + Own::key(run));
+        add(run, terms);
+      }
+    };
+  }
+  // Adds a bias and ALiBi to logits in base 2 of the Runs from query i and key j on. Only if
+  // Strict, a bias of -inf hides products that are no numbers.
+  template <bool OfKeys, bool Strict, int N, class Bias>
+  __device__ void add_terms(Accumulator<N>& logits, int i, int j, const Bias& bias) const {
+    using Own = Runs<OfKeys, N>;
+    if (biases)
+      bias([&](int run, const float (&terms)[Own::kLength]) {
 #pragma unroll
         for (int k = 0; k < Own::kLength; k++) {
-          float& weight = weights[Own::n(run, k)][Own::e(run, k)];
-          const bool masked = Extras && (invisible >> Own::bit(run, k) % 32 & 1);
-          weight = (*this).template operator()<Extras>(weight, seen, behind + k, terms[k], masked);
+          float& logit = logits[Own::n(run, k)][Own::e(run, k)];
+          logit = fmaf(terms[k], kLog2e, logit);
+          if (Strict && terms[k] == -kInfinity) logit = -kInfinity;
         }
-      }
+      });
+    if (slope != 0) {
+      const int query = i + sequence.offset + Own::query(0), key = j + Own::key(0);
+      const float apart = static_cast<float>(query - key);
+      Own::each(logits, [&](int run, int k, float& logit) {
+        const int behind = Own::query(run) - Own::query(0) - (Own::key(run) - Own::key(0)) - k;
+        logit = fmaf(-slope, fabsf(apart + static_cast<float>(behind)), logit);
+      });
+    }
+  }
+
+  // Calls hide(run, k) for what is outside of the bounds, of the Runs from query i and key j on.
+  template <bool OfKeys, int N, class Hide>
+  __device__ void hide_outside(int i, int j, const Hide& hide) const {
+    using Own = Runs<OfKeys, N>;
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++) {
+      const auto seen = sight(i + Own::query(run), j + Own::key(run));
+#pragma unroll
+      for (int k = 0; k < Own::kLength; k++)
+        if (seen.before + static_cast<unsigned>(k) >= seen.count) hide(run, k);
     }
   }
 
@@ -254,7 +319,7 @@ struct Scores {
                     ? static_cast<float>(from[k * in.bias[3]])
                     : 0;
     };
-    if (bias == nullptr)
+    if (!biases)
       for (float& term : to) term = 0;
     else if (in.wide_bias)
       read(static_cast<const float*>(bias));
@@ -270,6 +335,20 @@ struct Scores {
   // Whether the mask hides keys j + lane from query i, a bit each.
   __device__ uint32_t hidden_keys(int i, int j) const {
     return __ballot_sync(kAllLanes, !mask_row(i, sequence.q_len - 1)[mask_col(j + lane_index())]);
+  }
+  // Which of the Runs from query i and key j on the mask hides, where rows are keys.
+  template <int N>
+  __device__ uint32_t hidden_rows(int i, int j) const {
+    using Own = Runs<true, N>;
+    const int64_t cols[2] = {mask_col(j + Own::key(0)), mask_col(j + Own::key(0) + 1)};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int run = 0; run < Own::kCount; run++) {
+      const uint8_t* row = mask_row(i + Own::query(run), sequence.q_len - 1);
+#pragma unroll
+      for (int k = 0; k < 2; k++) bits |= static_cast<uint32_t>(!row[cols[k]]) << Own::bit(run, k);
+    }
+    return bits;
   }
   // Which of 16 rows of queries and so many keys, as this lane has them, the mask hides: see Runs.
   template <int Keys>
@@ -391,18 +470,18 @@ __device__ void clean(T* memory, int count, int thread, int threads) {
 template <int Keys>
 __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i, int j) {
   static_assert(Keys % 16 == 0 && Keys <= 64);
-  const int q = lane_index() % 4;
+  const int q = lane_index() % 4, first_word = Keys == 64 ? 0 : j % 64 / 16;
   uint32_t bits = 0;
-#pragma unroll 1  // four chains of rounds are enough side by side
-  for (int half = 0; half < 2; half++)
+#pragma unroll 2  // four chains of rounds are enough side by side; both rows share some products
+  for (int own = 0; own < 4; own++)
 #pragma unroll
-    for (int own = 0; own < 4; own++) {
+    for (int half = 0; half < 2; half++) {
       const uint4 words =
           philox(seed, j / 64 * 16 + 4 * q + own, static_cast<uint32_t>(i + 8 * half), head);
 #pragma unroll
       for (int n = 0; n < Keys / 16; n++)
-        bits |= static_cast<uint32_t>(word(words, j % 64 / 16 + n) >= threshold)
-                << Runs<false, Keys>::bit(2 * n + half, own);
+        bits |= static_cast<uint32_t>(word(words, first_word + n) >= threshold)
+                << (Runs<false, Keys>::bit(2 * n + half, 0) + own);
     }
   return bits;
 }
@@ -411,13 +490,10 @@ __device__ uint32_t kept(uint32_t threshold, uint64_t seed, uint32_t head, int i
 template <bool OfKeys, int N>
 __device__ void drop(Accumulator<N>& values, uint32_t bits, float factor) {
   using Own = Runs<OfKeys, N>;
-#pragma unroll
-  for (int run = 0; run < Own::kCount; run++)
-#pragma unroll
-    for (int k = 0; k < Own::kLength; k++) {
-      float& value = values[Own::n(run, k)][Own::e(run, k)];
-      value = (bits >> Own::bit(run, k) & 1) && factor != 0 ? value * factor : 0;
-    }
+  if (factor == 0) bits = 0;
+  Own::each(values, [&](int run, int k, float& value) {
+    value = bits >> Own::bit(run, k) & 1 ? value * factor : 0;
+  });
 }
 
 }  // namespace

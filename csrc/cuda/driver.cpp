@@ -21,7 +21,9 @@
   X(attention)                   \
   X(attention_backward)          \
   X(attention_backward_sm90)     \
-  X(attention_bias) X(attention_decode) X(attention_sm90) X(ffn) X(ffn_sm90) X(norm)
+  X(attention_bias)              \
+  X(attention_bias_sm90)         \
+  X(attention_decode) X(attention_sm90) X(ffn) X(ffn_sm90) X(norm)
 
 // Files that the linker took in as they are; null where the build had no nvcc.
 #define FASTATTN_DECLARE_PTX(room)                                          \
