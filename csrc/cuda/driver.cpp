@@ -33,6 +33,7 @@ namespace {
 
 // Of the driver's enumerations.
 constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kMultiprocessors = 16;     // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
 // The PTX of a room; empty where it was not built.
@@ -141,18 +142,21 @@ class Functions {
  public:
   struct Opened {
     Driver::Context context = nullptr;
-    int architecture = 0;
+    int architecture = 0, multiprocessors = 0;
   };
 
   const Opened& open(int device) {
     const std::lock_guard lock(mutex_);
     Opened& opened = devices_[device];
     if (opened.context == nullptr) {
-      int handle, major, minor;
+      int handle, major, minor, count;
       driver.check(driver.cuDeviceGet(&handle, device), "to find a device");
       driver.check(driver.cuDeviceGetAttribute(&major, kMajor, handle), "to know a device");
       driver.check(driver.cuDeviceGetAttribute(&minor, kMinor, handle), "to know a device");
+      driver.check(driver.cuDeviceGetAttribute(&count, kMultiprocessors, handle),
+                   "to know a device");
       opened.architecture = 10 * major + minor;
+      opened.multiprocessors = count;
       driver.check(driver.cuDevicePrimaryCtxRetain(&opened.context, handle), "to open a device");
     }
     return opened;
@@ -205,6 +209,11 @@ bool emulating() { return emulator.load() != nullptr; }
 
 int architecture(const Device& device) {
   return emulating() ? emulated.load() : functions().open(device.index).architecture;
+}
+
+// The emulator's are two, so that blocks have several things to do.
+int multiprocessors(const Device& device) {
+  return emulating() ? 2 : functions().open(device.index).multiprocessors;
 }
 
 void run(const Device& device, const Launch& launch) {

@@ -51,6 +51,9 @@ bool emulating();
 // That of a device, or of the one which is emulated: 80 for sm_80.
 int architecture(const Device& device);
 
+// How many multiprocessors a device has, or the one which is emulated.
+int multiprocessors(const Device& device);
+
 // Memory as an argument: of `bytes` bytes, or null.
 struct Memory {
   const void* data;
