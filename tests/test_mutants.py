@@ -119,8 +119,8 @@ def recorded(name: str, kernel: emulator.Kernel) -> list[Recorded]:
 
 # Opcodes of barriers, arrivals, waits, commits and fences.
 SYNCHRONISES = (
-    r"bar|cp\.async\.(?:wait|commit)\w*|wgmma\.(?:fence|commit_group|wait_group)|fence\.proxy"
-    r"|mbarrier\.(?:init|arrive)|fence\.mbarrier_init"
+    r"bar|mbarrier\.(?:init|arrive)|cp\.async\.(?:wait|commit|mbarrier)\w*"
+    r"|fence\.(?:proxy|mbarrier_init)|wgmma\.(?:fence|commit_group|wait_group)"
 )
 
 LOOSER = {"lt": "le", "le": "lt", "ge": "gt", "gt": "ge"}

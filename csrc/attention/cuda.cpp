@@ -1,6 +1,7 @@
 // Launches of the attention room's CUDA kernels: which kernel, on which tiles.
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <utility>
 
 #include "attention/attention.h"
@@ -142,17 +143,21 @@ std::string name(const char* kernel, const Attention& in, int dim, const char* v
          std::to_string(dim);
 }
 
+constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();  // of a launch
+
+// With a block for each tile of queries, or with so many that share these out.
 template <class Tiles>
 void launch_forward(const AttentionForward& args, Device& device, const char* room,
-                    const std::string& kernel) {
+                    const std::string& kernel, int64_t most = kMostBlocks) {
   const Attention& in = args.in;
   const Tensors of{in};
   AttentionScalars numbers = scalars(in, Tiles::kQueries);
   numbers.out = written(args.out, of.bytes, in.value_dim);
+  // Rows further apart are read element by element, see `fetch_in_turn`.
+  numbers.query.aligned = numbers.query.aligned && in.query.stride[2] >> 30 == 0;
+  const int64_t tiles = int64_t{numbers.query_blocks} * in.heads * numbers.batch;
   launch(device, room, kernel,
-         {{blocks(int64_t{numbers.query_blocks} * in.heads * numbers.batch), 1, 1},
-          {Tiles::kThreads, 1, 1},
-          Tiles::kShared},
+         {{blocks(std::min(tiles, most)), 1, 1}, {Tiles::kThreads, 1, 1}, Tiles::kShared},
          of.query(), of.key(), of.value(), of.mask(), of.bias(), of.alibi_slopes(), of.sinks(),
          of.seed(), of.query_starts(), of.key_starts(), of.queries(args.out, in.value_dim),
          writes(args.lse, in.rows * 4), numbers);
@@ -181,11 +186,16 @@ bool grouped(const Attention& in, const Device& device,
   return serves;
 }
 
+// Where all tiles are as much work, as many blocks as there is room for take them in turn, and copy
+// the next one's queries and keys while they end another. Others the GPU deals out to who is done.
 template <int Dim, bool Extras>
 void launch_grouped(const AttentionForward& args, Device& device) {
   using Tiles = GroupTiles<Dim, Extras>;
+  const AttentionScalars numbers = scalars(args.in, Tiles::kQueries);
+  const bool alike = !numbers.hides && numbers.sequences == 0;
   launch_forward<Tiles>(args, device, "attention_sm90",
-                        name("forward", args.in, Dim, Extras ? "_extra" : "") + "_sm90");
+                        name("forward", args.in, Dim, Extras ? "_extra" : "") + "_sm90",
+                        alike ? multiprocessors(device) : kMostBlocks);
 }
 
 template <int Dim>

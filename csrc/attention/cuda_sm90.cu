@@ -1,220 +1,387 @@
-// Attention by products of warp groups, for 16 bits on sm_90a (Shah et al. 2024, arXiv:2407.08608).
+// Attention by products of warp groups, for 16 bits on sm_90a (FlashAttention-3: Shah et al. 2024,
+// arXiv:2407.08608).
 //
-// As cuda.cu, but that both products run beside the threads: while weights of one block of keys
-// multiply its values, those of the next become weights. Keys are therefore one block ahead of
-// values, and both lie in shared memory twice.
+// As cuda.cu, but that products run beside the threads, and that warp groups share out the work.
+// One copies: tiles of queries, one after the other, and for each the blocks of keys and values.
+// The others attend, each with 64 queries of a tile: while weights of one block of keys multiply
+// its values, those of the next become weights, and they take turns, so that one group's weights
+// are computed while another's products run. Blocks may be fewer than tiles.
 #include "attention/groups.cuh"
+#include "cuda/ptx_bulk.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
+// A place in shared memory for what one group copies and the others read.
+struct Place {
+  uint64_t full, empty;  // mbarriers: all of it is there, all have read it
+
+  __device__ void init(int copying, int reading) {
+    ptx::mbarrier_init(full, copying);
+    ptx::mbarrier_init(empty, reading);
+  }
+  // For the n-th time: waits until it is empty, or full.
+  __device__ void wait_empty(int n) { ptx::mbarrier_wait(empty, n % 2 ^ 1); }
+  __device__ void wait_full(int n) { ptx::mbarrier_wait(full, n % 2); }
+  // Once a warp, which waits for its products together, has read it.
+  __device__ void release() {
+    if (ptx::thread_index() % static_cast<int>(kWarp) == 0) ptx::mbarrier_arrive(empty);
+  }
+};
+
+// The barriers of a block; each group that attends has one for its turns.
+enum : unsigned { kAll = 1, kAllAttending, kAllCopying, kTurns };
+
 template <class T, int Dim, bool Extras>
-__device__ void forward(const T* query, const T* key, const T* value, const uint8_t* mask,
-                        const void* bias, const float* alibi_slopes, const double* sinks,
-                        const uint64_t* seed_at, const Starts& starts, T* out, float* lse,
-                        const AttentionScalars& in) {
+struct Forward {
   using Tiles = GroupTiles<Dim, Extras>;
-  constexpr int keys = Tiles::kKeys, more = 15;  // rows of a warp, behind its first
-  __shared__ Work work;
-  __shared__ int spoilt;  // some row, by a value that is no number: see cuda.cu
-  if (threadIdx.x == 0) spoilt = 0;
-  work.find(in, starts, false, Tiles::kQueries);
-  const Sequence& sequence = work.sequence;
-  if (work.none(false)) return;
-  const int own = work.head / in.group;  // head of keys
-  // Of this warp the first row, and of this lane the place among its 32: counted anew each time,
-  // for registers are few.
-  const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
-  const auto lane = [] { return ptx::thread_index() % static_cast<int>(kWarp); };
+  static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  // Weights are at most 2 to this power, so that sums seldom need another scale. Those that dropout
+  // scales would overflow.
+  static constexpr int kSlack = Extras ? 0 : 8;
 
-  T* memory = reinterpret_cast<T*>(shared_memory);
-  const Panels<T, Tiles::kQueries, Dim> queries{memory};
-  const auto tile = [&](int which, int j) {
-    const int place = Tiles::kQueries + (which + j / keys % 2) * keys;
-    return Panels<T, keys, Dim>{memory + place * Dim};
+  // A tile of queries, and the blocks of keys that they see. All blocks are numbered, and block n
+  // of those from `first` up to `end` begins with key n * kKeys + shift.
+  struct Task {
+    Work work;
+    int first, end, shift;
   };
-  const auto key_tile = [&](int j) { return tile(0, j); };
-  const auto value_tile = [&](int j) { return tile(2, j); };
-  __shared__ const T *first_key, *first_value;  // there as Work is, for registers are few
-  if (threadIdx.x == 0) {
-    first_key = row_at(key, in.key, sequence.index, own, sequence.key);
-    first_value = row_at(value, in.value, sequence.index, own, sequence.key);
+
+  // What lies in shared memory beside the tiles.
+  struct Shared {
+    Task tasks[2];                     // this tile's, and the next one's
+    int counts[Tiles::kThreads / 32];  // of each warp, how many tasks it has begun
+    int before;  // how many there were when all tiles were first begun, or begun again
+    Place queries, keys[kStages], values[kStages];
+    int spoilt;  // some row, by a value that is no number: see cuda.cu
+  };
+
+  const T *query, *key, *value;
+  Terms terms;
+  const double* sinks;
+  const uint64_t* seed;
+  Starts starts;
+  T* out;
+  float* lse;
+  const AttentionScalars& in;
+
+  __device__ static Shared& shared() {
+    __shared__ Shared memory;
+    return memory;
   }
-  __syncthreads();
 
-  const Terms terms = {mask, bias, alibi_slopes};
-  const Scores<T> scores =
-      Extras ? Scores<T>(in, sequence, terms, work.head) : Scores<T>(in, sequence);
-  const uint64_t seed = Extras && in.threshold != 0 ? *seed_at : 0;
+  __device__ static Panels<T, Tiles::kQueries, Dim> query_tile() {
+    return {reinterpret_cast<T*>(shared_memory)};
+  }
+  __device__ static Panels<T, kKeys, Dim> tile(int n) {
+    return {query_tile().memory + (Tiles::kQueries + n * kKeys) * Dim};
+  }
+  __device__ static Panels<T, kKeys, Dim> key_tile(int n) { return tile(n % kStages); }
+  __device__ static Panels<T, kKeys, Dim> value_tile(int n) { return tile(kStages + n % kStages); }
 
-  // Keys from `begin` up to `end` are all that these queries can see.
-  const int begin = max(work.first + sequence.offset - in.left, 0) / keys * keys;
-  const int end =
-      min(min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset + in.right,
-          sequence.kv_len);
-  // Whether all of a warp's queries see the keys from j on. The first sees those from `nearest` up
-  // to `last`, and each of the others one more.
-  const auto all_see = [&](int j) {
-    const int upper = work.first + row(), place = upper + sequence.offset;
-    const int nearest = place - in.left, last = min(place + in.right + 1, sequence.kv_len);
-    return in.plain && upper < sequence.q_len && j >= nearest + more && j + keys <= last;
-  };
+  __device__ Task task(const Work& work, int first) const {
+    const Sequence& sequence = work.sequence;
+    const int rows_end = min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset;
+    const int begin = max(work.first + sequence.offset - in.left, 0) / kKeys;
+    const int end = (min(rows_end + in.right, sequence.kv_len) + kKeys - 1) / kKeys;
+    return {work, first, first + max(end - begin, 0), (begin - first) * kKeys};
+  }
 
-  Accumulator<Dim> sum;
-  Accumulator<keys> weights;
-  uint32_t left[keys / 16][4];  // weights, as a product takes them
-  float highest[2], total[2];   // of the two rows
+  // The number of the task that this warp begins.
+  __device__ static int count_task() {
+    const int thread = ptx::thread_index();
+    int& count = shared().counts[thread / static_cast<int>(kWarp)];
+    const int number = count;
+    __syncwarp();
+    if (thread % static_cast<int>(kWarp) == 0) count = number + 1;
+    __syncwarp();
+    return number;
+  }
 
-  const auto fetch_keys = [&](int j) {
-    if (j < end && threadIdx.x < Tiles::kCopying)
-      fetch<true, Tiles::kCopying>(key_tile(j),
-                                   matrix(first_key, in.key, sequence.kv_len, in.head_dim), j);
-  };
-  const auto fetch_values = [&](int j) {
-    if (j < end && threadIdx.x < Tiles::kCopying)
-      fetch<true, Tiles::kCopying>(value_tile(j),
-                                   matrix(first_value, in.value, sequence.kv_len, in.value_dim), j);
-  };
-  const auto begin_logits = [&](int j) {
-    multiply_rows<keys>(weights, queries, row() / 64 * 64, key_tile(j));
-    ptx::commit_products();
-  };
-  // Makes weights of products with keys from j on; gives the factors of the sums so far. The
-  // weights are computed in both branches, for a compiler does not wait for other products in front
-  // of one.
-  const auto weigh_all = [&](int j, float (&factors)[2], auto careful) {
-    const auto weigh_rows = [&](float scale) {
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        factors[half] = weigh<keys>(weights, half, scale, highest[half], total[half]);
-    };
-    if (!decltype(careful)::value && all_see(j)) {
-#pragma unroll
-      for (int n = 0; n < keys / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)  // what is infinite is no number, see Scores
-          total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
-      weigh_rows(in.scale);
-    } else {
-      scores.template all<keys, Extras>(weights, work.first + row(), j);
-      if constexpr (decltype(careful)::value) {
-        ptx::wait_for_products<0>(sum);
-        hand_over();
-        find_strange<keys, Dim>(value_tile(j), in.value_dim, weights, sum);
-        __syncthreads();
-        clean(value_tile(j).memory, keys * Dim, static_cast<int>(threadIdx.x), Tiles::kThreads);
-        hand_over();
+  // The n-th tile, of which most work comes first under a causal mask. Heads whose keys and values
+  // fit into a GPU's cache together take turns.
+  __device__ Work find(int n) const {
+    constexpr int cached = 16 << 20;
+    const int rows = cached / (static_cast<int>(sizeof(T)) * (in.head_dim + in.value_dim));
+    const int all = in.heads * in.batch;
+    const int near = min(max(rows / max(in.kv_len, 1), 1) * in.group, all);
+    const int batch = n / (near * in.query_blocks), rest = n % (near * in.query_blocks);
+    const int heads = min(near, all - batch * near);
+    Work found = Work::of_queries(in, starts, Tiles::kQueries, batch * near + rest % heads,
+                                  rest / heads, ptx::thread_index() % static_cast<int>(kWarp));
+    found.first = max(found.first, 0);  // of packed sequences there is one tile too many
+    return found;
+  }
+
+  // What the group that copies does: all tiles, once, and then no work.
+  __device__ void copy_all() const {
+    // Counted anew each time, for registers are few.
+    const auto thread = [] { return ptx::thread_index() - Tiles::kAttending; };
+    const int tiles = in.query_blocks * in.heads * in.batch;
+    while (true) {
+      const int number = count_task();
+      const int round = number - shared().before;
+      const int n = round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+      const bool more = n < tiles;
+      const Work found = more ? find(n) : Work{{}, -1, 0};
+      shared().queries.wait_empty(number);
+      Task& own = shared().tasks[number % 2];
+      if (thread() == 0) own = task(found, number == 0 ? 0 : shared().tasks[(number - 1) % 2].end);
+      ptx::sync_threads(kAllCopying, Tiles::kCopying);
+      if (!more) {
+        if (thread() == 0) shared().before = number + 1;
+        ptx::mbarrier_arrive(shared().queries.full);
+        return;
       }
-      weigh_rows(1);
-    }
-    if constexpr (Extras)
-      if (in.threshold != 0)
-        drop<false, keys>(weights,
-                          kept<keys>(in.threshold, seed,
-                                     static_cast<uint32_t>(sequence.index * in.heads + work.head),
-                                     work.first + row() + lane() / 4, j),
-                          in.kept);
-  };
-  const auto turn = [&](const float (&factors)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) rescale<Dim>(sum, half, factors[half]);
-    pack<T, keys>(left, weights);
-  };
+      const Work& work = own.work;
+      const Sequence& sequence = work.sequence;
+      const auto queries = matrix(query, in.query, sequence.index, work.head, sequence.query,
+                                  sequence.q_len, in.head_dim);
+      if (queries.aligned) {
+        fetch_in_turn<false, Tiles::kCopying, Tiles::kUnrolled>(query_tile(), queries, work.first,
+                                                                thread());
+        ptx::mbarrier_arrive_with_copies(shared().queries.full);
+      } else {
+        copy_elements<Tiles::kQueries, Tiles::kCopying, false>(query_tile(), queries, work.first,
+                                                               thread());
+        ptx::mbarrier_arrive(shared().queries.full);
+      }
 
-  copy<Tiles::kQueries, Tiles::kThreads, false>(queries,
-                                                matrix(query, in.query, sequence.index, work.head,
-                                                       sequence.query, sequence.q_len, in.head_dim),
-                                                work.first);
-  const auto sum_up = [&](auto careful) {
-    const float sink =
-        sinks == nullptr ? -kInfinity : static_cast<float>(sinks[work.head]) * kLog2e;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      highest[half] = sink;
-      total[half] = sink > -kInfinity && lane() % 4 == 0 ? 1 : 0;
-    }
-#pragma unroll
-    for (int n = 0; n < Dim / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) sum[n][e] = 0;
-    if (begin >= end) return;
-    float factors[2];
-    fetch_keys(begin);
-    hand_over();
-    ptx::begin_products();
-    begin_logits(begin);
-    fetch_values(begin);
-    fetch_keys(begin + keys);
-    ptx::wait_for_products<0>(weights);
-    weigh_all(begin, factors, careful);
-    turn(factors);
-    int j = begin;
+      const int head = work.head / in.group;  // of keys
+      const auto keys =
+          matrix(key, in.key, sequence.index, head, sequence.key, sequence.kv_len, in.head_dim);
+      const auto values = matrix(value, in.value, sequence.index, head, sequence.key,
+                                 sequence.kv_len, in.value_dim);
+      const auto fetch_keys = [&](int n) {
+        Place& place = shared().keys[n % kStages];
+        place.wait_empty(n / kStages);
+        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(key_tile(n), keys,
+                                                               n * kKeys + own.shift, thread());
+        ptx::mbarrier_arrive_with_copies(place.full);
+      };
+      const auto fetch_values = [&](int n) {
+        Place& place = shared().values[n % kStages];
+        place.wait_empty(n / kStages);
+        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(value_tile(n), values,
+                                                               n * kKeys + own.shift, thread());
+        ptx::mbarrier_arrive_with_copies(place.full);
+      };
+      if (own.first < own.end) fetch_keys(own.first);
 #pragma unroll 1
-    for (; j + keys < end; j += keys) {
-      hand_over();
-      ptx::begin_products();
-      begin_logits(j + keys);
-      multiply<Dim>(sum, left, value_tile(j));
-      ptx::commit_products();
-      fetch_values(j + keys);
-      fetch_keys(j + 2 * keys);
-      ptx::wait_for_products<1>(weights);
-      weigh_all(j + keys, factors, careful);
-      ptx::settle(weights);  // while values are multiplied
-      ptx::wait_for_products<0>(sum);
-      turn(factors);
-    }
-    hand_over();
-    ptx::begin_products();
-    multiply<Dim>(sum, left, value_tile(j));
-    ptx::commit_products();
-    ptx::wait_for_products<0>(sum);
-  };
-  sum_up(std::false_type());
-  ptx::wait_for_copies();  // of queries that see no keys
-  __syncthreads();         // all have read theirs
-  if (in.hides) {
-    bool finite = true;
-#pragma unroll
-    for (int n = 0; n < Dim / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) finite = finite && isfinite(sum[n][e]);
-    if (!finite) spoilt = 1;
-    __syncthreads();
-    if (spoilt) {
-      sum_up(std::true_type());
-      __syncthreads();
+      for (int step = own.first; step < own.end; step++) {
+        if (step + 1 < own.end) fetch_keys(step + 1);
+        fetch_values(step);
+      }
     }
   }
 
-  add_up(total);
+  // What the other groups do with them. If careful, rows see no number but for what they see, see
+  // cuda.cu; otherwise rows that look so are told of.
+  template <bool Careful>
+  __device__ void attend_all() const {
+    constexpr int more = 15;  // rows of a warp, behind its first
+    // Of this warp the first row, and of this lane the place among its 32: counted anew each time,
+    // for registers are few.
+    const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
+    const auto lane = [] { return ptx::thread_index() % static_cast<int>(kWarp); };
+    const auto group = [] { return ptx::thread_index() / 128; };
+    const auto take_turn = [&] { ptx::sync_threads(kTurns + group(), 256); };
+    const auto pass_turn = [&] {
+      ptx::arrive_threads(kTurns + (group() + 1) % Tiles::kGroups, 256);
+    };
+
+    while (true) {
+      const int number = count_task();
+      shared().queries.wait_full(number);
+      const Task& own = shared().tasks[number % 2];
+      const Work& work = own.work;
+      if (work.head < 0) return shared().queries.release();
+      const Sequence& sequence = work.sequence;
+      const Scores<T> scores =
+          Extras ? Scores<T>(in, sequence, terms, work.head) : Scores<T>(in, sequence);
+      const uint64_t own_seed = Extras && in.threshold != 0 ? *seed : 0;
+
+      // Whether all of a warp's queries see the keys from j on. The first sees those from `nearest`
+      // up to `last`, and each of the others one more.
+      const auto all_see = [&](int j) {
+        const int upper = work.first + row(), place = upper + sequence.offset;
+        const int nearest = place - in.left, last = min(place + in.right + 1, sequence.kv_len);
+        return in.plain && upper < sequence.q_len && j >= nearest + more && j + kKeys <= last;
+      };
+
+      Accumulator<Dim> sum;
+      Accumulator<kKeys> weights;
+      uint32_t left[kKeys / 16][4];  // weights, as a product takes them
+      float highest[2], total[2];    // of the two rows
+
+      const auto begin_logits = [&](int n) {
+        multiply_rows<kKeys>(weights, query_tile(), row() / 64 * 64, key_tile(n));
+        ptx::commit_products();
+      };
+      // Makes weights of products with block n of keys; gives the factors of the sums so far. The
+      // weights are computed in both branches, for a compiler does not wait for other products in
+      // front of one.
+      const auto weigh_all = [&](int n, float (&factors)[2]) {
+        const int j = n * kKeys + own.shift;
+        const auto weigh_rows = [&](float scale) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    rescale<Dim>(sum, half, total[half] == 0 ? 0 : 1 / total[half]);
-    const int i = work.first + row() + lane() / 4 + 8 * half;
-    if (lane() % 4 == 0 && i < sequence.q_len)
-      lse[sequence.row(in, work.head) + i] =
-          total[half] == 0 ? -kInfinity : (highest[half] + log2f(total[half])) * kLn2;
+          for (int half = 0; half < 2; half++)
+            factors[half] = weigh<kKeys, kSlack>(weights, half, scale, highest[half], total[half]);
+        };
+        if (!Careful && all_see(j)) {
+          spoil_infinite<kKeys>(weights, total);
+          weigh_rows(in.scale);
+        } else {
+          scores.template all<kKeys, Extras>(weights, work.first + row(), j);
+          if constexpr (Careful) {
+            ptx::wait_for_products<0>(sum);
+            shared().values[n % kStages].wait_full(n / kStages);
+            find_strange<kKeys, Dim>(value_tile(n), in.value_dim, weights, sum);
+            ptx::sync_threads(kAllAttending, Tiles::kAttending);
+            clean(value_tile(n).memory, kKeys * Dim, ptx::thread_index(), Tiles::kAttending);
+            ptx::fence_for_products();
+            ptx::sync_threads(kAllAttending, Tiles::kAttending);
+          }
+          weigh_rows(1);
+        }
+        if constexpr (Extras)
+          if (in.threshold != 0)
+            drop<false, kKeys>(
+                weights,
+                kept<kKeys>(in.threshold, own_seed,
+                            static_cast<uint32_t>(sequence.index * in.heads + work.head),
+                            work.first + row() + lane() / 4, j),
+                in.kept);
+      };
+      const auto turn = [&](const float (&factors)[2]) {
+        if (__any_sync(kAllLanes, factors[0] != 1 || factors[1] != 1))
+#pragma unroll
+          for (int half = 0; half < 2; half++) rescale<Dim>(sum, half, factors[half]);
+        pack<T, kKeys>(left, weights);
+      };
+
+      const float sink =
+          sinks == nullptr ? -kInfinity : static_cast<float>(sinks[work.head]) * kLog2e;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        highest[half] = sink;
+        total[half] = sink > -kInfinity && lane() % 4 == 0 ? 1 : 0;
+      }
+#pragma unroll
+      for (int n = 0; n < Dim / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[n][e] = 0;
+      int step = own.first;
+      if (step < own.end) {
+        float factors[2];
+        const auto use_keys = [&](int n) { return &shared().keys[n % kStages]; };
+        const auto use_values = [&](int n) { return &shared().values[n % kStages]; };
+        use_keys(step)->wait_full(step / kStages);
+        ptx::fence_for_products();
+        ptx::begin_products();
+        begin_logits(step);
+        ptx::wait_for_products<0>(weights);
+        use_keys(step)->release();
+        if (step + 1 == own.end) shared().queries.release();
+        weigh_all(step, factors);
+        turn(factors);
+#pragma unroll 1
+        for (; step + 1 < own.end; step++) {
+          use_keys(step + 1)->wait_full((step + 1) / kStages);
+          use_values(step)->wait_full(step / kStages);
+          ptx::fence_for_products();
+          take_turn();
+          ptx::begin_products();
+          begin_logits(step + 1);
+          multiply<Dim>(sum, left, value_tile(step));
+          ptx::commit_products();
+          pass_turn();
+          ptx::wait_for_products<1>(weights);
+          use_keys(step + 1)->release();
+          if (step + 2 == own.end) shared().queries.release();
+          weigh_all(step + 1, factors);
+          ptx::settle(weights);  // while values are multiplied
+          ptx::wait_for_products<0>(sum);
+          use_values(step)->release();
+          turn(factors);
+        }
+        use_values(step)->wait_full(step / kStages);
+        ptx::fence_for_products();
+        ptx::begin_products();
+        multiply<Dim>(sum, left, value_tile(step));
+        ptx::commit_products();
+        ptx::wait_for_products<0>(sum);
+        use_values(step)->release();
+      } else {
+        shared().queries.release();
+      }
+      if (!Careful && in.hides) {
+        bool finite = true;
+#pragma unroll
+        for (int n = 0; n < Dim / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) finite = finite && isfinite(sum[n][e]);
+        if (!finite) shared().spoilt = 1;
+      }
+
+      add_up(total);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        rescale<Dim>(sum, half, total[half] == 0 ? 0 : 1 / total[half]);
+        const int i = work.first + row() + lane() / 4 + 8 * half;
+        if (lane() % 4 == 0 && i < sequence.q_len)
+          lse[sequence.row(in, work.head) + i] =
+              total[half] == 0 ? -kInfinity : (highest[half] + log2f(total[half])) * kLn2;
+      }
+      store_rows<Dim>(matrix(out, in.out, sequence.index, work.head, sequence.query, sequence.q_len,
+                             in.value_dim),
+                      work.first + row(), sum);
+    }
   }
-  const auto all_outs =
-      matrix(out, in.out, sequence.index, work.head, sequence.query, sequence.q_len, in.value_dim);
-  store<false>(all_outs, work.first, sum, queries, row());
-}
+
+  __device__ void run() const {
+    if (lane_index() == 0) shared().counts[threadIdx.x / kWarp] = 0;
+    if (threadIdx.x == 0) {
+      constexpr int warps = Tiles::kAttending / static_cast<int>(kWarp);
+      shared().queries.init(Tiles::kCopying, warps);
+      for (Place& place : shared().keys) place.init(Tiles::kCopying, warps);
+      for (Place& place : shared().values) place.init(Tiles::kCopying, warps);
+      shared().before = shared().spoilt = 0;
+    }
+    __syncthreads();
+    const auto spoilt = [] {
+      ptx::sync_threads(kAll, Tiles::kThreads);
+      return shared().spoilt != 0;
+    };
+    if (threadIdx.x >= Tiles::kAttending) {
+      ptx::give_registers<Tiles::kFewer>();
+      copy_all();
+      if (spoilt()) copy_all();
+    } else {
+      ptx::take_registers<Tiles::kMore>();
+      if (threadIdx.x / 128 == Tiles::kGroups - 1) ptx::arrive_threads(kTurns, 256);
+      attend_all<false>();
+      if (spoilt()) attend_all<true>();
+    }
+  }
+};
 
 }  // namespace
 }  // namespace fastattn::cuda
 
 using namespace fastattn::cuda;
 
-#define FASTATTN_ATTENTION(name, T, Dim, Extras)                                               \
-  extern "C" __global__ void __launch_bounds__(GroupTiles<Dim, Extras>::kThreads, 1)           \
-      attention_forward_##name##_##Dim##_sm90(                                                 \
-          const T* query, const T* key, const T* value, const uint8_t* mask, const void* bias, \
-          const float* alibi_slopes, const double* sinks, const uint64_t* seed,                \
-          const void* query_starts, const void* key_starts, T* out, float* lse,                \
-          const __grid_constant__ AttentionScalars in) {                                       \
-    forward<T, Dim, Extras>(query, key, value, mask, bias, alibi_slopes, sinks, seed,          \
-                            {query_starts, key_starts}, out, lse, in);                         \
+#define FASTATTN_ATTENTION(name, T, Dim, Extras)                                                \
+  extern "C" __global__ void __launch_bounds__(GroupTiles<Dim, Extras>::kThreads, 1)            \
+      attention_forward_##name##_##Dim##_sm90(                                                  \
+          const T* query, const T* key, const T* value, const uint8_t* mask, const void* bias,  \
+          const float* alibi_slopes, const double* sinks, const uint64_t* seed,                 \
+          const void* query_starts, const void* key_starts, T* out, float* lse,                 \
+          const __grid_constant__ AttentionScalars in) {                                        \
+    Forward<T, Dim, Extras>{                                                                    \
+        query, key, value, {mask, bias, alibi_slopes}, sinks, seed, {query_starts, key_starts}, \
+        out,   lse, in}                                                                         \
+        .run();                                                                                 \
   }
 #define FASTATTN_ATTENTIONS(name, T)            \
   FASTATTN_ATTENTION(name, T, 64, false)        \

@@ -30,6 +30,23 @@ __device__ void multiply(Accumulator<Dim>& sum, const uint32_t (&left)[K / 16][4
   for (int k = 0; k < K / 16; k++) ptx::multiply(sum, T(), left[k], b + k * 16 * 128 / 16);
 }
 
+// The totals of rows of which some logit is infinite become NaN, for that is no number, see Scores.
+// A sum of products says whether one may be.
+template <int Keys>
+__device__ void spoil_infinite(const Accumulator<Keys>& logits, float (&total)[2]) {
+  float products[2] = {};
+#pragma unroll
+  for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      products[half] = fmaf(logits[n][2 * half], logits[n][2 * half + 1], products[half]);
+  if (isfinite(products[0]) && isfinite(products[1])) return;
+#pragma unroll
+  for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) total[e / 2] = fmaf(logits[n][e], 0, total[e / 2]);
+}
+
 // What a warp's lanes have of 16 rows, as the left side of products.
 template <class T, int K>
 __device__ void pack(uint32_t (&to)[K / 16][4], const Accumulator<K>& from) {
@@ -131,11 +148,73 @@ struct BiasTile {
   }
 };
 
+// As `fetch`, for threads with few registers: each address follows from the one before.
+template <bool Dealt, int Threads, int Unrolled, class T, int Rows, int Dim>
+__device__ void fetch_in_turn(const Panels<T, Rows, Dim>& to, const Matrix<const T>& from,
+                              int first, int thread) {
+  constexpr int chunks = Dim / 8, step = Threads / chunks, block = 16;
+  static_assert(Threads % chunks == 0 && block % step == 0 && Rows % block == 0);
+  const auto source = [](int row) { return Dealt ? dealt(row) : row; };
+  const int chunk = thread % chunks, own = thread / chunks;
+  const int row = first + source(own), stride = static_cast<int>(from.row_stride);
+  const int left = chunk * 8 < from.cols ? from.rows - row : 0;
+  const T* at = from.data + int64_t{row} * stride + chunk * 8;
+  const uint32_t target = ptx::shared_address(to.chunk(own, chunk));
+#pragma unroll Unrolled
+  for (int b = 0; b < Rows; b += block, at += int64_t{block} * stride)
+#pragma unroll
+    for (int r = 0; r < block; r += step)  // r % 8 permutes chunks anew
+      ptx::copy_async((target ^ r % 8 * 16) + (b + r) * 128, at + int64_t{source(r)} * stride,
+                      b + source(r) < left);
+}
+
 // What this thread has copied or changed is there for the products of all.
 __device__ void hand_over() {
   ptx::wait_for_copies();
   ptx::fence_for_products();
   __syncthreads();
+}
+
+// Stores a warp's 16 rows from row `first` of the matrix on, of which four lanes have one: they
+// exchange what they have of each 32 columns, so that rows leave in runs of 64 bytes.
+template <int Dim, class T>
+__device__ void store_rows(const Matrix<T>& to, int first, const Accumulator<Dim>& from) {
+  const int lane = ptx::thread_index() % static_cast<int>(kWarp), q = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = first + lane / 4 + 8 * half;
+    T* at = to.data + row * to.row_stride;
+#pragma unroll
+    for (int n = 0; n < Dim / 8; n += 4) {
+      if (to.aligned) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) words[i] = packed<T>(from[n + i] + 2 * half);
+#pragma unroll
+        for (int apart = 1; apart < 4; apart *= 2)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if ((i & apart) == 0) {
+              uint32_t &low = words[i], &high = words[i + apart];
+              const bool upper = (q & apart) != 0;
+              const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, apart);
+              (upper ? low : high) = other;
+            }
+        const int col = (n + q) * 8;
+        if (row < to.rows && col < to.cols)
+          ptx::store_global(at + col, uint4{words[0], words[1], words[2], words[3]});
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int col = (n + i) * 8 + 2 * q + e;
+            if (row < to.rows && col < to.cols)
+              at[col * to.col_stride] = T(from[n + i][2 * half + e]);
+          }
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -20,14 +20,19 @@ struct AttentionTiles {
 // Dynamic shared memory that a block can have on sm_90, with some static beside it.
 constexpr int kMostGroupShared = 216 * 1024;
 
-// The same for warp groups of sm_90a, which have 64 queries each. `Extras`: see cuda_sm90.cu.
+// The same for warp groups of sm_90a, which have 64 queries each, beside one that copies. `Extras`:
+// see cuda_sm90.cu.
 template <int Dim, bool Extras>
 struct GroupTiles {
-  static constexpr int kGroups = Dim == 64 && !Extras ? 3 : 2;  // as registers allow
-  static constexpr int kThreads = 128 * kGroups, kQueries = 64 * kGroups;
-  static constexpr int kCopying = 256;  // threads that copy keys and values
-  static constexpr int kKeys = Extras || Dim == 256 ? 64 : 128;
-  static constexpr int kShared = 2 * Dim * (kQueries + 2 * 2 * kKeys);
+  static constexpr int kGroups = Dim == 64 && !Extras ? 3 : 2;      // as registers allow
+  static constexpr int kAttending = 128 * kGroups, kCopying = 128;  // threads
+  static constexpr int kThreads = kAttending + kCopying, kQueries = 64 * kGroups;
+  static constexpr int kKeys = Extras || Dim == 256 ? 64 : Dim == 128 ? 128 : 112;
+  static constexpr int kStages = 2;
+  static constexpr int kShared = 2 * Dim * (kQueries + 2 * kStages * kKeys);
+  // Registers of a thread that attends, and of one that copies: all, in shares of 8.
+  static constexpr int kMore = kGroups == 3 ? 160 : 232, kFewer = kGroups == 3 ? 32 : 40;
+  static constexpr int kUnrolled = Dim == 128 ? 2 : 1;  // of copying, as registers allow
 };
 
 // The gradients of 64 rows, of queries or of keys, sum over what they meet: the other side, which

@@ -56,6 +56,15 @@ struct Work {
       *this = {found, block / blocks % heads, (of_keys ? own : own_blocks - 1 - own) * rows};
     __syncthreads();
   }
+  // Of `rows` queries the block `own`, as above, of one of the heads of all sequences, which all
+  // lanes of a warp look for.
+  __device__ static Work of_queries(const AttentionScalars& in, const Starts& starts, int rows,
+                                    int head, int own, int lane) {
+    const Sequence found = in.sequences > 0
+                               ? packed(in, starts, false, rows, own, lane)
+                               : Sequence{head / in.heads, 0, in.q_len, 0, in.kv_len, in.offset};
+    return {found, head % in.heads, ((found.q_len + rows - 1) / rows - 1 - own) * rows};
+  }
   __device__ bool none(bool of_keys) const {
     return (of_keys ? sequence.kv_len : sequence.q_len) == 0;
   }
@@ -75,8 +84,7 @@ struct Work {
   // The sequence that holds block `own` of all packed ones, which becomes the block's number in it.
   // Every warp looks for itself, at 32 sequences at a time.
   __device__ static Sequence packed(const AttentionScalars& in, const Starts& starts, bool of_keys,
-                                    int rows, int& own) {
-    const int lane = lane_index();
+                                    int rows, int& own, int lane = lane_index()) {
     for (int n = lane; n - lane < in.sequences; n += static_cast<int>(kWarp)) {
       int2 queries{}, keys{};
       if (n < in.sequences) {
@@ -380,9 +388,9 @@ struct Scores {
 };
 
 // Logits of a row, which are `scale` times what `weights` holds, become weights relative to the
-// highest of the row so far. Gives the factor of the sums of what came before (Milakov & Gimelshein
-// 2018, arXiv:1805.02867).
-template <int Keys>
+// highest of the row so far, or to one before that is no more than Slack below. Gives the factor of
+// the sums of what came before (Milakov & Gimelshein 2018, arXiv:1805.02867).
+template <int Keys, int Slack = 0>
 __device__ float weigh(Accumulator<Keys>& weights, int half, float scale, float& highest,
                        float& total) {
   float now = -kInfinity;
@@ -392,6 +400,7 @@ __device__ float weigh(Accumulator<Keys>& weights, int half, float scale, float&
   now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
   now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
   now = fmaxf(now * scale, highest);
+  if (Slack > 0 && now - highest <= Slack) now = highest;
   const float base = now == -kInfinity ? 0 : now;  // nothing is visible so far
   const float rescale = ptx::exp2(highest - base);
   highest = now;

@@ -223,8 +223,8 @@ Functions& functions() {
 // Runs a launch; returns null, or what went wrong.
 using Emulator = const char* (*)(const Launch*);
 std::atomic<Emulator> emulator = nullptr;
-std::atomic<int> emulated = 80;  // the architecture of the emulator's GPU
-constexpr int kEmulatedMultiprocessors = 2;
+std::atomic<int> emulated = 80;              // the architecture of the emulator's GPU
+constexpr int kEmulatedMultiprocessors = 2;  // so that blocks have several things to do
 
 }  // namespace
 

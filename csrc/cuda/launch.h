@@ -53,7 +53,7 @@ bool emulating();
 // That of a device, or of the one which is emulated: 80 for sm_80.
 int architecture(const Device& device);
 
-// How many blocks of a kernel that takes a whole multiprocessor run at a time.
+// How many multiprocessors a device has, or the one which is emulated.
 int multiprocessors(const Device& device);
 
 // Memory as an argument: of `bytes` bytes, or null.

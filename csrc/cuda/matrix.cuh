@@ -66,12 +66,25 @@ struct Matrix {
 // that a lane of an Accumulator has neighbours, two as rows, and four as columns.
 __device__ constexpr int dealt(int row) { return row / 16 * 16 + row % 8 * 2 + row / 8 % 2; }
 
-// Begins to copy the rows first ... first + Rows to a tile, dealt or in their order, with zeros
-// where the matrix ends. All Threads of the block take part, each in a column of chunks or, where
-// these are not aligned, of elements.
+// Copies the rows first ... first + Rows to a tile, dealt or in their order, with zeros where the
+// matrix ends, element by element. So many threads take part.
+template <int Rows, int Threads, bool Dealt, class Place, class T>
+__device__ void copy_elements(const Place& to, const Matrix<const T>& from, int first, int thread) {
+#pragma unroll 1
+  for (int i = thread; i < Rows * Place::kCols; i += Threads) {
+    const int row = i / Place::kCols, col = i % Place::kCols;
+    const int at = first + (Dealt ? dealt(row) : row);
+    *to.at(row, col) = at < from.rows && col < from.cols
+                           ? from.data[at * from.row_stride + col * from.col_stride]
+                           : T(0.0f);
+  }
+}
+
+// Begins to do so. All Threads of the block take part, each in a column of chunks or, where these
+// are not aligned, of elements.
 template <int Rows, int Threads, bool Dealt, class Place, class T>
 __device__ void copy(const Place& to, const Matrix<const T>& from, int first) {
-  constexpr int cols_there = Place::kCols, each = Place::kEach, chunks = Place::kChunks;
+  constexpr int each = Place::kEach, chunks = Place::kChunks;
   constexpr int step = Threads / chunks;
   static_assert(Threads % chunks == 0 && Rows % step == 0);
   const int thread = ptx::thread_index();
@@ -86,13 +99,7 @@ __device__ void copy(const Place& to, const Matrix<const T>& from, int first) {
       ptx::copy_async(to.chunk(row + r, chunk), at,
                       begin + source(r) < from.rows ? cols * static_cast<int>(sizeof(T)) : 0);
   } else {
-#pragma unroll 1
-    for (int i = thread; i < Rows * cols_there; i += Threads) {
-      const int row = i / cols_there, col = i % cols_there, at = first + source(row);
-      *to.at(row, col) = at < from.rows && col < from.cols
-                             ? from.data[at * from.row_stride + col * from.col_stride]
-                             : T(0.0f);
-    }
+    copy_elements<Rows, Threads, Dealt>(to, from, first, thread);
   }
 }
 

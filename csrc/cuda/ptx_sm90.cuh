@@ -50,10 +50,11 @@ __device__ inline uint64_t matrix(uint32_t address, uint32_t apart = 0) {
 }
 
 #define FASTATTN_SUMS_4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define FASTATTN_SUMS_16(d, n)                                                 \
-  FASTATTN_SUMS_4(d, n), FASTATTN_SUMS_4(d, n + 1), FASTATTN_SUMS_4(d, n + 2), \
-      FASTATTN_SUMS_4(d, n + 3)
+#define FASTATTN_SUMS_8(d, n) FASTATTN_SUMS_4(d, n), FASTATTN_SUMS_4(d, n + 1)
+#define FASTATTN_SUMS_16(d, n) FASTATTN_SUMS_8(d, n), FASTATTN_SUMS_8(d, n + 2)
 #define FASTATTN_SUMS_32(d, n) FASTATTN_SUMS_16(d, n), FASTATTN_SUMS_16(d, n + 4)
+#define FASTATTN_SUMS_56(d, n) \
+  FASTATTN_SUMS_32(d, n), FASTATTN_SUMS_16(d, n + 8), FASTATTN_SUMS_8(d, n + 12)
 #define FASTATTN_SUMS_64(d, n) FASTATTN_SUMS_32(d, n), FASTATTN_SUMS_32(d, n + 8)
 #define FASTATTN_SUMS_128(d, n) FASTATTN_SUMS_64(d, n), FASTATTN_SUMS_64(d, n + 16)
 
@@ -61,11 +62,12 @@ __device__ inline uint64_t matrix(uint32_t address, uint32_t apart = 0) {
 #define FASTATTN_NAMES_32                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_NAMES_64                                                                      \
+#define FASTATTN_NAMES_56                                                                      \
   FASTATTN_NAMES_32                                                                            \
   ", "                                                                                         \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  "%50, %51, %52, %53, %54, %55"
+#define FASTATTN_NAMES_64 FASTATTN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTATTN_NAMES_128                                                                     \
   FASTATTN_NAMES_64                                                                            \
   ", "                                                                                         \
@@ -102,6 +104,7 @@ __device__ inline uint64_t matrix(uint32_t address, uint32_t apart = 0) {
   }
 #define FASTATTN_PRODUCTS_OF(Type, type)                                    \
   FASTATTN_PRODUCTS(Type, type, 64, 32, "%32", "%33", "%34", "%35", "%36")  \
+  FASTATTN_PRODUCTS(Type, type, 112, 56, "%56", "%57", "%58", "%59", "%60") \
   FASTATTN_PRODUCTS(Type, type, 128, 64, "%64", "%65", "%66", "%67", "%68") \
   FASTATTN_PRODUCTS(Type, type, 256, 128, "%128", "%129", "%130", "%131", "%132")
 

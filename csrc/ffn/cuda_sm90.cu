@@ -14,11 +14,12 @@ using Tiles = BoxTiles;
 
 extern __shared__ uint4 __align__(1024) shared_memory[];
 
-__device__ uint32_t barrier(int number) {
-  return ptx::shared_address(shared_memory) + Tiles::kShared - Tiles::kBarriers + number * 8;
+__device__ uint64_t& barrier(int number) {
+  constexpr int first = (Tiles::kShared - Tiles::kBarriers) / 8;
+  return reinterpret_cast<uint64_t*>(shared_memory)[first + number];
 }
 // Ends a phase when a group has begun all products of a square.
-__device__ uint32_t begun(int group) { return barrier(2 * Tiles::kStages + group); }
+__device__ uint64_t& begun(int group) { return barrier(2 * Tiles::kStages + group); }
 
 // The place of a step's operands. The steps of a block's squares take the places one after the
 // other.
@@ -30,8 +31,8 @@ struct Stage {
   }
   __device__ uint32_t right(int box) const { return left(Tiles::kBoxes + box); }
   // Ends a phase when the operands are there, and when they have been read.
-  __device__ uint32_t full() const { return barrier(2 * index); }
-  __device__ uint32_t empty() const { return barrier(2 * index + 1); }
+  __device__ uint64_t& full() const { return barrier(2 * index); }
+  __device__ uint64_t& empty() const { return barrier(2 * index + 1); }
   __device__ void advance(int steps = 1) {
     const int all = index + steps;
     index = all % Tiles::kStages, parity ^= all / Tiles::kStages & 1;
@@ -61,8 +62,8 @@ __device__ void bring(const TensorMap& left, const TensorMap& right, const Tenso
         const int depth = step * Tiles::kDepth;
         ptx::copy_box(to, from, across ? depth : line, across ? line : depth, stage.full());
       };
-      ptx::wait_for_phase(stage.empty(), stage.parity ^ 1);
-      ptx::arrive_expecting(stage.full(), Tiles::kStage);
+      ptx::mbarrier_wait(stage.empty(), stage.parity ^ 1);
+      ptx::mbarrier_arrive_expecting(stage.full(), Tiles::kStage);
 #pragma unroll
       for (int box = 0; box < Tiles::kBoxes; box++) {
         copy(stage.left(box), left, LeftAcross, square.row + box * 64);
@@ -96,13 +97,13 @@ __device__ void begin_sums(Sums& sum, const Tensors<T>& of, const ProductScalars
 // while those of the next begin, and behind the last step those of the other group do.
 template <class T, bool LeftAcross, bool RightAcross, bool More>
 __device__ void multiply_all(Sums& sum, Stage& stage, int steps, int group) {
-  const auto arrive = [](uint32_t barrier) {
-    if (lane_index() == 0) ptx::arrive(barrier);
+  const auto arrive = [](uint64_t& barrier) {
+    if (lane_index() == 0) ptx::mbarrier_arrive(barrier);
   };
   Stage last;
 #pragma unroll 1
   for (int step = 0; step < steps; step++, stage.advance()) {
-    ptx::wait_for_phase(stage.full(), stage.parity);
+    ptx::mbarrier_wait(stage.full(), stage.parity);
     const uint64_t right = ptx::matrix(stage.right(0), RightAcross ? Tiles::kBox : 0);
     ptx::begin_products();
 #pragma unroll
@@ -174,17 +175,17 @@ __device__ void product(const TensorMap& left, const TensorMap& right, const Ten
   constexpr bool forward = !LeftAcross && !RightAcross;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tiles::kStages; i++) {
-      ptx::begin_barrier(Stage{i}.full(), 1);
-      ptx::begin_barrier(Stage{i}.empty(), 4);
+      ptx::mbarrier_init(Stage{i}.full(), 1);
+      ptx::mbarrier_init(Stage{i}.empty(), 4);
     }
-    for (int group = 0; group < Tiles::kGroups; group++) ptx::begin_barrier(begun(group), 4);
-    ptx::fence_for_barriers();
+    for (int group = 0; group < Tiles::kGroups; group++) ptx::mbarrier_init(begun(group), 4);
+    ptx::mbarrier_fence();
   }
   __syncthreads();
   // By a shuffle, from which the compiler knows that a warp has one group.
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
   if (group == Tiles::kGroups) {
-    ptx::leave_registers<40>();
+    ptx::give_registers<40>();
     if (threadIdx.x % 128 == 0) bring<LeftAcross, RightAcross>(left, right, gate_right, in);
   } else {
     ptx::take_registers<232>();
@@ -194,7 +195,7 @@ __device__ void product(const TensorMap& left, const TensorMap& right, const Ten
       Sums sum;
       if constexpr (forward) begin_sums(sum, of, in, square);
       stage.advance(group * steps);
-      ptx::wait_for_phase(begun(group ^ 1), parity);
+      ptx::mbarrier_wait(begun(group ^ 1), parity);
       parity ^= 1;
       multiply_all<T, LeftAcross, RightAcross, forward>(sum, stage, steps, group);
       stage.advance((group ^ 1) * steps);
