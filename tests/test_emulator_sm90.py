@@ -37,6 +37,13 @@ def test_warps_hand_over_through_mbarriers(kernels):
     assert torch.equal(out.view(3, 32), x.view(3, 32).flip(1))
 
 
+def test_copies_arrive_at_mbarriers(kernels):
+    x, out = torch.randn(128), torch.zeros(128)
+    report = kernels["copy_for_others"].check(1, 128, x, out)
+    assert report.ok, report
+    assert torch.equal(out, x)
+
+
 @pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
 @pytest.mark.parametrize("corner", [(0, 0), (5, 3), (-4, -2), (40, 9)])
 def test_boxes_of_tensors(kernels, swizzle: int, corner: tuple[int, int]):
@@ -110,6 +117,8 @@ FAULTS = {
     "bulk_too_few_bytes": "hang",
     "bulk_no_fence": "missing-proxy-fence",
     "bulk_no_store_wait": "copy-not-waited-for",
+    "copy_for_others_early": "copy-not-waited-for",
+    "copy_for_others_no_wait": "copy-not-waited-for",
     "hand_over_no_wait": "hang",  # the consumer misses a phase
     "wgmma_no_fence": "missing-proxy-fence",
     "wgmma_no_register_fence": "missing-register-fence",

@@ -243,4 +243,33 @@ CLUSTER share_too_early(const __grid_constant__ TensorMap from, int* out, int ro
 }
 CLUSTER share_with_one_only(const __grid_constant__ TensorMap from, int* out, int rounds) {
   share_body<kSharesWithOneOnly>(from, out, rounds);
+// --- copies by threads of one warp, which the others wait for: out = x for 128 floats
+
+enum Arrival { kWithCopies, kBeforeCopies, kNobodyWaits };
+
+template <Arrival kArrival>
+__device__ void copy_for_others_body(const float* x, float* out) {
+  __shared__ alignas(16) float tile[128];
+  __shared__ alignas(8) uint64_t full;
+  int t = threadIdx.x;
+  if (t == 0) init(&full, 32);
+  __syncthreads();
+  if (t < 32) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(tile + 4 * t)),
+                 "l"(__cvta_generic_to_global(x + 4 * t)) : "memory");
+    if (kArrival == kBeforeCopies)
+      arrive(&full);
+    else
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                       shared_address(&full)) : "memory");
+  }
+  if (kArrival != kNobodyWaits) wait(&full, 0);
+  out[t] = tile[t];
+}
+KERNEL copy_for_others(const float* x, float* out) { copy_for_others_body<kWithCopies>(x, out); }
+KERNEL copy_for_others_early(const float* x, float* out) {
+  copy_for_others_body<kBeforeCopies>(x, out);
+}
+KERNEL copy_for_others_no_wait(const float* x, float* out) {
+  copy_for_others_body<kNobodyWaits>(x, out);
 }
