@@ -243,6 +243,8 @@ CLUSTER share_too_early(const __grid_constant__ TensorMap from, int* out, int ro
 }
 CLUSTER share_with_one_only(const __grid_constant__ TensorMap from, int* out, int rounds) {
   share_body<kSharesWithOneOnly>(from, out, rounds);
+}
+
 // --- copies by threads of one warp, which the others wait for: out = x for 128 floats
 
 enum Arrival { kWithCopies, kBeforeCopies, kNobodyWaits };
