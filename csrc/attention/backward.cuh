@@ -157,11 +157,23 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
       if (!keeps(run, k)) weight = 0;
     });
 }
-// The same where the bias is read from global memory.
+// The same where the bias is read from global memory. A tile inside, of a call without extras,
+// takes a pass of its own.
 template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
                               const Scores<T>& scores, const Flags& flags, int first, int other,
                               bool whole, const Statistic& statistic) {
+  const AttentionScalars& in = scores.in;
+  if (whole && in.plain && in.threshold == 0) {
+    using Own = Runs<OfKeys, N>;
+    Own::each(weights, [&](int run, int k, float& weight) {
+      float& grad = grads[Own::n(run, k)][Own::e(run, k)];
+      const float2 of_query = statistic(Own::query(run));
+      weight = ptx::exp2(fmaf(weight, in.scale, -of_query.x));
+      grad = weight * (grad - of_query.y);
+    });
+    return;
+  }
   const auto bias =
       scores.template bias_here<OfKeys, N>(OfKeys ? other : first, OfKeys ? first : other);
   differentiate<T, OfKeys, OfProducts, true, N>(weights, grads, scores, flags, first, other, whole,
