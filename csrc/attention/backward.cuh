@@ -158,12 +158,13 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
     });
 }
 // The same where the bias is read from global memory. A tile inside, of a call without extras,
-// takes a pass of its own.
-template <class T, bool OfKeys, bool OfProducts, int N, class Statistic>
+// takes a pass of its own, without what `scores_of()` and `flags_of(scores)` make.
+template <class T, bool OfKeys, bool OfProducts, int N, class ScoresOf, class FlagsOf,
+          class Statistic>
 __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
-                              const Scores<T>& scores, const Flags& flags, int first, int other,
-                              bool whole, const Statistic& statistic) {
-  const AttentionScalars& in = scores.in;
+                              const AttentionScalars& in, const ScoresOf& scores_of,
+                              const FlagsOf& flags_of, int first, int other, bool whole,
+                              const Statistic& statistic) {
   if (whole && in.plain && in.threshold == 0) {
     using Own = Runs<OfKeys, N>;
     Own::each(weights, [&](int run, int k, float& weight) {
@@ -174,10 +175,11 @@ __device__ void differentiate(Accumulator<N>& weights, Accumulator<N>& grads,
     });
     return;
   }
+  const Scores<T> scores = scores_of();
   const auto bias =
       scores.template bias_here<OfKeys, N>(OfKeys ? other : first, OfKeys ? first : other);
-  differentiate<T, OfKeys, OfProducts, true, N>(weights, grads, scores, flags, first, other, whole,
-                                                statistic, bias);
+  differentiate<T, OfKeys, OfProducts, true, N>(weights, grads, scores, flags_of(scores), first,
+                                                other, whole, statistic, bias);
 }
 
 }  // namespace

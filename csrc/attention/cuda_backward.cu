@@ -113,14 +113,16 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
         tiles.clean();
         __syncthreads();
       }
-      const int query_head = OfKeys ? step.head : head;
-      const Scores<T> scores(in, sequence, from.terms, query_head);
+      // Made where they are asked for, which tiles inside do not.
+      const auto scores = [&] {
+        return Scores<T>(in, sequence, from.terms, OfKeys ? step.head : head);
+      };
       if (OfKeys && from.terms.mask != nullptr) {
 #pragma unroll 1
         for (int i = warp; i < others; i += Tiles::kWarps)
 #pragma unroll
           for (int w = 0; w < Tiles::kWarps / 2; w++)
-            hidden_keys[i][w] = scores.hidden_keys(step.first + i, first + 32 * w);
+            hidden_keys[i][w] = scores().hidden_keys(step.first + i, first + 32 * w);
         __syncthreads();
       }
       if (OfKeys && in.threshold != 0) {
@@ -143,24 +145,26 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
       multiply_transposed<others>(weights, scored, tiles.scored, in.head_dim);
       if (!of_values) multiply_transposed<others>(grads, weighed, tiles.weighed, in.value_dim);
       using Own = Runs<OfKeys, others>;
-      Flags flags;
-      if constexpr (OfKeys) {
+      const auto flags = [&](const Scores<T>& own) {
+        Flags found;
+        if constexpr (OfKeys) {
 #pragma unroll
-        for (int run = 0; run < Own::kCount; run++) {
-          const int query = Own::query(run), key = Own::key(run), bit = Own::bit(run, 0);
-          if (in.threshold != 0) flags.kept |= (kept_keys[query][warp] >> key & 3) << bit;
-          if (from.terms.mask != nullptr)
-            flags.hidden |= (hidden_keys[query][warp / 2] >> (warp % 2 * 16 + key) & 3) << bit;
+          for (int run = 0; run < Own::kCount; run++) {
+            const int query = Own::query(run), key = Own::key(run), bit = Own::bit(run, 0);
+            if (in.threshold != 0) found.kept |= (kept_keys[query][warp] >> key & 3) << bit;
+            if (own.masks)
+              found.hidden |= (hidden_keys[query][warp / 2] >> (warp % 2 * 16 + key) & 3) << bit;
+          }
+        } else {
+          if (in.threshold != 0)
+            found.kept = kept<others>(in.threshold, seed, from.head_number(sequence, head),
+                                      first + row + lane / 4, step.first);
+          if (own.masks) found.hidden = own.template hidden<others>(first + row, step.first);
         }
-      } else {
-        if (in.threshold != 0)
-          flags.kept = kept<others>(in.threshold, seed, from.head_number(sequence, head),
-                                    first + row + lane / 4, step.first);
-        if (from.terms.mask != nullptr)
-          flags.hidden = scores.template hidden<others>(first + row, step.first);
-      }
+        return found;
+      };
       differentiate<T, OfKeys, true, others>(
-          weights, grads, scores, flags, first + row, step.first,
+          weights, grads, in, scores, flags, first + row, step.first,
           band.whole(first + row, 16, step.first, others),
           [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; });
       if constexpr (sums == 2) {

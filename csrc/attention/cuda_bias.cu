@@ -38,14 +38,17 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
     const float2* statistics = from.statistics_of(sequence, head);
     const float2 of_rows[2] = {i < in.q_len ? statistics[i] : float2{},
                                i + 8 < in.q_len ? statistics[i + 8] : float2{}};
-    const Scores<T> scores(in, sequence, from.terms, head);
-    Flags flags;
-    if (in.threshold != 0)
-      flags.kept = kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
-    if (scores.masks) flags.hidden = scores.template hidden<others>(first + row, other);
-    differentiate<T, false, false, others>(weights, grads, scores, flags, first + row, other,
-                                           band.whole(first + row, 16, other, others),
-                                           [&](int r) { return of_rows[r / 8]; });
+    const auto flags = [&](const Scores<T>& scores) {
+      Flags found;
+      if (in.threshold != 0)
+        found.kept = kept<others>(in.threshold, seed, from.head_number(sequence, head), i, other);
+      if (scores.masks) found.hidden = scores.template hidden<others>(first + row, other);
+      return found;
+    };
+    differentiate<T, false, false, others>(
+        weights, grads, in, [&] { return Scores<T>(in, sequence, from.terms, head); }, flags,
+        first + row, other, band.whole(first + row, 16, other, others),
+        [&](int r) { return of_rows[r / 8]; });
 #pragma unroll
     for (int n = 0; n < others / 8; n++)
 #pragma unroll
