@@ -81,9 +81,10 @@ __device__ void bias_gradient(const Inputs<T>& from, void* grad_bias) {
     if (scores.masks) flags.hidden = scores.template hidden<others>(first, step.other);
     ptx::wait_for_products<0>(weights);
     ptx::settle(grads);
-    differentiate<T, false, false, others>(weights, grads, scores, flags, first, step.other,
-                                           band().whole(first, 16, step.other, others),
-                                           [&](int r) { return of_rows[r / 8]; });
+    differentiate<T, false, false, others>(
+        weights, grads, in, [&] { return scores; }, [&](const Scores<T>&) { return flags; }, first,
+        step.other, band().whole(first, 16, step.other, others),
+        [&](int r) { return of_rows[r / 8]; });
 #pragma unroll
     for (int n = 0; n < others / 8; n++)
 #pragma unroll

@@ -41,7 +41,7 @@ struct Forward {
   static constexpr int kSlack = Extras ? 0 : 8;
 
   // A tile of queries, and the blocks of keys that they see. All blocks are numbered, and block n
-  // of those from `first` up to `end` begins with key n * kKeys + shift.
+  // of those from `first` up to `end` begins with key (n + shift) * kKeys.
   struct Task {
     Work work;
     int first, end, shift;
@@ -84,7 +84,7 @@ struct Forward {
     const int rows_end = min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset;
     const int begin = max(work.first + sequence.offset - in.left, 0) / kKeys;
     const int end = (min(rows_end + in.right, sequence.kv_len) + kKeys - 1) / kKeys;
-    return {work, first, first + max(end - begin, 0), (begin - first) * kKeys};
+    return {work, first, first + max(end - begin, 0), begin - first};
   }
 
   // The number of the task that this warp begins.
@@ -156,14 +156,14 @@ struct Forward {
         Place& place = shared().keys[n % kStages];
         place.wait_empty(n / kStages);
         fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(key_tile(n), keys,
-                                                               n * kKeys + own.shift, thread());
+                                                               (n + own.shift) * kKeys, thread());
         ptx::mbarrier_arrive_with_copies(place.full);
       };
       const auto fetch_values = [&](int n) {
         Place& place = shared().values[n % kStages];
         place.wait_empty(n / kStages);
         fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(value_tile(n), values,
-                                                               n * kKeys + own.shift, thread());
+                                                               (n + own.shift) * kKeys, thread());
         ptx::mbarrier_arrive_with_copies(place.full);
       };
       if (own.first < own.end) fetch_keys(own.first);
@@ -222,7 +222,7 @@ struct Forward {
       // weights are computed in both branches, for a compiler does not wait for other products in
       // front of one.
       const auto weigh_all = [&](int n, float (&factors)[2]) {
-        const int j = n * kKeys + own.shift;
+        const int j = (n + own.shift) * kKeys;
         const auto weigh_rows = [&](float scale) {
 #pragma unroll
           for (int half = 0; half < 2; half++)
