@@ -137,15 +137,16 @@ def test_odd_rows_meet_no_bank_twice(dtype: torch.dtype) -> None:
 
 @in_cuda
 def test_keys_are_read_once_for_all_heads_that_share_them() -> None:
-    moved = []
     for heads in (1, 8):
         tensors = [tensor.bfloat16() for tensor in cached(512, 64, (heads, 1))]
         with device.watching() as reports:
             attention_decode(*tensors, cache_seqlens=512)
         sites = [site for site in reports[0].counters.sites if "cp.async" in site.place.text]
-        moved.append(sum(site.transfers for site in sites))
-    size = 2 * 512 * 64 * 2  # of keys and values, which come in sectors and go in wavefronts
-    assert moved[0] == moved[1] == size // 32 + size // 128
+        # What comes in sectors and goes in wavefronts: keys and values, and for each of the splits
+        # of 128 keys the queries, which are of four sectors, and go as 16 rows with zeros.
+        size, splits = 2 * 512 * 64 * 2, 4
+        expected = size // 32 + size // 128 + splits * (4 * heads + 16)
+        assert sum(site.transfers for site in sites) == expected
 
 
 @pytest.mark.parametrize("page", [1, 7, 64])
