@@ -86,7 +86,9 @@ GROUPS: dict[str, tuple[Case, ...]] = {
             Linear(rows=16384, width_in=1024, width_out=4096, activation="gelu"),
             Linear(rows=512, width_in=4096, width_out=4096),
             *both(
+                Linear(rows=8192, width_in=3072, width_out=768),
                 Linear(rows=4096, width_in=4096, width_out=4096),
+                Linear(rows=8192, width_in=8192, width_out=8192),
                 FeedForward(rows=8192, width=768, hidden=3072),
             ),
             FeedForward(rows=4096, width=4096, hidden=11008, activation="silu", gated=True),

@@ -1,6 +1,7 @@
 // Small kernels of sm_90a for tests/test_emulator_sm90.py, each sound one with faulty variants.
 // emulator_sm90.ptx beside it is made of it by
 //   nvcc -arch=compute_90a -std=c++20 -lineinfo -ptx emulator_sm90.cu
+//   sed -Ei 's|(\.file.*")[^"]*/|\1|' emulator_sm90.ptx    # names of files without their folders
 #include <cstdint>
 #include <cuda_bf16.h>
 
