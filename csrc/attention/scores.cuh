@@ -114,16 +114,9 @@ struct Scores {
     return logit;
   }
 
-  // Of a warp's 16 queries from `first` on and the keys from j on, in place; `whole` says that all
-  // of them are within each other's bounds.
+  // Of a warp's 16 queries from `first` on and the keys from j on, in place.
   template <int Keys, bool Extras>
-  __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole = false) const {
-    all<Keys, Extras>(weights, first, j, whole, bias_here<false, Keys>(first, j));
-  }
-  // The same with a bias that calls its argument with every run's number and terms.
-  template <int Keys, bool Extras, class Bias>
-  __device__ void all(Accumulator<Keys>& weights, int first, int j, bool whole,
-                      const Bias& bias) const {
+  __device__ void all(Accumulator<Keys>& weights, int first, int j) const {
     using Own = Runs<false, Keys>;
     uint32_t invisible = 0;
     if constexpr (Extras)
@@ -136,18 +129,18 @@ struct Scores {
         Own::each(weights, [&](int, int, float& weight) {
           weight = hyperbolic_tangent(weight) * in.softcap;
         });
-      add_terms<false, true, Keys>(weights, first, j, bias);
+      add_terms<false, true, Keys>(weights, first, j, bias_here<false, Keys>(first, j));
     }
-    if (!whole)
-      hide_outside<false, Keys>(
-          first, j, [&](int run, int k) { weights[Own::n(run, k)][Own::e(run, k)] = -kInfinity; });
+    hide_outside<false, Keys>(
+        first, j, [&](int run, int k) { weights[Own::n(run, k)][Own::e(run, k)] = -kInfinity; });
     if (Extras && masks)
       Own::each(weights, [&](int run, int k, float& weight) {
         if (invisible >> Own::bit(run, k) & 1) weight = -kInfinity;
       });
   }
 
-  // The bias of the Runs from query i and key j on, as `all` takes one.
+  // The bias of the Runs from query i and key j on: it calls its argument with the number and the
+  // terms of each.
   template <bool OfKeys, int N>
   __device__ auto bias_here(int i, int j) const {
     using Own = Runs<OfKeys, N>;
