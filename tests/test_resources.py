@@ -146,7 +146,7 @@ def test_attention_can_keep_tensor_cores_busy() -> None:
     bounds = {row.kernel: row.tensor_bound for row in ROWS if row.architecture == "sm_80"}
     least = {
         "forward": {64: 85, 128: 87},
-        "backward_queries": {64: 83, 128: 85},
+        "backward_queries": {64: 84, 128: 85},
         "backward_keys": {64: 83, 128: 71},
     }
     for dtype in ("bf16", "f16"):

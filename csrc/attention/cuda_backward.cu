@@ -16,7 +16,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, T* gr
   using Rows = Left<T, Dim, sizeof(T) == 2 && sums * Dim <= 128>;  // beside the sums
   const AttentionBackwardScalars& all = from.all;
   const AttentionScalars& in = all.in;
-  __shared__ Work work;
+  __shared__ alignas(8) Work work;  // so that a sequence's keys come in one load
   work.find(in, starts, OfKeys, rows);
   const Sequence& sequence = work.sequence;
   if (work.none(OfKeys)) return;

@@ -123,7 +123,7 @@ struct Forward {
       const int round = number - shared().before;
       const int n = round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
       const bool more = n < tiles;
-      const Work found = more ? find(n) : Work{{}, -1, 0};
+      const Work found = more ? find(n) : Work{-1, {}, 0};
       shared().queries.wait_empty(number);
       Task& own = shared().tasks[number % 2];
       if (thread() == 0) own = task(found, number == 0 ? 0 : shared().tasks[(number - 1) % 2].end);

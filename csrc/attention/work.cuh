@@ -31,8 +31,9 @@ struct Sequence {
 // What a block works on: rows of one head of one sequence, from `first` on. Without rows it is one
 // too many. It is kept in shared memory, for registers are few.
 struct Work {
+  int head;
   Sequence sequence;
-  int head, first;
+  int first;
 
   // `rows` of queries or of keys, in the order in which most work comes first under a causal mask,
   // of the heads from `first_head` on.
@@ -47,7 +48,7 @@ struct Work {
                          : Sequence{block / blocks / heads, 0, in.q_len, 0, in.kv_len, in.offset};
     const int own_blocks = ((of_keys ? found.kv_len : found.q_len) + rows - 1) / rows;
     if (threadIdx.x == 0)
-      *this = {found, block / blocks % heads, (of_keys ? own : own_blocks - 1 - own) * rows};
+      *this = {block / blocks % heads, found, (of_keys ? own : own_blocks - 1 - own) * rows};
     __syncthreads();
   }
   // Of `rows` queries the block `own`, as above, of one of the heads of all sequences, which all
@@ -57,7 +58,7 @@ struct Work {
     const Sequence found = in.sequences > 0
                                ? packed(in, starts, false, rows, own, lane)
                                : Sequence{head / in.heads, 0, in.q_len, 0, in.kv_len, in.offset};
-    return {found, head % in.heads, ((found.q_len + rows - 1) / rows - 1 - own) * rows};
+    return {head % in.heads, found, ((found.q_len + rows - 1) / rows - 1 - own) * rows};
   }
   __device__ bool none(bool of_keys) const {
     return (of_keys ? sequence.kv_len : sequence.q_len) == 0;
