@@ -55,14 +55,22 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
   const AttentionScalars& in = all.in;
   __shared__ Work work;
   __shared__ int strange;
-  if (threadIdx.x == 0) strange = 0;
+  __shared__ Place places[2];  // of the other side
+  if (threadIdx.x == 0) {
+    strange = 0;
+    // What is not copied by cp.async is told of by an arrival of its own.
+    for (Place& place : places)
+      place.init((Extras ? 2 : 1) * Tiles::kThreads, Tiles::kThreads / static_cast<int>(kWarp));
+  }
   work.find(in, starts, OfKeys, rows, OfKeys ? all.first_head / in.group : all.first_head);
   const Sequence& sequence = work.sequence;
   if (work.none(OfKeys)) return;
   // Read, and this warp's first row counted, anew each time, for registers are few.
   const int &head = work.head, &first = work.first;
   const auto band = [&] { return OfKeys ? Band::keys(in, sequence) : Band::queries(in, sequence); };
-  const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
+  const auto row = [] {
+    return static_cast<int>(static_cast<unsigned>(ptx::thread_index()) / kWarp * 16);
+  };
 
   T* memory = reinterpret_cast<T*>(shared_memory);
   const Panels<T, rows, Dim> own_scored{memory}, own_weighed{memory + rows * Dim};
@@ -101,7 +109,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
   const auto scores_of = [&](const Step& step) {
     return Scores<T>(in, sequence, Extras ? from.terms : Terms(), OfKeys ? step.head : head);
   };
-  const auto fetch_others = [&](const Step& step, int parity) {
+  const auto fetch_all = [&](const Step& step, int parity) {
     if (Extras && from.terms.bias != nullptr)
       bias_tile(parity).template fetch<Tiles::kThreads>(
           scores_of(step), OfKeys ? step.first : first, OfKeys ? first : step.first);
@@ -129,13 +137,19 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
       }
     }
   };
-  float2 own_statistics[2] = {};
+  // For the n-th time.
+  const auto fetch_others = [&](const Step& step, unsigned n) {
+    Place& place = places[n % 2];
+    place.wait_empty(n / 2);
+    fetch_all(step, static_cast<int>(n % 2));
+    if (Extras) ptx::mbarrier_arrive(place.full);
+    ptx::mbarrier_arrive_with_copies(place.full);
+  };
+  __shared__ float2 own_statistics[OfKeys ? 1 : rows];
   if constexpr (!OfKeys)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int i = first + row() + lane_index() / 4 + 8 * half;
-      if (i < sequence.q_len) own_statistics[half] = from.statistics_of(sequence, head)[i];
-    }
+    if (const int own = ptx::thread_index(); own < rows)
+      own_statistics[own] =
+          first + own < sequence.q_len ? from.statistics_of(sequence, head)[first + own] : float2();
 
   const auto flags_of = [&](const Scores<T>& scores, const Step& step, int parity) {
     Flags flags;
@@ -163,6 +177,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
     clean(tiles, 2 * count * Dim, static_cast<int>(threadIdx.x), Tiles::kThreads);
     hand_over();
   };
+  unsigned n = 0;  // steps so far
   const auto sum_up = [&](auto careful) {
 #pragma unroll
     for (int s = 0; s < sums; s++)
@@ -171,19 +186,20 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[s][n][e] = 0;
     if (begin() >= end()) return;
-    fetch_others(start(), 0);
-    hand_over();
+    fetch_others(start(), n);
     if constexpr (decltype(careful)::value) clean_rows(own_scored.memory, rows);
-    int parity = 0;
 #pragma unroll 1
-    for (Step step = start(); any_left(step); step = behind(step), parity ^= 1) {
+    for (Step step = start(); any_left(step); step = behind(step), n++) {
+      const int parity = static_cast<int>(n % 2);
+      places[parity].wait_full(n / 2);
+      ptx::fence_for_products();
       if constexpr (decltype(careful)::value) clean_rows(scored(parity).memory, others);
       Accumulator<others> weights, grads;
       ptx::begin_products();
       multiply_rows<others>(weights, own_scored, row() / 64 * 64, scored(parity));
       multiply_rows<others>(grads, own_weighed, row() / 64 * 64, weighed(parity));
       ptx::commit_products();
-      if (const Step next = behind(step); any_left(next)) fetch_others(next, parity ^ 1);
+      if (const Step next = behind(step); any_left(next)) fetch_others(next, n + 1);
       const Scores<T> scores = scores_of(step);
       const Flags flags = flags_of(scores, step, parity);
       ptx::wait_for_products<0>(weights);
@@ -191,7 +207,7 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
       differentiate<T, OfKeys, true, Extras, others>(
           weights, grads, scores, flags, first + row(), step.first,
           band().whole(first + row(), 16, step.first, others),
-          [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[i / 8]; },
+          [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[row() + i]; },
           [&](const auto& add) {
             bias_tile(parity).read(OfKeys ? 0 : row(), OfKeys ? row() : 0, add);
           });
@@ -204,13 +220,15 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
       ptx::commit_products();
       ptx::wait_for_products<0>(sum[0]);
       if constexpr (OfKeys) ptx::settle(sum[1]);
-      hand_over();
+      __syncwarp();  // all lanes have read what does not lie in Panels
+      places[parity].release();
     }
   };
   if (threadIdx.x < Tiles::kCopying) {
     fetch<OfKeys, Tiles::kCopying>(own_scored, own_side.scored, first);
     fetch<OfKeys, Tiles::kCopying>(own_weighed, own_side.weighed, first);
   }
+  __syncthreads();  // statistics are there
   sum_up(std::false_type());
   ptx::wait_for_copies();  // of rows that meet none
   __syncthreads();         // all have read theirs

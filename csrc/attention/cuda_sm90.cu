@@ -7,27 +7,16 @@
 // its values, those of the next become weights, and they take turns, so that one group's weights
 // are computed while another's products run. Blocks may be fewer than tiles.
 #include "attention/groups.cuh"
-#include "cuda/ptx_bulk.cuh"
 
 namespace fastattn::cuda {
 namespace {
 
-// A place in shared memory for what one group copies and the others read.
-struct Place {
-  uint64_t full, empty;  // mbarriers: all of it is there, all have read it
-
-  __device__ void init(int copying, int reading) {
-    ptx::mbarrier_init(full, copying);
-    ptx::mbarrier_init(empty, reading);
-  }
-  // For the n-th time: waits until it is empty, or full.
-  __device__ void wait_empty(int n) { ptx::mbarrier_wait(empty, n % 2 ^ 1); }
-  __device__ void wait_full(int n) { ptx::mbarrier_wait(full, n % 2); }
-  // Once a warp, which waits for its products together, has read it.
-  __device__ void release() {
-    if (ptx::thread_index() % static_cast<int>(kWarp) == 0) ptx::mbarrier_arrive(empty);
-  }
-};
+// What all lanes of a warp have alike. By this the compiler knows, and computes what products and
+// branches take of it once a warp.
+template <class T>
+__device__ T common(T value) {
+  return __shfl_sync(kAllLanes, value, 0);
+}
 
 // The barriers of a block; each group that attends has one for its turns.
 enum : unsigned { kAll = 1, kAllAttending, kAllCopying, kTurns };
@@ -35,7 +24,8 @@ enum : unsigned { kAll = 1, kAllAttending, kAllCopying, kTurns };
 template <class T, int Dim, bool Extras>
 struct Forward {
   using Tiles = GroupTiles<Dim, Extras>;
-  static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  static constexpr int kKeys = Tiles::kKeys;
+  static constexpr unsigned kStages = Tiles::kStages;
   // Weights are at most 2 to this power, so that sums seldom need another scale. Those that dropout
   // scales would overflow.
   static constexpr int kSlack = Extras ? 0 : 8;
@@ -44,7 +34,10 @@ struct Forward {
   // of those from `first` up to `end` begins with key (n + shift) * kKeys.
   struct Task {
     Work work;
-    int first, end, shift;
+    unsigned first, end;
+    int shift;
+
+    __device__ int key(unsigned n) const { return (static_cast<int>(n) + shift) * kKeys; }
   };
 
   // What lies in shared memory beside the tiles.
@@ -73,18 +66,21 @@ struct Forward {
   __device__ static Panels<T, Tiles::kQueries, Dim> query_tile() {
     return {reinterpret_cast<T*>(shared_memory)};
   }
-  __device__ static Panels<T, kKeys, Dim> tile(int n) {
+  __device__ static Panels<T, kKeys, Dim> tile(unsigned n) {
     return {query_tile().memory + (Tiles::kQueries + n * kKeys) * Dim};
   }
-  __device__ static Panels<T, kKeys, Dim> key_tile(int n) { return tile(n % kStages); }
-  __device__ static Panels<T, kKeys, Dim> value_tile(int n) { return tile(kStages + n % kStages); }
+  __device__ static Panels<T, kKeys, Dim> key_tile(unsigned n) { return tile(n % kStages); }
+  __device__ static Panels<T, kKeys, Dim> value_tile(unsigned n) {
+    return tile(kStages + n % kStages);
+  }
 
-  __device__ Task task(const Work& work, int first) const {
+  __device__ Task task(const Work& work, unsigned first) const {
     const Sequence& sequence = work.sequence;
     const int rows_end = min(work.first + Tiles::kQueries, sequence.q_len) + sequence.offset;
     const int begin = max(work.first + sequence.offset - in.left, 0) / kKeys;
     const int end = (min(rows_end + in.right, sequence.kv_len) + kKeys - 1) / kKeys;
-    return {work, first, first + max(end - begin, 0), begin - first};
+    return {work, first, first + static_cast<unsigned>(max(end - begin, 0)),
+            begin - static_cast<int>(first)};
   }
 
   // The number of the task that this warp begins.
@@ -152,23 +148,23 @@ struct Forward {
           matrix(key, in.key, sequence.index, head, sequence.key, sequence.kv_len, in.head_dim);
       const auto values = matrix(value, in.value, sequence.index, head, sequence.key,
                                  sequence.kv_len, in.value_dim);
-      const auto fetch_keys = [&](int n) {
+      const auto fetch_keys = [&](unsigned n) {
         Place& place = shared().keys[n % kStages];
         place.wait_empty(n / kStages);
-        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(key_tile(n), keys,
-                                                               (n + own.shift) * kKeys, thread());
+        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(key_tile(n), keys, own.key(n),
+                                                               thread());
         ptx::mbarrier_arrive_with_copies(place.full);
       };
-      const auto fetch_values = [&](int n) {
+      const auto fetch_values = [&](unsigned n) {
         Place& place = shared().values[n % kStages];
         place.wait_empty(n / kStages);
-        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(value_tile(n), values,
-                                                               (n + own.shift) * kKeys, thread());
+        fetch_in_turn<true, Tiles::kCopying, Tiles::kUnrolled>(value_tile(n), values, own.key(n),
+                                                               thread());
         ptx::mbarrier_arrive_with_copies(place.full);
       };
       if (own.first < own.end) fetch_keys(own.first);
 #pragma unroll 1
-      for (int step = own.first; step < own.end; step++) {
+      for (unsigned step = own.first; step < own.end; step++) {
         if (step + 1 < own.end) fetch_keys(step + 1);
         fetch_values(step);
       }
@@ -182,12 +178,16 @@ struct Forward {
     constexpr int more = 15;  // rows of a warp, behind its first
     // Of this warp the first row, and of this lane the place among its 32: counted anew each time,
     // for registers are few.
-    const auto row = [] { return ptx::thread_index() / static_cast<int>(kWarp) * 16; };
-    const auto lane = [] { return ptx::thread_index() % static_cast<int>(kWarp); };
-    const auto group = [] { return ptx::thread_index() / 128; };
-    const auto take_turn = [&] { ptx::sync_threads(kTurns + group(), 256); };
+    const auto row = [] {
+      return static_cast<int>(static_cast<unsigned>(ptx::thread_index()) / kWarp * 16);
+    };
+    const auto lane = [] {
+      return static_cast<int>(static_cast<unsigned>(ptx::thread_index()) % kWarp);
+    };
+    const unsigned group = common(threadIdx.x / 128);
+    const auto take_turn = [&] { ptx::sync_threads(kTurns + group, 256); };
     const auto pass_turn = [&] {
-      ptx::arrive_threads(kTurns + (group() + 1) % Tiles::kGroups, 256);
+      ptx::arrive_threads(kTurns + (group + 1 == Tiles::kGroups ? 0 : group + 1), 256);
     };
 
     while (true) {
@@ -201,12 +201,16 @@ struct Forward {
           Extras ? Scores<T>(in, sequence, terms, work.head) : Scores<T>(in, sequence);
       const uint64_t own_seed = Extras && in.threshold != 0 ? *seed : 0;
 
-      // Whether all of a warp's queries see the keys from j on. The first sees those from `nearest`
-      // up to `last`, and each of the others one more.
-      const auto all_see = [&](int j) {
-        const int upper = work.first + row(), place = upper + sequence.offset;
-        const int nearest = place - in.left, last = min(place + in.right + 1, sequence.kv_len);
-        return in.plain && upper < sequence.q_len && j >= nearest + more && j + kKeys <= last;
+      // Whether all of a warp's queries see all of block n of keys. The first of them sees the keys
+      // from `nearest` up to `last`, and each of the others one more.
+      const int upper = work.first + row(), place = upper + sequence.offset;
+      const int nearest = max(place - in.left, 0) + more;
+      const int last = max(min(place + in.right + 1, sequence.kv_len), 0);
+      const int begin = (nearest + kKeys - 1) / kKeys, blocks = last / kKeys - begin;
+      const unsigned whole =
+          in.plain && upper < sequence.q_len ? static_cast<unsigned>(max(blocks, 0)) : 0;
+      const auto all_see = [&, from = static_cast<unsigned>(begin - own.shift)](unsigned n) {
+        return !Careful && n - from < whole;
       };
 
       Accumulator<Dim> sum;
@@ -214,23 +218,19 @@ struct Forward {
       uint32_t left[kKeys / 16][4];  // weights, as a product takes them
       float highest[2], total[2];    // of the two rows
 
-      const auto begin_logits = [&](int n) {
-        multiply_rows<kKeys>(weights, query_tile(), row() / 64 * 64, key_tile(n));
+      const auto begin_logits = [&](unsigned n) {
+        // With care registers are too few for what a compiler would keep of a common row.
+        multiply_rows<kKeys>(weights, query_tile(),
+                             Careful ? row() / 64 * 64 : static_cast<int>(group) * 64, key_tile(n));
         ptx::commit_products();
       };
       // Makes weights of products with block n of keys; gives the factors of the sums so far. The
       // weights are computed in both branches, for a compiler does not wait for other products in
       // front of one.
-      const auto weigh_all = [&](int n, float (&factors)[2]) {
-        const int j = (n + own.shift) * kKeys;
-        const auto weigh_rows = [&](float scale) {
-#pragma unroll
-          for (int half = 0; half < 2; half++)
-            factors[half] = weigh<kKeys, kSlack>(weights, half, scale, highest[half], total[half]);
-        };
-        if (!Careful && all_see(j)) {
-          spoil_infinite<kKeys>(weights, total);
-          weigh_rows(in.scale);
+      const auto weigh_all = [&](unsigned n, float (&factors)[2]) {
+        const int j = own.key(n);
+        if (all_see(n)) {
+          weigh_rows<kKeys, kSlack, true>(weights, in.scale, highest, total, factors);
         } else {
           scores.template all<kKeys, Extras>(weights, work.first + row(), j);
           if constexpr (Careful) {
@@ -242,7 +242,13 @@ struct Forward {
             ptx::fence_for_products();
             ptx::sync_threads(kAllAttending, Tiles::kAttending);
           }
-          weigh_rows(1);
+          if constexpr (Careful) {  // row by row, for registers are few
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+              factors[half] = weigh<kKeys, kSlack>(weights, half, 1, highest[half], total[half]);
+          } else {
+            weigh_rows<kKeys, kSlack, false>(weights, 1, highest, total, factors);
+          }
         }
         if constexpr (Extras)
           if (in.threshold != 0)
@@ -271,22 +277,23 @@ struct Forward {
       for (int n = 0; n < Dim / 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[n][e] = 0;
-      int step = own.first;
-      if (step < own.end) {
+      unsigned step = common(own.first);
+      const unsigned end = common(own.end);
+      if (step < end) {
         float factors[2];
-        const auto use_keys = [&](int n) { return &shared().keys[n % kStages]; };
-        const auto use_values = [&](int n) { return &shared().values[n % kStages]; };
+        const auto use_keys = [&](unsigned n) { return &shared().keys[n % kStages]; };
+        const auto use_values = [&](unsigned n) { return &shared().values[n % kStages]; };
         use_keys(step)->wait_full(step / kStages);
         ptx::fence_for_products();
         ptx::begin_products();
         begin_logits(step);
         ptx::wait_for_products<0>(weights);
         use_keys(step)->release();
-        if (step + 1 == own.end) shared().queries.release();
+        if (step + 1 == end) shared().queries.release();
         weigh_all(step, factors);
         turn(factors);
 #pragma unroll 1
-        for (; step + 1 < own.end; step++) {
+        for (; step + 1 < end; step++) {
           use_keys(step + 1)->wait_full((step + 1) / kStages);
           use_values(step)->wait_full(step / kStages);
           ptx::fence_for_products();
@@ -298,7 +305,7 @@ struct Forward {
           pass_turn();
           ptx::wait_for_products<1>(weights);
           use_keys(step + 1)->release();
-          if (step + 2 == own.end) shared().queries.release();
+          if (step + 2 == end) shared().queries.release();
           weigh_all(step + 1, factors);
           ptx::settle(weights);  // while values are multiplied
           ptx::wait_for_products<0>(sum);

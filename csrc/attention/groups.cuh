@@ -3,10 +3,28 @@
 #pragma once
 
 #include "attention/scores.cuh"
+#include "cuda/ptx_bulk.cuh"
 #include "cuda/ptx_sm90.cuh"
 
 namespace fastattn::cuda {
 namespace {
+
+// A place in shared memory for what some threads copy and warps read, time after time.
+struct Place {
+  uint64_t full, empty;  // mbarriers: all of it is there, all have read it
+
+  __device__ void init(int copying, int reading) {
+    ptx::mbarrier_init(full, copying);
+    ptx::mbarrier_init(empty, reading);
+  }
+  // For the n-th time: waits until it is empty, or full.
+  __device__ void wait_empty(unsigned n) { ptx::mbarrier_wait(empty, static_cast<int>(n % 2 ^ 1)); }
+  __device__ void wait_full(unsigned n) { ptx::mbarrier_wait(full, static_cast<int>(n % 2)); }
+  // Once a warp, which waits for its products together, has read it.
+  __device__ void release() {
+    if (static_cast<unsigned>(ptx::thread_index()) % kWarp == 0) ptx::mbarrier_arrive(empty);
+  }
+};
 
 // sum = left right^T, for the 64 rows of a warp group, from `row` on. It is under way.
 template <int N, class T, int Rows, int Dim>
@@ -16,8 +34,10 @@ __device__ void multiply_rows(Accumulator<N>& sum, const Panels<T, Rows, Dim>& l
   const uint64_t b = ptx::matrix(ptx::shared_address(right.memory));
 #pragma unroll
   for (int k = 0; k < Dim / 16; k++) {
-    const auto behind = [&](int panel) { return (k / 4 * panel + k % 4 * 32) / 16; };
-    ptx::multiply_transposed(sum, T(), a + behind(left.kPanel), b + behind(right.kPanel), k > 0);
+    const auto part = [&](uint64_t matrix, int panel) {
+      return ptx::behind(matrix, k / 4 * panel + k % 4 * 32);
+    };
+    ptx::multiply_transposed(sum, T(), part(a, left.kPanel), part(b, right.kPanel), k > 0);
   }
 }
 
@@ -27,24 +47,56 @@ __device__ void multiply(Accumulator<Dim>& sum, const uint32_t (&left)[K / 16][4
                          const Panels<T, K, Dim>& right) {
   const uint64_t b = ptx::matrix(ptx::shared_address(right.memory), right.kPanel);
 #pragma unroll
-  for (int k = 0; k < K / 16; k++) ptx::multiply(sum, T(), left[k], b + k * 16 * 128 / 16);
+  for (int k = 0; k < K / 16; k++) ptx::multiply(sum, T(), left[k], ptx::behind(b, k * 16 * 128));
 }
 
-// The totals of rows of which some logit is infinite become NaN, for that is no number, see Scores.
-// A sum of products says whether one may be.
-template <int Keys>
-__device__ void spoil_infinite(const Accumulator<Keys>& logits, float (&total)[2]) {
-  float products[2] = {};
+// Makes weights of both rows' logits, and gives the factors of the sums so far, as `weigh` does.
+// Neither row waits for what it has under way without the other. If Plain, logits are products that
+// hide nothing: the totals of rows of which one is infinite become NaN, for that is no number, see
+// Scores. A sum of products says whether one may be.
+template <int Keys, int Slack, bool Plain>
+__device__ void weigh_rows(Accumulator<Keys>& weights, float scale, float (&highest)[2],
+                           float (&total)[2], float (&factors)[2]) {
+  float most[2][2], products[2][2] = {};
 #pragma unroll
   for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float first = weights[n][2 * half], second = weights[n][2 * half + 1];
+      float& own = most[half][n % 2];
+      own = n < 2 ? fmaxf(first, second) : fmaxf(own, fmaxf(first, second));
+      if (Plain) products[half][n % 2] = fmaf(first, second, products[half][n % 2]);
+    }
+  float now[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) now[half] = fmaxf(most[half][0], most[half][1]);
+#pragma unroll
+  for (int apart = 1; apart < 4; apart *= 2)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      products[half] = fmaf(logits[n][2 * half], logits[n][2 * half + 1], products[half]);
-  if (isfinite(products[0]) && isfinite(products[1])) return;
+      now[half] = fmaxf(now[half], __shfl_xor_sync(kAllLanes, now[half], apart));
+  if (Plain && !isfinite((products[0][0] + products[0][1]) + (products[1][0] + products[1][1])))
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) total[e / 2] = fmaf(weights[n][e], 0, total[e / 2]);
+  float base[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    now[half] = fmaxf(now[half] * scale, highest[half]);
+    if (Slack > 0 && now[half] - highest[half] <= Slack) now[half] = highest[half];
+    base[half] = now[half] == -kInfinity ? 0 : now[half];  // nothing is visible so far
+    factors[half] = ptx::exp2(highest[half] - base[half]);
+    highest[half] = now[half];
+    total[half] *= factors[half];
+  }
 #pragma unroll
   for (int n = 0; n < Keys / 8; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) total[e / 2] = fmaf(logits[n][e], 0, total[e / 2]);
+    for (int e = 0; e < 4; e++) {
+      weights[n][e] = ptx::exp2(fmaf(weights[n][e], scale, -base[e / 2]));
+      total[e / 2] += weights[n][e];
+    }
 }
 
 // What a warp's lanes have of 16 rows, as the left side of products.

@@ -31,7 +31,7 @@ struct GroupTiles {
   static constexpr int kStages = 2;
   static constexpr int kShared = 2 * Dim * (kQueries + 2 * kStages * kKeys);
   // Registers of a thread that attends, and of one that copies: all, in shares of 8.
-  static constexpr int kMore = kGroups == 3 ? 160 : 232, kFewer = kGroups == 3 ? 32 : 40;
+  static constexpr int kMore = kGroups == 3 ? 160 : 224, kFewer = kGroups == 3 ? 32 : 56;
   static constexpr int kUnrolled = Dim == 128 ? 2 : 1;  // of copying, as registers allow
 };
 

@@ -187,31 +187,36 @@ class Functions {
   // With the device's context current.
   Driver::Function find(int device, const Launch& launch) {
     const std::lock_guard lock(mutex_);
-    Driver::Function& function = functions_[{device, launch.kernel}];
-    if (function == nullptr) {
-      const std::string name = launch.kernel;
+    Made& made = functions_[{device, launch.kernel}];
+    const std::string name = launch.kernel;
+    if (made.function == nullptr) {
       const std::string& text = ptx(launch.room, name);
       if (text.empty()) throw std::runtime_error("fastattn: built without CUDA kernels");
       Driver::Module module;
-      Driver::Function found;
       driver.check(driver.cuModuleLoadData(&module, text.c_str()), "to load the kernel " + name);
-      driver.check(driver.cuModuleGetFunction(&found, module, name.c_str()),
+      driver.check(driver.cuModuleGetFunction(&made.function, module, name.c_str()),
                    "to find the kernel " + name);
-      driver.check(
-          driver.cuFuncSetAttribute(found, kMaxDynamicShared,
-                                    static_cast<int>(std::max(kMostShared, launch.shared))),
-          "to give " + name + " its shared memory");
-      function = found;
     }
-    return function;
+    if (made.shared < launch.shared) {  // which may differ from launch to launch
+      driver.check(driver.cuFuncSetAttribute(made.function, kMaxDynamicShared,
+                                             static_cast<int>(launch.shared)),
+                   "to give " + name + " its shared memory");
+      made.shared = launch.shared;
+    }
+    return made.function;
   }
 
   const Driver driver;
 
  private:
+  struct Made {
+    Driver::Function function = nullptr;
+    uint32_t shared = 0;  // as much dynamic memory as it may have by now
+  };
+
   std::mutex mutex_;
   std::map<int, Opened> devices_;
-  std::map<std::pair<int, std::string>, Driver::Function> functions_;
+  std::map<std::pair<int, std::string>, Made> functions_;
 };
 
 // Opened on first use, for there may be no driver.

@@ -43,10 +43,14 @@ __device__ void wait_for_products(float (&sum)[N][4]) {
 
 // A matrix of Panels that begins at `address`. Where the depth runs along its rows a product takes
 // one panel, and `apart` is nothing; where it runs across them, so many bytes lie between panels.
-// Sixteen bytes further on lies the matrix + 1.
 __device__ inline uint64_t matrix(uint32_t address, uint32_t apart = 0) {
   constexpr uint64_t atom = 1024 >> 4, permuted = uint64_t{1} << 62;  // eight rows are an atom
   return uint64_t{address >> 4} | uint64_t{apart >> 4} << 16 | atom << 32 | permuted;
+}
+// The matrix so many bytes further on: the lower word alone counts them.
+__device__ inline uint64_t behind(uint64_t matrix, uint32_t bytes) {
+  constexpr uint64_t upper = ~uint64_t{0} << 32;
+  return (matrix & upper) | (static_cast<uint32_t>(matrix) + (bytes >> 4));
 }
 
 #define FASTATTN_SUMS_4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])

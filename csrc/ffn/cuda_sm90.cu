@@ -110,10 +110,12 @@ __device__ void multiply_all(Sums& sum, Stage& stage, int steps, int group) {
     for (int k = 0; k < Tiles::kDepth / 16; k++)
 #pragma unroll
       for (int box = 0; box < Tiles::kBoxes; box++) {
-        const auto behind = [&](bool across) { return (across ? k * 16 * 128 : k * 32) / 16; };
+        const auto part = [&](uint64_t matrix, bool across) {
+          return ptx::behind(matrix, across ? k * 16 * 128 : k * 32);
+        };
         ptx::multiply_transposed<LeftAcross, RightAcross>(
-            sum[box], T(), ptx::matrix(stage.left(box)) + behind(LeftAcross),
-            right + behind(RightAcross), More || step > 0 || k > 0);
+            sum[box], T(), part(ptx::matrix(stage.left(box)), LeftAcross), part(right, RightAcross),
+            More || step > 0 || k > 0);
       }
     ptx::commit_products();
     ptx::wait_for_products<1>();

@@ -48,6 +48,8 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     grad_out, grad_lse = grads
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
+    if grad_out is not None and grad_out.is_cuda and grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()  # of a sum, say: kernels would go element by element
     found = ATTENTION.backward(
         grad_out, grad_lse, *args[:TENSORS], *outs, *args[TENSORS:], needs[BIAS], needs[SINKS]
     )

@@ -5,12 +5,13 @@ The rule weighs, in multiply-adds:
 - What fusing saves is traffic: eager PyTorch writes what stands before the activation and reads it
   again. That is worth `BALANCE` multiply-adds a byte, the ratio of peak arithmetic to bandwidth,
   which lies between 60 and 150 on tensor cores from sm_80 on, and near 6 in fp32. On an H100 a GELU
-  of its own behind cuBLAS cost what 106 would (bench/GPU.md).
+  of its own behind cuBLAS cost what 106 would.
 - What it costs is arithmetic at less than cuBLAS's speed. On sm_90 that is measured (bench/GPU.md):
-  the CUDA kernels, by `wgmma`, have 0.83 to 1.10 of it for a bias alone, Triton's 506 of 772
-  TFLOP/s for squares of 4096, both in 16 bits; in fp32 the CUDA kernels have 31 of 46. Elsewhere it
-  is an assumption: a kernel by hand comes close to cuBLAS where that has no more than `mma.sync`
-  either (sm_80 to 89, sm_120), and on sm_100 `tcgen05` has more still.
+  the CUDA kernels, by `wgmma`, have 0.93 to 0.95 of it for a bias alone, and 0.92 to 1.03 with the
+  gradients, Triton's 504 of 771 TFLOP/s for squares of 4096, both in 16 bits; in fp32 the CUDA
+  kernels have 32 of 46. Of the cases there with an activation the rule chooses what was faster.
+  Elsewhere it is an assumption: a kernel by hand comes close to cuBLAS where that has no more than
+  `mma.sync` either (sm_80 to 89, sm_120), and on sm_100 `tcgen05` has more still.
 - Kernels compute squares of 128 and do not split the depth: when the last of them leave some
   multiprocessors idle, all that these could have computed is lost, and where there are fewer
   squares than multiprocessors, or rows that are not whole 16 bytes, cuBLAS has better kernels.
