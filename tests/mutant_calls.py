@@ -313,6 +313,10 @@ HARMLESS: dict[tuple[str, ...], str] = {
     ("i < squares", "ge loosened"): "a block behind the last square, which there is not",
     ("Square(in, width, i)", "lt loosened"): "the lesser of two that are equal",
     ("switch (static_cast<Activation>", "gt loosened"): "an activation that there is not",
+    (
+        "_extra_64_sm90: gt loosened",
+        "anew(steps)",
+    ): "the loop of `clean`, by the compiler's account on this line: no thread is beyond its end",
     ("ffn_grad_weight_bf16_sm90", "ge loosened", "finish<"): "nothing is added to this gradient",
     **{("_sm90", words): "what is done twice is needed once" for words in TWICE},
     ("_sm90", "wait_group", ": 6 of 10"): "in front of a first block, no product is under way",

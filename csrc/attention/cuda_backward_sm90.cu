@@ -137,19 +137,18 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
       }
     }
   };
-  // For the n-th time.
-  const auto fetch_others = [&](const Step& step, unsigned n) {
-    Place& place = places[n % 2];
-    place.wait_empty(n / 2);
-    fetch_all(step, static_cast<int>(n % 2));
-    if (Extras) ptx::mbarrier_arrive(place.full);
-    ptx::mbarrier_arrive_with_copies(place.full);
+  const auto fetch_others = [&](const Step& step, int parity) {
+    fetch_all(step, parity);
+    if (Extras) ptx::mbarrier_arrive(places[parity].full);
+    ptx::mbarrier_arrive_with_copies(places[parity].full);
   };
-  __shared__ float2 own_statistics[OfKeys ? 1 : rows];
-  if constexpr (!OfKeys)
-    if (const int own = ptx::thread_index(); own < rows)
-      own_statistics[own] =
-          first + own < sequence.q_len ? from.statistics_of(sequence, head)[first + own] : float2();
+  __shared__ float2 own_statistics[OfKeys ? 1 : rows];  // of each warp its rows'
+  if constexpr (!OfKeys) {
+    if (const int lane = lane_index(), i = first + row() + lane; lane < 16)
+      own_statistics[row() + lane] =
+          i < sequence.q_len ? from.statistics_of(sequence, head)[i] : float2();
+    __syncwarp();
+  }
 
   const auto flags_of = [&](const Scores<T>& scores, const Step& step, int parity) {
     Flags flags;
@@ -175,9 +174,10 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
   // Takes what is not finite for 0 if careful: see cuda_backward.cu.
   const auto clean_rows = [](T* tiles, int count) {
     clean(tiles, 2 * count * Dim, static_cast<int>(threadIdx.x), Tiles::kThreads);
-    hand_over();
   };
-  unsigned n = 0;  // steps so far
+  unsigned steps = 0;  // so far
+  // Of the step; with extras found anew each time.
+  const auto parity = [&] { return static_cast<int>((Extras ? ptx::anew(steps) : steps) % 2); };
   const auto sum_up = [&](auto careful) {
 #pragma unroll
     for (int s = 0; s < sums; s++)
@@ -186,49 +186,55 @@ __device__ void rows_gradient(const Inputs<T>& from, const Starts& starts, uint3
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[s][n][e] = 0;
     if (begin() >= end()) return;
-    fetch_others(start(), n);
+    fetch_others(start(), parity());
     if constexpr (decltype(careful)::value) clean_rows(own_scored.memory, rows);
 #pragma unroll 1
-    for (Step step = start(); any_left(step); step = behind(step), n++) {
-      const int parity = static_cast<int>(n % 2);
-      places[parity].wait_full(n / 2);
+    for (Step step = start(); any_left(step); step = behind(step), steps++) {
+      places[parity()].wait_full(steps / 2);
+      if constexpr (decltype(careful)::value) clean_rows(scored(parity()).memory, others);
       ptx::fence_for_products();
-      if constexpr (decltype(careful)::value) clean_rows(scored(parity).memory, others);
+      if constexpr (decltype(careful)::value) __syncthreads();
       Accumulator<others> weights, grads;
       ptx::begin_products();
-      multiply_rows<others>(weights, own_scored, row() / 64 * 64, scored(parity));
-      multiply_rows<others>(grads, own_weighed, row() / 64 * 64, weighed(parity));
+      multiply_rows<others>(weights, own_scored, row() / 64 * 64, scored(parity()));
+      multiply_rows<others>(grads, own_weighed, row() / 64 * 64, weighed(parity()));
       ptx::commit_products();
-      if (const Step next = behind(step); any_left(next)) fetch_others(next, n + 1);
+      if (const Step next = behind(step); any_left(next)) {
+        // With care all have met since they read it.
+        if constexpr (!decltype(careful)::value) places[parity() ^ 1].wait_empty((steps + 1) / 2);
+        fetch_others(next, parity() ^ 1);
+      }
       const Scores<T> scores = scores_of(step);
-      const Flags flags = flags_of(scores, step, parity);
+      const Flags flags = flags_of(scores, step, parity());
       ptx::wait_for_products<0>(weights);
       ptx::settle(grads);
+      const int now = parity();
       differentiate<T, OfKeys, true, Extras, others>(
           weights, grads, scores, flags, first + row(), step.first,
           band().whole(first + row(), 16, step.first, others),
-          [&](int i) { return OfKeys ? others_statistics[parity][i] : own_statistics[row() + i]; },
+          [&](int i) { return OfKeys ? others_statistics[now][i] : own_statistics[row() + i]; },
           [&](const auto& add) {
-            bias_tile(parity).read(OfKeys ? 0 : row(), OfKeys ? row() : 0, add);
+            bias_tile(parity()).read(OfKeys ? 0 : row(), OfKeys ? row() : 0, add);
           });
       uint32_t left[sums][others / 16][4];
       pack<T, others>(left[0], grads);
       if constexpr (OfKeys) pack<T, others>(left[1], weights);
       ptx::begin_products();
-      multiply<Dim>(sum[0], left[0], scored(parity));
-      if constexpr (OfKeys) multiply<Dim>(sum[1], left[1], weighed(parity));
+      multiply<Dim>(sum[0], left[0], scored(parity()));
+      if constexpr (OfKeys) multiply<Dim>(sum[1], left[1], weighed(parity()));
       ptx::commit_products();
       ptx::wait_for_products<0>(sum[0]);
       if constexpr (OfKeys) ptx::settle(sum[1]);
-      __syncwarp();  // all lanes have read what does not lie in Panels
-      places[parity].release();
+      if constexpr (!decltype(careful)::value) {
+        __syncwarp();  // all lanes have read what does not lie in Panels
+        places[parity()].release();
+      }
     }
   };
   if (threadIdx.x < Tiles::kCopying) {
     fetch<OfKeys, Tiles::kCopying>(own_scored, own_side.scored, first);
     fetch<OfKeys, Tiles::kCopying>(own_weighed, own_side.weighed, first);
   }
-  __syncthreads();  // statistics are there
   sum_up(std::false_type());
   ptx::wait_for_copies();  // of rows that meet none
   __syncthreads();         // all have read theirs
