@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes or gigabytes; runs with --slow")
     os.environ.pop("FASTATTN_TUNE", None)  # what is tuned depends on the machine
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the machine's cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,6 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in skipped.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the longest first, so that none is alone at the end
+        items.sort(key=lambda item: item.path.name != "test_mutants.py")
 
 
 @pytest.fixture(autouse=True)

@@ -429,7 +429,7 @@ def test_without_a_gpu_the_command_says_what_works(
 
 @pytest.mark.cuda
 def test_the_race_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """A few cases of each group."""
+    """A few cases of each group; with -n 0 on a GPU of its own, and shown."""
     few = ["s512", "s1024", "16384x1024", "512x4096", "1x8", "s1-d8"]
     with capsys.disabled():  # the table is what it is for
         assert cli.main(["--only", *few]) == 0
