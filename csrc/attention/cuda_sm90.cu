@@ -201,10 +201,10 @@ struct Forward {
           Extras ? Scores<T>(in, sequence, terms, work.head) : Scores<T>(in, sequence);
       const uint64_t own_seed = Extras && in.threshold != 0 ? *seed : 0;
 
-      // Whether all of a warp's queries see all of block n of keys. The first of them sees the keys
-      // from `nearest` up to `last`, and each of the others one more.
+      // Whether all of a warp's queries see all of block n of keys: the last of them sees the keys
+      // from `nearest` on, and the first of them those up to `last`.
       const int upper = work.first + row(), place = upper + sequence.offset;
-      const int nearest = max(place - in.left, 0) + more;
+      const int nearest = max(place + more - in.left, 0);
       const int last = max(min(place + in.right + 1, sequence.kv_len), 0);
       const int begin = (nearest + kKeys - 1) / kKeys, blocks = last / kKeys - begin;
       const unsigned whole =
