@@ -11,8 +11,7 @@
 namespace fastattn::cuda {
 namespace {
 
-// What all lanes of a warp have alike. By this the compiler knows, and computes what products and
-// branches take of it once a warp.
+// What all lanes of a warp have alike, which a compiler does not know of what it reads from memory.
 template <class T>
 __device__ T common(T value) {
   return __shfl_sync(kAllLanes, value, 0);
