@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from fastattn import _library
 
@@ -26,6 +27,7 @@ RUNS = {"emulator": "cuda", "triton-emulator": "triton"}
 TRITON_VERSIONS = (3, 6), (3, 9)  # the oldest and the newest that the kernels are tried with
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDINARY = torch.Tensor, torch.nn.Parameter
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -185,9 +187,35 @@ def transforms() -> list[str]:
     reasons = []
     if torch._C._are_functorch_transforms_active():  # a test that torch.compile can trace
         reasons.append("inside a torch.func transform")
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         reasons.append("inside forward-mode differentiation")
     return reasons
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether a call is eager PyTorch's, nothing special, on dense CPU tensors of torch's types.
+
+    The arguments are the call's tensors, or None for those that are not there.
+    """
+    if (
+        _forced not in (None, "cpu")
+        or torch.compiler.is_compiling()
+        or _library.WHY_NOT
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or log.isEnabledFor(logging.DEBUG)
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in ORDINARY
+            or not tensor.is_cpu
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+        ):
+            return False
+    return True
 
 
 def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:
@@ -239,11 +267,11 @@ def backward_in_triton(op: Op, args: tuple[Any, ...]) -> bool:
     """
     if "triton" not in op.kernels or _forced not in (None, "triton", "triton-emulator"):
         return False
+    if _forced is None and not next(arg for arg in args if arg is not None).is_cuda:
+        return False
     forward_args = op.backward_arguments(*args)[0]
     if _forced is not None:
         return choose(op, forward_args).kernel == _forced
-    if not forward_args[0].is_cuda:
-        return False
     if op.cuda_backward and not op.kernels["cuda"](*forward_args):
         return False
     return not op.kernels["triton"](*forward_args)

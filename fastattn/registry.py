@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +60,21 @@ class Op:
                     return ops.function.apply(*args)
         return ops.forward(*args)[: self.differentiable]
 
+    def direct(self, *args: Any) -> tuple[torch.Tensor, ...] | None:
+        """Run the C++ kernel as it is, on a call that `dispatch.plain` has let pass.
+
+        The op in C++ checks all that it is given. What it refuses is None, for checks in Python to
+        say why in words: these take longer than a small call, and most calls need none.
+        """
+        try:
+            if torch.is_grad_enabled():
+                for tensor in args[: self.tensors]:
+                    if tensor is not None and tensor.requires_grad:
+                        return self.compiled.apply(*args)
+            return self.compiled.forward._op(*args)[: self.differentiable]
+        except (RuntimeError, TypeError):
+            return None
+
     def backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the backward op, which `derivative` calls, on the kernel that dispatch chooses."""
         ops = self.triton if dispatch.backward_in_triton(self, args) else self.compiled
@@ -72,6 +88,11 @@ class TorchOps:
     forward: Any
     backward: Any
     function: type[torch.autograd.Function]
+
+    @functools.cached_property
+    def apply(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """function.apply without its preparations for transforms of torch.func."""
+        return super(torch.autograd.Function, self.function).apply
 
 
 def op(
@@ -183,11 +204,24 @@ class InferenceOp:
         if kernel == "reference":
             return self.reference(*args)
         outs = (self.triton if kernel in TRITON else self.compiled)(*args)
-        if not torch.compiler.is_compiling():  # else autograd would miss what a kernel wrote
-            for i in self.written:
-                if not args[i].is_inference():
-                    torch.autograd.graph.increment_version(args[i])
+        if not torch.compiler.is_compiling():
+            self._count_writes(args)
         return outs
+
+    def direct(self, *args: Any) -> tuple[torch.Tensor, ...] | None:
+        """Run the C++ kernel as it is, as `Op.direct`, on a call that needs no gradient."""
+        try:
+            outs = self.compiled._op(*args)
+        except (RuntimeError, TypeError):
+            return None
+        self._count_writes(args)
+        return () if outs is None else outs
+
+    def _count_writes(self, args: tuple) -> None:
+        # Else autograd would miss what a kernel wrote.
+        for i in self.written:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
 
 
 def inference_op(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,100 @@ def test_debug_logs_every_call(python) -> None:
     code = "import torch, fastattn\nfor _ in range(3): fastattn.rms_norm(torch.ones(2, 8), [8])"
     assert python("-c", code, FASTATTN_LOG="debug").stderr.count("rms_norm") == 3
     assert python("-c", code).stderr == ""
+
+
+HEADS, TOKENS = torch.randn(2, 2, 4, 8), torch.randn(2, 3, 8)
+WEIGHT, VECTOR = torch.randn(8, 8), torch.randn(8)
+TABLE = torch.randn(4, 4)
+PLAIN = {
+    "layer_norm": lambda: fastattn.layer_norm(TOKENS, [8], VECTOR, VECTOR),
+    "add_layer_norm": lambda: fastattn.add_layer_norm(TOKENS, TOKENS, 8, VECTOR)[1],
+    "rms_norm": lambda: fastattn.rms_norm(TOKENS, (3, 8)),
+    "add_rms_norm": lambda: fastattn.add_rms_norm(TOKENS, TOKENS, (8,), return_sum=False),
+    "linear": lambda: fastattn.linear(TOKENS, WEIGHT, VECTOR, "gelu"),
+    "ffn": lambda: fastattn.ffn(TOKENS, WEIGHT, WEIGHT, gate_weight=WEIGHT, activation="silu"),
+    "attention": lambda: fastattn.attention(HEADS, HEADS, HEADS, causal=True, return_lse=True)[1],
+    "bias": lambda: fastattn.attention(HEADS, HEADS, HEADS, bias=HEADS[:1, :1, :, :4]),
+    "scaled_dot_product_attention": lambda: fastattn.scaled_dot_product_attention(
+        HEADS, HEADS, HEADS, HEADS[..., :4] > 0
+    ),
+    "attention_decode": lambda: fastattn.attention_decode(
+        HEADS, HEADS.clone(), HEADS.clone(), cache_seqlens=0, key=HEADS, value=HEADS
+    ),
+    "apply_rope": lambda: fastattn.apply_rope(HEADS, HEADS, TABLE, TABLE)[1],
+}
+
+
+def refuse(*args: object) -> None:
+    raise AssertionError("the long way")
+
+
+@built
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_call_goes_straight_to_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(dispatch, "choose", refuse)
+        straight = PLAIN[name]()
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(dispatch, "plain", lambda *tensors: False)
+        assert torch.equal(straight, PLAIN[name]())
+
+
+@built
+def test_a_plain_call_is_differentiable(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = TOKENS.clone().requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        out = fastattn.ffn(fastattn.rms_norm(x, [8]), WEIGHT, WEIGHT)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "plain", lambda *tensors: False)
+        checked = gradient()
+    monkeypatch.setattr(dispatch, "choose", refuse)
+    assert torch.equal(gradient(), checked)
+
+
+@built
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), ROWS),
+        lambda: ROWS.to("meta"),
+        lambda: ROWS.to_sparse(),
+        lambda: torch.nested.nested_tensor([ROWS, ROWS]),
+        lambda: [1.0],
+        lambda: 1.0,
+    ],
+    ids=["subclass", "meta", "sparse", "nested", "list", "number"],
+)
+def test_what_is_no_plain_tensor_takes_the_long_way(make: Callable[[], object]) -> None:
+    assert dispatch.plain(ROWS, None)
+    assert not dispatch.plain(ROWS, make())
+
+
+def test_where_something_else_decides_calls_take_the_long_way() -> None:
+    with fastattn.use_kernel("reference"):
+        assert not dispatch.plain(ROWS)
+    with torch.autocast("cpu"):
+        assert not dispatch.plain(ROWS)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(dispatch.plain(ROWS)) or row)(ROWS)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(dispatch.plain(ROWS))
+    assert seen == [False, False]
+
+
+def test_a_refused_append_writes_nothing() -> None:
+    cache, new = torch.zeros(2, 2, 4, 8), torch.ones(2, 2, 1, 8)
+    with torch.no_grad(), pytest.raises(ValueError, match="key_cache must be"):
+        fastattn.attention_decode(
+            torch.ones(2, 2, 1, 6), cache, cache, cache_seqlens=1, key=new, value=new
+        )
+    assert not cache.any()
 
 
 def test_backends() -> None:

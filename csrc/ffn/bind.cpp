@@ -135,6 +135,7 @@ struct Block {
         seed(checked_seed(dropout_p, seed, place)) {
     FASTATTN_CHECK(!gated || checked("gate_weight", *gate_weight, gate_bias, in, dtype) == features,
                    "gate_weight must have as many rows as up_weight");
+    FASTATTN_CHECK(gated || !gate_bias.has_value(), "gate_bias needs a gate_weight");
     FASTATTN_CHECK(dropout_p == 0 || rows >> 32 == 0, "dropout counts up to 2^32 rows");
   }
 

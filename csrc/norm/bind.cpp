@@ -1,4 +1,6 @@
 // The torch ops of the norm room: layer_norm and rms_norm, forward and backward.
+#include <cmath>
+
 #include "common/tensor.h"
 #include "norm/norm.h"
 
@@ -12,6 +14,18 @@ const void* read(const char* name, const OptionalTensor& tensor, int64_t count, 
                  " has not the shape that the others ask for");
   check_dtype(name, *tensor, dtype);
   return tensor->const_data_ptr();
+}
+
+// The same of the last `dims` sizes of `input`.
+const void* read_like(const char* name, const OptionalTensor& tensor, const Tensor& input,
+                      int64_t dims, int64_t count, Dtype dtype) {
+  if (!tensor.has_value()) return nullptr;
+  const int64_t lead = input.dim() - dims;
+  bool same = tensor->dim() == dims;
+  for (int64_t dim = 0; same && dim < dims; dim++)
+    same = tensor->size(dim) == input.size(lead + dim);
+  FASTATTN_CHECK(same, name, " has not the shape that input asks for");
+  return read(name, tensor, count, dtype);
 }
 
 // The dtype of a tensor that may be fp32 where input is not; `missing` without one.
@@ -38,11 +52,12 @@ Norm checked(const Tensor& input, const OptionalTensor& residual, const Optional
   norm.residual_dtype = own_dtype("residual", residual, norm.dtype, norm.dtype);
   FASTATTN_CHECK(norm.dtype != Dtype::f64 || norm.residual_dtype == Dtype::f64,
                  "residual must be fp64 as input is");
-  norm.residual = read("residual", residual, norm.rows * norm.cols, norm.residual_dtype);
+  norm.residual = read_like("residual", residual, input, input.dim(), norm.rows * norm.cols,
+                            norm.residual_dtype);
   norm.weight_dtype = own_dtype("weight", weight, norm.dtype, wide(norm.dtype));
-  norm.weight = read("weight", weight, norm.cols, norm.weight_dtype);
+  norm.weight = read_like("weight", weight, input, dims, norm.cols, norm.weight_dtype);
   norm.bias_dtype = own_dtype("bias", bias, norm.dtype, wide(norm.dtype));
-  norm.bias = read("bias", bias, norm.cols, norm.bias_dtype);
+  norm.bias = read_like("bias", bias, input, dims, norm.cols, norm.bias_dtype);
   norm.centred = centred;
   norm.dropout_p = dropout_p;
   const Seed own = checked_seed(dropout_p, seed, place_of(input));
@@ -59,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& bias, const OptionalTensor& seed, int64_t dims, double eps,
     double dropout_p, bool keep_sum, bool centred) {
   const Norm norm = checked(input, residual, weight, bias, seed, dims, dropout_p, centred);
+  FASTATTN_CHECK(std::isfinite(eps), "eps must be finite");
   const bool sums = keep_sum && residual.has_value();
   const Place place = place_of(input);
   Tensor out = empty_like(input, norm.dtype);

@@ -92,7 +92,8 @@ class _Step(parts.Padded):
 
     def __init__(self, kernels: str, cache: Cache) -> None:
         super().__init__(kernels, None, causal=True)
-        self.caches, self.start = cache.layers, cache.lengths[:, None]
+        self.caches, self.lengths = cache.layers, cache.lengths
+        self.start = cache.lengths[:, None]
         self.longest, self.even = cache.longest, cache.even
 
     @property
@@ -122,7 +123,7 @@ class _Layer:
                 query,
                 self.keys,
                 self.values,
-                cache_seqlens=self.step.start[:, 0],
+                cache_seqlens=self.step.lengths,
                 key=key,
                 value=value,
                 **options,

@@ -147,7 +147,8 @@ def add_norm(
     ops: Any, out: Tensor, x: Tensor, layer: nn.LayerNorm | nn.RMSNorm, **options: Any
 ) -> tuple[Tensor, Tensor] | Tensor:
     """`layer` of x + dropout(out), and this sum; the options are `fastattn.add_layer_norm`'s."""
-    out = out.to(x.dtype)  # autocast makes a product bf16 and leaves what is added to it as it was
+    if out.dtype != x.dtype:  # autocast makes a product bf16 and leaves what is added to it
+        out = out.to(x.dtype)
     if isinstance(layer, nn.RMSNorm):
         return ops.add_rms_norm(out, x, layer.normalized_shape, layer.weight, layer.eps, **options)
     args = layer.normalized_shape, layer.weight, layer.bias, layer.eps

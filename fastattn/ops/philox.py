@@ -55,6 +55,11 @@ def keep(
     return bits[..., :keys] >= threshold(dropout_p)
 
 
+def unused(dropout_p: float, seed: int | Tensor | None) -> bool:
+    """Whether these certainly ask for no dropout."""
+    return seed is None and type(dropout_p) in (float, int) and dropout_p == 0
+
+
 def checked_seed(
     dropout_p: float, seed: int | Tensor | None, device: torch.device
 ) -> Tensor | None:

@@ -185,6 +185,40 @@ def _attention_args(
     )
 
 
+def _direct(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    align: str,
+    scale: float | None,
+    grouped: bool = True,
+) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) of a plain call without further terms, or None: see `registry.Op.direct`."""
+    if query is None or key is None or not dispatch.plain(query, key, value, mask, bias):
+        return None
+    if query.dim() != 4:
+        return None
+    for term in (mask, bias):
+        if term is not None and term.dim() != 4:
+            return None
+    if type(causal) is not bool or align not in ("bottom_right", "top_left"):
+        return None
+    if grouped is not True and query.shape[:2] != key.shape[:2]:
+        return None
+    if scale is None:
+        scale = max(query.shape[3], 1) ** -0.5
+    elif type(scale) is not float or not -math.inf < scale < math.inf:
+        return None
+    shifted, right = align == "bottom_right", 0 if causal else None
+    terms = mask, bias, *[None] * 5
+    return ATTENTION.direct(
+        query, key, value, *terms, shifted, None, right, scale, 0.0, 0.0, None, None
+    )
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -240,24 +274,29 @@ def attention(
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, device, head count
         or number does not fit.
     """
-    args = _attention_args(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        align=align,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
-    out, lse = ATTENTION(*args)
-    return (out, lse) if return_lse else out
+    outs = None
+    if window is softcap is alibi_slopes is sinks is None and philox.unused(dropout_p, seed):
+        outs = _direct(query, key, value, mask, bias, causal, align, scale)
+    if outs is None:
+        outs = ATTENTION(
+            *_attention_args(
+                query,
+                key,
+                value,
+                mask=mask,
+                bias=bias,
+                causal=causal,
+                window=window,
+                align=align,
+                scale=scale,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                dropout_p=dropout_p,
+                seed=seed,
+            )
+        )
+    return outs if return_lse else outs[0]
 
 
 def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
@@ -363,6 +402,13 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: as `attention`.
     """
+    masked_once = attn_mask is None or is_causal is False
+    if masked_once and philox.unused(dropout_p, None):
+        boolean = getattr(attn_mask, "dtype", None) is torch.bool
+        mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
+        outs = _direct(query, key, value, mask, bias, is_causal, "top_left", scale, enable_gqa)
+        if outs is not None:
+            return outs[0]
     args = _sdpa_args(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = ATTENTION(*args)[0]
     lead = _lead(query, key, value, enable_gqa)

@@ -171,8 +171,20 @@ def _checked_activation(activation: str | None, choices: tuple) -> str:
     return "identity" if activation is None else activation
 
 
+def _known(activation: str) -> bool:
+    return type(activation) is str and activation in ACTIVATIONS
+
+
 def _save(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a gradient is needed; the tensors may still be anything."""
+    return torch.is_grad_enabled() and any([getattr(t, "requires_grad", False) for t in tensors])
+
+
+def _direct(op: registry.Op, input: Tensor, *rest: object) -> tuple[Tensor, ...] | None:
+    """What `op` makes of a plain call, or None: see `registry.Op.direct`."""
+    if input is None or not dispatch.plain(input, *rest[: op.tensors - 1]):
+        return None
+    return op.direct(input, *rest) if input.is_contiguous() else None
 
 
 def _linear_args(
@@ -207,7 +219,14 @@ def linear(
         TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the
         activation does not fit.
     """
-    return LINEAR(*_linear_args(input, weight, bias, activation))[0]
+    outs = None
+    if activation is None:
+        outs = _direct(LINEAR, input, weight, bias, "identity", False)
+    elif _known(activation):
+        outs = _direct(LINEAR, input, weight, bias, activation, _save(input, weight, bias))
+    if outs is None:
+        outs = LINEAR(*_linear_args(input, weight, bias, activation))
+    return outs[0]
 
 
 def _ffn_args(
@@ -286,6 +305,11 @@ def ffn(
         TypeError: dtypes differ or are none of the above, or an option is of another type.
         ValueError: a shape, a device or an option does not fit.
     """
+    if recompute is False and _known(activation) and philox.unused(dropout_p, seed):
+        tensors = input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias
+        outs = _direct(FFN, *tensors, None, activation, 0.0, _save(*tensors))
+        if outs is not None:
+            return outs[0]
     args = _ffn_args(
         input,
         up_weight,

@@ -256,6 +256,29 @@ def _options(
     return seed, dims, float(eps), float(dropout_p), return_sum
 
 
+def _direct(
+    op: registry.Op,
+    input: Tensor,
+    residual: Tensor | None,
+    normalized_shape: Sequence[int],
+    parameters: tuple[Tensor | None, ...],
+    eps: float,
+    keep_sum: bool = False,
+) -> tuple[Tensor, ...] | None:
+    """What `op` makes of a plain call without dropout, or None: see `registry.Op.direct`."""
+    if input is None or not dispatch.plain(input, residual, *parameters):
+        return None
+    if type(eps) is not float or not input.is_contiguous():
+        return None
+    shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    if not isinstance(shape, (tuple, list)):
+        return None
+    dims = len(shape)
+    if input.shape[-dims:] != tuple(shape):
+        return None
+    return op.direct(input, residual, *parameters, None, dims, eps, 0.0, keep_sum)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -277,7 +300,10 @@ def layer_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    return LAYER_NORM(*_layer_norm_args(input, normalized_shape, weight, bias, eps))[0]
+    outs = _direct(LAYER_NORM, input, None, normalized_shape, (weight, bias), eps)
+    if outs is None:
+        outs = LAYER_NORM(*_layer_norm_args(input, normalized_shape, weight, bias, eps))
+    return outs[0]
 
 
 def add_layer_norm(
@@ -315,20 +341,25 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as `layer_norm`; also when `residual` or an option does not fit.
     """
-    out, summed = LAYER_NORM(
-        *_add_layer_norm_args(
-            input,
-            residual,
-            normalized_shape,
-            weight,
-            bias,
-            eps,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_sum=return_sum,
+    outs = None
+    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
+        parameters = (weight, bias)
+        outs = _direct(LAYER_NORM, input, residual, normalized_shape, parameters, eps, return_sum)
+    if outs is None:
+        outs = LAYER_NORM(
+            *_add_layer_norm_args(
+                input,
+                residual,
+                normalized_shape,
+                weight,
+                bias,
+                eps,
+                dropout_p=dropout_p,
+                seed=seed,
+                return_sum=return_sum,
+            )
         )
-    )
-    return (out, summed) if return_sum else out
+    return outs if return_sum else outs[0]
 
 
 def rms_norm(
@@ -351,7 +382,12 @@ def rms_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    return RMS_NORM(*_rms_norm_args(input, normalized_shape, weight, eps))[0]
+    if eps is None:
+        eps = _epsilon(input)
+    outs = _direct(RMS_NORM, input, None, normalized_shape, (weight,), eps)
+    if outs is None:
+        outs = RMS_NORM(*_rms_norm_args(input, normalized_shape, weight, eps))
+    return outs[0]
 
 
 def add_rms_norm(
@@ -369,19 +405,26 @@ def add_rms_norm(
 
     Takes `rms_norm`'s arguments and the others, returns and raises as `add_layer_norm`.
     """
-    out, summed = RMS_NORM(
-        *_add_rms_norm_args(
-            input,
-            residual,
-            normalized_shape,
-            weight,
-            eps,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_sum=return_sum,
+    if eps is None:
+        eps = _epsilon(input)
+    outs = None
+    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
+        parameters = (weight,)
+        outs = _direct(RMS_NORM, input, residual, normalized_shape, parameters, eps, return_sum)
+    if outs is None:
+        outs = RMS_NORM(
+            *_add_rms_norm_args(
+                input,
+                residual,
+                normalized_shape,
+                weight,
+                eps,
+                dropout_p=dropout_p,
+                seed=seed,
+                return_sum=return_sum,
+            )
         )
-    )
-    return (out, summed) if return_sum else out
+    return outs if return_sum else outs[0]
 
 
 registry.function("layer_norm", _layer_norm_args, LAYER_NORM)

@@ -216,6 +216,22 @@ def _rope_args(
     return *args, _heads_inside(query), _heads_inside(key)
 
 
+def _direct(
+    query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor] | None:
+    """What the op makes of a plain call, or None: see `registry.Op.direct`."""
+    if any([x is None for x in (query, cos, sin)]) or not dispatch.plain(query, key, cos, sin):
+        return None
+    if query.dim() != 4 or cos.requires_grad or sin.requires_grad:
+        return None
+    if key is not None and (
+        key.dim() != 4 or key.dtype is not query.dtype or key.shape[::2] != query.shape[::2]
+    ):
+        return None
+    inside = _heads_inside(query), _heads_inside(key)
+    return ROPE.direct(query, key, cos, sin, None, interleaved, *inside)
+
+
 def apply_rope(
     query: Tensor,
     key: Tensor | None,
@@ -252,6 +268,10 @@ def apply_rope(
         position does not fit, or an element to be overwritten stands for several. Positions on a
         GPU are not waited for: the kernel makes NaN of rows whose position is in no table.
     """
+    if positions is None and inplace is False and type(interleaved) is bool:
+        outs = _direct(query, key, cos, sin, interleaved)
+        if outs is not None:
+            return outs[0] if key is None else outs
     options = {"positions": positions, "interleaved": interleaved, "inplace": inplace}
     args = _rope_args(query, key, cos, sin, **options)
     if inplace:
