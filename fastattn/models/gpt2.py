@@ -89,7 +89,8 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, attend: parts.Padded, ops: Any) -> Tensor:
-        packed = parts.linear(ops, x, self.c_attn).view(*x.shape[:-1], 3, self.heads, -1)
+        *lead, width = x.shape
+        packed = parts.linear(ops, x, self.c_attn).view(*lead, 3, self.heads, width // self.heads)
         dropout_p = self.dropout_p if self.training else 0.0
         out = attend(*packed.unbind(-3), dropout_p=dropout_p)  # [B, S, H, D]
         return parts.linear(ops, out.flatten(-2), self.c_proj)  # [B, S, E]
