@@ -164,6 +164,31 @@ def test_weights_of_any_stride(which: str) -> None:
     assert ffn(x, strided, strided).equal(ffn(x, packed, packed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 40])
+@pytest.mark.parametrize("sizes", [(5, 3), (135, 70), (260, 4100)], ids=str)
+def test_a_transposed_weight_is_not_copied(
+    kernel: str, sizes: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
+    """What GPT-2 keeps, [in, out], is read and its gradient written as it lies."""
+    x, kept, bias = randn((rows, sizes[0]), sizes, sizes[1:], dtype=dtype)
+
+    def ours(x: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
+        return linear(x, kept.t(), bias, "silu")
+
+    def eager(x: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.linear(x, kept.t(), bias))
+
+    leaves = [x, kept, bias]
+    wide = [leaf.double() for leaf in leaves]
+    assert_close_to_oracle(ours(*leaves), eager(*leaves), eager(*wide))
+    found = grads(ours, leaves)
+    for grad, usual, oracle in zip(found, grads(eager, leaves), grads(eager, wide), strict=True):
+        assert_close_to_oracle(grad, usual, oracle, 3.0)
+    if kernel == "cpu":
+        assert found[1].is_contiguous()
+
+
 # ffn
 
 

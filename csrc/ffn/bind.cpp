@@ -17,13 +17,19 @@ Activation activation_of(StringHandle argument) {
   FASTATTN_CHECK(false, "activation '", name, "' is unknown");
 }
 
+// Where a weight lies, row by row or, on the CPU, column by column.
+Weight placed(const Tensor& weight) { return {weight.const_data_ptr(), !weight.is_contiguous()}; }
+
 // Checks a projection of `in` features; returns its number of output features.
 int64_t checked(const char* name, const Tensor& weight, const OptionalTensor& bias, int64_t in,
                 Dtype dtype) {
-  check_matrix(name, weight);
+  FASTATTN_CHECK(weight.dim() == 2 && weight.size(1) == in, name,
+                 " has not the shape that the others ask for");
   check_dtype(name, weight, dtype);
   const int64_t out = weight.size(0);
-  check_sizes(name, weight, {out, in});
+  FASTATTN_CHECK(weight.is_contiguous() || (!on_gpu(place_of(weight)) && weight.stride(0) == 1 &&
+                                            weight.stride(1) == out),
+                 name, " must be contiguous, or on the CPU the transpose of what is");
   if (bias.has_value()) {
     check_sizes("bias", *bias, {out});
     check_dtype("bias", *bias, dtype);
@@ -41,10 +47,11 @@ int64_t checked_rows(const Tensor& input, Dtype dtype) {
   return rows_of("input", input);
 }
 
-// A gradient like `tensor` to be written, or an empty tensor where none is wanted.
+// A gradient to be written, laid out as `tensor`, or an empty tensor where none is wanted.
 Tensor gradient(const OptionalTensor& tensor, bool wanted, Dtype dtype, Place place) {
   if (!wanted || !tensor.has_value()) return empty(0, dtype, place);
-  return empty_like(*tensor, dtype);
+  if (tensor->is_contiguous()) return empty_like(*tensor, dtype);
+  return empty({tensor->size(0), tensor->size(1)}, {1, tensor->size(0)}, dtype, place);
 }
 
 // [rows, columns] for what forward keeps, or an empty tensor where it keeps nothing.
@@ -71,7 +78,7 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
   save = save && kind != Activation::identity;
   Tensor out = empty_rows(input, features, dtype);
   Tensor pre = kept(input, features, save, dtype);
-  linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
+  linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(weight),
                          read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
   return {out, pre};
 }
@@ -102,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
   Tensor grad_bias = gradient(bias, need_bias, dtype, place);
   linear_backward(place,
                   {dtype, rows, in, features, grad_pre.const_data_ptr(), input.const_data_ptr(),
-                   weight.const_data_ptr(), nullptr, write(grad_input, need_input),
+                   placed(weight), nullptr, write(grad_input, need_input),
                    write(grad_weight, need_weight), write(grad_bias, need_bias)});
   return {grad_input, grad_weight, grad_bias};
 }
@@ -154,9 +161,8 @@ struct Block {
       return kept;
     }
     Tensor again = empty(rows, features, dtype, place);
-    linear_forward(place,
-                   {dtype, rows, in, features, input.const_data_ptr(), weight.const_data_ptr(),
-                    read(bias), Activation::identity, again.mutable_data_ptr(), nullptr});
+    linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(weight),
+                           read(bias), Activation::identity, again.mutable_data_ptr(), nullptr});
     return again;
   }
 };
@@ -175,18 +181,18 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
   Tensor up = kept(input, of.features, save, dtype);
   Tensor gate = kept(input, of.features, save && of.gated, dtype);
   if (of.gated) {
-    gated_forward(place, {dtype, of.rows, of.in, of.features, input.const_data_ptr(),
-                          up_weight.const_data_ptr(), read(up_bias), gate_weight->const_data_ptr(),
-                          read(gate_bias), of.activation, hidden.mutable_data_ptr(),
-                          write(up, save), write(gate, save)});
+    gated_forward(place,
+                  {dtype, of.rows, of.in, of.features, input.const_data_ptr(), placed(up_weight),
+                   read(up_bias), placed(*gate_weight), read(gate_bias), of.activation,
+                   hidden.mutable_data_ptr(), write(up, save), write(gate, save)});
   } else {
-    linear_forward(place, {dtype, of.rows, of.in, of.features, input.const_data_ptr(),
-                           up_weight.const_data_ptr(), read(up_bias), of.activation,
-                           hidden.mutable_data_ptr(), write(up, save)});
+    linear_forward(place,
+                   {dtype, of.rows, of.in, of.features, input.const_data_ptr(), placed(up_weight),
+                    read(up_bias), of.activation, hidden.mutable_data_ptr(), write(up, save)});
   }
   of.drop_out(hidden);
   linear_forward(place, {dtype, of.rows, of.features, of.out_features, hidden.const_data_ptr(),
-                         down_weight.const_data_ptr(), read(down_bias), Activation::identity,
+                         placed(down_weight), read(down_bias), Activation::identity,
                          out.mutable_data_ptr(), nullptr});
   return {out, up, gate};
 }
@@ -233,9 +239,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
       grad_gate = again ? gate : empty(rows, features, dtype, place);
     }
     const Tensor grad_hidden = hidden;
-    linear_backward(place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(),
-                            nullptr, down_weight.const_data_ptr(), nullptr,
-                            grad_hidden.mutable_data_ptr(), nullptr, nullptr});
+    linear_backward(
+        place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(), nullptr,
+                placed(down_weight), nullptr, grad_hidden.mutable_data_ptr(), nullptr, nullptr});
     of.drop_out(grad_hidden);
     activation_backward(place, {dtype, rows * features, grad_hidden.const_data_ptr(),
                                 up.const_data_ptr(), of.gated ? gate.const_data_ptr() : nullptr,
@@ -243,21 +249,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
                                 write(grad_gate, of.gated), write(hidden, need_down_weight)});
     if (need_down_weight) of.drop_out(hidden);
   }
-  linear_backward(
-      place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(),
-              need_down_weight ? hidden.const_data_ptr() : nullptr, nullptr, nullptr, nullptr,
-              write(grad_down_weight, need_down_weight), write(grad_down_bias, need_down_bias)});
+  linear_backward(place, {dtype, rows, features, of.out_features, grad_out.const_data_ptr(),
+                          need_down_weight ? hidden.const_data_ptr() : nullptr, placed(down_weight),
+                          nullptr, nullptr, write(grad_down_weight, need_down_weight),
+                          write(grad_down_bias, need_down_bias)});
   hidden = none;
   linear_backward(place,
                   {dtype, rows, in, features, grad_up.const_data_ptr(), input.const_data_ptr(),
-                   up_weight.const_data_ptr(), nullptr, write(grad_input, need_input),
+                   placed(up_weight), nullptr, write(grad_input, need_input),
                    write(grad_up_weight, need_up_weight), write(grad_up_bias, need_up_bias)});
   if (of.gated)
-    linear_backward(
-        place, {dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
-                gate_weight->const_data_ptr(), need_input ? grad_input.const_data_ptr() : nullptr,
-                write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
-                write(grad_gate_bias, need_gate_bias)});
+    linear_backward(place,
+                    {dtype, rows, in, features, grad_gate.const_data_ptr(), input.const_data_ptr(),
+                     placed(*gate_weight), need_input ? grad_input.const_data_ptr() : nullptr,
+                     write(grad_input, need_input), write(grad_gate_weight, need_gate_weight),
+                     write(grad_gate_bias, need_gate_bias)});
   return {grad_input,     grad_up_weight,   grad_up_bias,  grad_gate_weight,
           grad_gate_bias, grad_down_weight, grad_down_bias};
 }

@@ -119,6 +119,12 @@ Operand<T> columns_of(const void* matrix, int64_t cols) {
   return {static_cast<const T*>(matrix), 1, cols};
 }
 
+// Row i of a weight's [out_features, in_features] along the features of the input.
+template <class T>
+Operand<T> operand(Weight weight, int64_t out, int64_t in) {
+  return weight.transposed ? columns_of<T>(weight.data, out) : rows_of<T>(weight.data, in);
+}
+
 template <class T>
 void linear(const LinearForward& args) {
   using A = Acc<T>;
@@ -136,9 +142,10 @@ void linear(const LinearForward& args) {
                      n);
     });
   };
-  multiply<A, T>(
-      args.rows, args.out_features, args.in_features, rows_of<T>(args.input, args.in_features),
-      {rows_of<T>(args.weight, args.in_features)}, Finish<A>(body, out, args.out_features));
+  multiply<A, T>(args.rows, args.out_features, args.in_features,
+                 rows_of<T>(args.input, args.in_features),
+                 {operand<T>(args.weight, args.out_features, args.in_features)},
+                 Finish<A>(body, out, args.out_features));
 }
 
 template <class T>
@@ -159,8 +166,8 @@ void gated(const GatedForward& args) {
   };
   multiply<A, T>(args.rows, args.hidden_features, args.in_features,
                  rows_of<T>(args.input, args.in_features),
-                 {rows_of<T>(args.gate_weight, args.in_features),
-                  rows_of<T>(args.up_weight, args.in_features)},
+                 {operand<T>(args.gate_weight, args.hidden_features, args.in_features),
+                  operand<T>(args.up_weight, args.hidden_features, args.in_features)},
                  Finish<A>(body, hidden, args.hidden_features));
 }
 
@@ -236,18 +243,22 @@ void linear_gradients(const LinearBackward& args) {
         store_count<A>(to + row * in + col, sum, n);
       });
     };
-    multiply<A, T>(rows, in, out, rows_of<T>(grad, out), {columns_of<T>(args.weight, in)},
+    const Weight turned{args.weight.data, !args.weight.transposed};
+    multiply<A, T>(rows, in, out, rows_of<T>(grad, out), {operand<T>(turned, in, out)},
                    Finish<A>(body, to, in));
   }
   if (args.grad_weight != nullptr) {
+    const Operand<T> grads = columns_of<T>(grad, out), inputs = columns_of<T>(args.input, in);
+    const bool transposed = args.weight.transposed;
+    const int64_t lines = transposed ? in : out, width = transposed ? out : in;
     auto* to = static_cast<T*>(args.grad_weight);
     const auto body = [&](const auto& place, A* const* blocks) {
       each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-        store_count<A>(to + row * in + col, load<A>(blocks[0] + at), n);
+        store_count<A>(to + row * width + col, load<A>(blocks[0] + at), n);
       });
     };
-    multiply<A, T>(out, in, rows, columns_of<T>(grad, out), {columns_of<T>(args.input, in)},
-                   Finish<A>(body, to, in));
+    multiply<A, T>(lines, width, rows, transposed ? inputs : grads, {transposed ? grads : inputs},
+                   Finish<A>(body, to, width));
   }
   if (args.grad_bias != nullptr) {
     auto* to = static_cast<T*>(args.grad_bias);

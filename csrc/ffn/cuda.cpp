@@ -124,7 +124,7 @@ void sum_columns(Device& device, Dtype dtype, const void* from, void* to, int64_
 void linear_forward(const LinearForward& args, Device& device) {
   product(device, "forward", args.dtype, args.in_features,
           {args.input, args.rows, args.in_features},
-          {args.weight, args.out_features, args.in_features}, {}, args.activation,
+          {args.weight.data, args.out_features, args.in_features}, {}, args.activation,
           {.rows = args.rows,
            .cols = args.out_features,
            .out = args.out,
@@ -135,8 +135,8 @@ void linear_forward(const LinearForward& args, Device& device) {
 void gated_forward(const GatedForward& args, Device& device) {
   product(device, "forward", args.dtype, args.in_features,
           {args.input, args.rows, args.in_features},
-          {args.up_weight, args.hidden_features, args.in_features},
-          {args.gate_weight, args.hidden_features, args.in_features}, args.activation,
+          {args.up_weight.data, args.hidden_features, args.in_features},
+          {args.gate_weight.data, args.hidden_features, args.in_features}, args.activation,
           {.rows = args.rows,
            .cols = args.hidden_features,
            .out = args.hidden,
@@ -185,7 +185,7 @@ void linear_backward(const LinearBackward& args, Device& device) {
   const int64_t rows = args.rows, in = args.in_features, out = args.out_features;
   const Plain grad{args.grad_pre, rows, out};
   if (args.grad_input != nullptr)
-    product(device, "grad_input", args.dtype, out, grad, {args.weight, out, in}, {},
+    product(device, "grad_input", args.dtype, out, grad, {args.weight.data, out, in}, {},
             Activation::identity,
             {.rows = rows, .cols = in, .out = args.grad_input, .add = args.add});
   if (args.grad_weight != nullptr)

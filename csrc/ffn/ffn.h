@@ -10,13 +10,19 @@
 
 namespace fastattn {
 
+// A weight [out_features, in_features], or in memory its transpose.
+struct Weight {
+  const void* data;
+  bool transposed;  // on the CPU only
+};
+
 // out = activation(input weight^T + bias).
 struct LinearForward {
   Dtype dtype;
   int64_t rows, in_features, out_features;
-  const void* input;   // [rows, in_features]
-  const void* weight;  // [out_features, in_features]
-  const void* bias;    // [out_features] or null
+  const void* input;  // [rows, in_features]
+  Weight weight;
+  const void* bias;  // [out_features] or null
   Activation activation;
   void* out;  // [rows, out_features]
   void* pre;  // what came before the activation, or null
@@ -27,9 +33,9 @@ struct GatedForward {
   Dtype dtype;
   int64_t rows, in_features, hidden_features;
   const void* input;
-  const void* up_weight;    // [hidden_features, in_features]
-  const void* up_bias;      // [hidden_features] or null
-  const void* gate_weight;  // as up_weight
+  Weight up_weight;     // [hidden_features, in_features]
+  const void* up_bias;  // [hidden_features] or null
+  Weight gate_weight;   // as up_weight
   const void* gate_bias;
   Activation activation;
   void* hidden;  // [rows, hidden_features]
@@ -67,10 +73,10 @@ struct LinearBackward {
   int64_t rows, in_features, out_features;
   const void* grad_pre;  // [rows, out_features]
   const void* input;
-  const void* weight;
+  Weight weight;
   const void* add;    // [rows, in_features], added to grad_input, or null
   void* grad_input;   // [rows, in_features]
-  void* grad_weight;  // [out_features, in_features]
+  void* grad_weight;  // [out_features, in_features], or its transpose where weight is
   void* grad_bias;    // [out_features]
 };
 

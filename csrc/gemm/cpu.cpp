@@ -4,7 +4,7 @@
 // depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
 // at a time, once for each block. So blocks are of the smaller operand, or of the one that is
 // cheaper to pack; where that is A, a tile is a piece of C^T.
-// With few rows the weight's rows are vectors themselves, and each meets every row of A.
+// With few rows nothing is packed: the weight's rows, or its columns, are vectors where they lie.
 #include "gemm/gemm.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -319,6 +319,106 @@ class DotProduct {
   int64_t rows_, padded_, groups_, ranges_;
 };
 
+// Few rows of A against a weight that lies transposed: C is a sum of the weight's lines along its
+// columns, each times an element of A. The weight streams through once, several lines at a time,
+// which lie on different pages; threads share out the lines, and their sums are added up at the
+// end.
+template <class A, class T>
+class LineSum {
+ public:
+  static constexpr int64_t kMost = 16;  // rows of A
+
+  explicit LineSum(const Product<A, T>& product)
+      : in_(product),
+        width_(round_up(in_.cols, lanes<A>)),
+        chains_(larger(1, ceil_div(in_.depth, kChain))) {}
+
+  void run() const {
+    Scratch shared;
+    A* sums = shared.take<A>(in_.count * chains_ * in_.rows * width_);
+    const int64_t parts = ceil_div(in_.cols, kPart);
+    workers(in_.count * chains_ * parts, [&](TaskQueue& queue) {
+      Scratch scratch;
+      A* rows = scratch.take<A>(in_.rows * kChain);
+      for (int64_t task; queue.next(task);)
+        add(task / parts / chains_, task / parts % chains_, task % parts * kPart, rows, sums);
+    });
+    const int64_t groups = ceil_div(in_.cols, kGroup);
+    const int64_t ranges = in_.tasks(in_.rows * in_.cols * chains_ / kWorth, groups);
+    workers(ranges, [&](TaskQueue& queue) {
+      for (int64_t task; queue.next(task);)
+        for (int64_t n = task * groups / ranges; n < (task + 1) * groups / ranges; n++)
+          finish(n * kGroup, sums);
+    });
+  }
+
+ private:
+  static constexpr int kLines = 8;           // read at the same time
+  static constexpr int64_t kChain = 128;     // depths that are summed in one go
+  static constexpr int64_t kPart = 4096;     // columns of a task
+  static constexpr int64_t kGroup = 256;     // columns that are finished at once
+  static constexpr int64_t kStep = 256;      // columns that meet every row while they are cached
+  static constexpr int64_t kWorth = 65'536;  // additions for which a thread is started
+
+  A* sum_of(A* sums, int64_t weight, int64_t chain, int64_t col) const {
+    return sums + (weight * chains_ + chain) * in_.rows * width_ + col;
+  }
+
+  // What the lines of a chain give, from column `col` on.
+  void add(int64_t w, int64_t chain, int64_t col, A* rows, A* sums) const {
+    const int64_t first = chain * kChain, depth = smaller(kChain, in_.depth - first);
+    const int64_t cols = smaller(kPart, in_.cols - col);
+    const Operand<T> weight = in_.weights[w].from(col, first);
+    A* to = sum_of(sums, w, chain, col);
+    for (int64_t i = 0; i < in_.rows; i++) {
+      load_row(rows + i * kChain, in_.a.from(i, first).data, in_.a.inner, depth);
+      std::memset(to + i * width_, 0, static_cast<size_t>(round_up(cols, lanes<A>)) * sizeof(A));
+    }
+    const int64_t apart = depth / kLines;
+    for (int64_t k = 0; k < apart; k++)
+      add_lines<kLines>(weight.from(0, k), apart, cols, rows + k, to);
+    for (int64_t k = apart * kLines; k < depth; k++)
+      add_lines<1>(weight.from(0, k), 0, cols, rows + k, to);
+  }
+
+  // Adds lines that lie so many depths apart.
+  template <int Lines>
+  void add_lines(Operand<T> weight, int64_t apart, int64_t cols, const A* rows, A* to) const {
+    for (int64_t col = 0; col < cols; col += kStep)
+      for (int64_t i = 0; i < in_.rows; i++) {
+        A factor[Lines];
+#pragma GCC unroll 8
+        for (int j = 0; j < Lines; j++) factor[j] = rows[i * kChain + j * apart];
+        A* sums = to + i * width_ + col;
+        each_vector<A>(smaller(kStep, cols - col), [&](int64_t c, auto n) {
+          Vec<A> sum{};
+#pragma GCC unroll 8
+          for (int j = 0; j < Lines; j++)
+            sum += factor[j] * load_count<A>(weight.data + j * apart * weight.inner + col + c, n);
+          store(sums + c, load<A>(sums + c) + sum);
+        });
+      }
+  }
+
+  void finish(int64_t col, A* sums) const {
+    const int64_t cols = smaller(kGroup, in_.cols - col), width = round_up(cols, lanes<A>);
+    A block[2][kMost * kGroup];
+    A* const blocks[2] = {block[0], block[in_.count - 1]};
+    for (int64_t w = 0; w < in_.count; w++)
+      for (int64_t i = 0; i < in_.rows; i++)
+        for (int64_t c = 0; c < cols; c += lanes<A>) {
+          Vec<A> total{};
+          for (int64_t chain = 0; chain < chains_; chain++)
+            total += load<A>(sum_of(sums, w, chain, col) + i * width_ + c);
+          store(block[w] + i * width + c, total);
+        }
+    in_.finish.call(in_.finish.body, {0, col, in_.rows, cols, width}, blocks);
+  }
+
+  const Product<A, T>& in_;
+  int64_t width_, chains_;
+};
+
 }  // namespace
 
 template <class A, class T>
@@ -328,8 +428,13 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
   const int64_t count = static_cast<int64_t>(weights.size());
   const Product<A, T> product{
       rows, cols, depth, a, {weights.begin()[0], weights.begin()[count - 1]}, count, finish};
-  if (weights.begin()->inner != 1 || rows > DotProduct<A, T, 4>::kMost)
-    return TiledProduct<A, T>(product).run();
+  bool in_rows = true, in_columns = true;
+  for (const Operand<T>& weight : weights) {
+    in_rows = in_rows && weight.inner == 1;
+    in_columns = in_columns && weight.outer == 1;
+  }
+  if (in_columns && !in_rows && rows <= LineSum<A, T>::kMost) return LineSum<A, T>(product).run();
+  if (!in_rows || rows > DotProduct<A, T, 4>::kMost) return TiledProduct<A, T>(product).run();
   if (rows > 2) return DotProduct<A, T, 4>(product).run();
   if (rows > 1) return DotProduct<A, T, 2>(product).run();
   return DotProduct<A, T, 1>(product).run();

@@ -12,13 +12,12 @@ from itertools import permutations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
 from fastattn import checks
 from fastattn.integrations import huggingface, logits
-from fastattn.nn.feed_forward import ACTIVATIONS, feed_forward, hooked, linear
+from fastattn.nn.feed_forward import ACTIVATIONS, feed_forward, hooked, linear, matrix
 
 TORCH = {  # torch.nn's own layer -> the one that takes its place, with its parameters
     nn.LayerNorm: fastattn.nn.LayerNorm,
@@ -32,7 +31,7 @@ Forward = Callable[..., Tensor]  # of a module and its input
 Found = tuple[Forward | None, str] | str | None
 EPSILONS = "variance_epsilon", "eps"  # what an RMS norm calls it
 IDLE = nn.Dropout(0.0)
-FEW = 24  # rows of an input, up to which fastattn.linear reads a weight where it lies
+FEW, FEW_TRANSPOSED = 24, 16  # rows up to which fastattn.linear reads a weight where it lies
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,16 @@ def patch(
     Parameters, buffers and the state dict stay what they are; `unpatch` undoes it. A layer is
     replaced where it is torch.nn's own, or where on random weights and inputs it computes what a
     fused op computes; all else is left. In training, a feed-forward block runs its own code if it
-    has dropout in other places than a module of torch.nn's before its last layer.
+    has dropout in other places than a module of torch.nn's before or behind its last layer.
 
     Args:
         model: in any mode; compile it afterwards.
         attention: of torch.nn, and of transformers models that use its AttentionInterface.
         norms: LayerNorm, and RMSNorm as in torch, LLaMA, T5 and Gemma.
         mlps: linear, activation, linear; the same with a gate; linear and activation.
-        linears: the other layers of type torch.nn.Linear, on the CPU and for up to 24 rows, as a
-            model has that writes token by token. With more rows they stay torch's.
+        linears: the other layers of torch.nn.Linear or of transformers' Conv1D, on the CPU and for
+            few rows, up to 24 or 16, as a model has that writes token by token. With more rows they
+            stay what they were.
         loss: of a language model of transformers. Its logits are then not computed before
             something other than a cross-entropy asks for them, which must be before the weights
             change; they cannot be written to, and torch.compile computes them always.
@@ -119,10 +119,9 @@ def patch(
                 found = _alike(module, known, _probe_norm)
             elif mlps and _is_mlp(module):
                 found = _alike(module, known, _probe_mlp)
-            elif mlps and _is_transposed_mlp(module):
-                found = "its layers, Conv1D, keep their weights transposed"
             elif linears and _is_linear(module) and module not in within:
-                found = _linear, f"fastattn.linear, up to {FEW} rows"
+                few = FEW if kind is nn.Linear else FEW_TRANSPOSED
+                found = partial(_linear, few=few), f"fastattn.linear, up to {few} rows"
             if isinstance(found, tuple):
                 forward, found_name = found
                 within.update(module.modules())
@@ -205,12 +204,14 @@ def _swap(module: nn.Module, undo: list) -> Found:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.weight.dtype in checks.FLOATING
+    weight = matrix(module)
+    return weight is not None and weight.dtype in checks.FLOATING
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    few = x.is_cpu and x.numel() <= FEW * module.in_features
-    return (fastattn.linear if few else F.linear)(x, module.weight, module.bias)
+def _linear(module: nn.Module, x: Tensor, few: int) -> Tensor:
+    if not x.is_cpu or x.shape[:-1].numel() > few:
+        return type(module).forward(module, x)
+    return fastattn.linear(x, matrix(module), module.bias)
 
 
 # layers known by what they compute
@@ -237,14 +238,8 @@ def _is_mlp(module: nn.Module) -> bool:
     return len(linears) in (1, 2, 3) and inside == sum(1 for _ in module.parameters())
 
 
-def _is_transposed_mlp(module: nn.Module) -> bool:
-    layers = [child for child in module.children() if type(child).__name__ == "Conv1D"]
-    shapes = [tuple(layer.weight.shape) for layer in layers]
-    return len(shapes) == 2 and shapes[0] == shapes[1][::-1]
-
-
-def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+def _linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if matrix(child) is not None}
 
 
 def _alike(module: nn.Module, known: dict, probe: Callable[[nn.Module], Any]) -> Any:
@@ -296,9 +291,9 @@ def _dropping(trial: nn.Module, inputs: Tensor, forward: partial[Tensor]) -> For
     names = [name for name, child in trial.named_children() if type(child) is nn.Dropout]
     if forward.func is _mlp and len(names) == 1:
         setattr(trial, names[0], _Marks())
-        dropping = partial(forward, dropout=names[0])
-        if _close(dropping(trial, inputs), trial(inputs)):
-            return dropping
+        for dropping in (partial(forward, dropout=names[0]), partial(_then, forward, names[0])):
+            if _close(dropping(trial, inputs), trial(inputs)):
+                return dropping
     return partial(_unless_it_drops, forward)
 
 
@@ -307,6 +302,10 @@ class _Marks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.linspace(-1, 1, x.shape[-1])
+
+
+def _then(forward: Forward, dropout: str, module: nn.Module, x: Tensor) -> Tensor:
+    return getattr(module, dropout)(forward(module, x))
 
 
 def _unless_it_drops(forward: Forward, module: nn.Module, x: Tensor) -> Tensor:
@@ -334,14 +333,13 @@ def _rms_norm_of_one_more(module: nn.Module, x: Tensor, eps: float) -> Tensor:
 
 def _probe_mlp(module: nn.Module) -> Found:
     linears = _linears(module)
-    width = next(iter(linears.values())).in_features
+    shapes = {name: matrix(layer).shape for name, layer in linears.items()}  # [out, in]
+    width = next(iter(shapes.values()))[1]
     op = "fastattn.linear" if len(linears) == 1 else "fastattn.ffn"
     candidates = {}
     for names in permutations(linears):
-        up, down, gate = ([linears[name] for name in names] + [None, None])[:3]
-        if up.in_features != width or (down and down.in_features != up.out_features):
-            continue
-        if gate and gate.weight.shape != up.weight.shape:
+        up, down, gate = ([shapes[name] for name in names] + [None, None])[:3]
+        if up[1] != width or (down and down[1] != up[0]) or (gate and gate != up):
             continue
         for activation in ACTIVATIONS:
             said = f"{op}, {activation}" + (f", gate {names[2]}" if names[2:] else "")

@@ -91,18 +91,18 @@ def feed_forward(
 ) -> Tensor:
     """down(dropout(activation(up))), or down(dropout(activation(gate) * up)), fused where it can.
 
-    A module that is hooked, or is not exactly the torch.nn class, is called and not looked into.
+    A module that is hooked, or of another class than `matrix` knows, is called and not looked into.
     """
-    plain = all(map(_plain, (up, down))) and (gate is None or _plain(gate))
+    layers = (up, down) if gate is None else (up, down, gate)
+    weights = [None if hooked(layer) else matrix(layer) for layer in layers]
     drops = type(dropout) is nn.Dropout and not hooked(dropout)
-    if plain and drops and isinstance(activation, str):
+    if all([weight is not None for weight in weights]) and drops and isinstance(activation, str):
         return fastattn.ffn(
             input,
-            up.weight,
-            down.weight,
+            *weights[:2],
             up.bias,
             down.bias,
-            gate_weight=None if gate is None else gate.weight,
+            gate_weight=None if gate is None else weights[2],
             gate_bias=None if gate is None else gate.bias,
             activation=activation,
             dropout_p=dropout.p if dropout.training else 0.0,
@@ -119,15 +119,24 @@ def linear(
 ) -> Tensor:
     """activation(layer(input)), fused where the layer is plain and the activation has a name."""
     fused = activation if isinstance(activation, str) else None
-    if _plain(layer):
-        out = fastattn.linear(input, layer.weight, layer.bias, fused)
+    weight = None if hooked(layer) else matrix(layer)
+    if weight is not None:
+        out = fastattn.linear(input, weight, layer.bias, fused)
     else:
         out = layer(input) if fused is None else ACTIVATIONS[fused](layer(input))
     return activation(out) if callable(activation) else out
 
 
-def _plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not hooked(layer)
+def matrix(layer: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a linear layer, or None for a module of any other class.
+
+    A layer is torch.nn's, or transformers' Conv1D, whose parameter is the transpose.
+    """
+    kind = type(layer)
+    if kind is nn.Linear:
+        return layer.weight
+    transposed = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return layer.weight.t() if transposed else None
 
 
 def hooked(module: nn.Module) -> bool:

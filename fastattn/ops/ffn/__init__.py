@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastattn import checks, dispatch, registry
+from fastattn import _library, checks, dispatch, registry
 from fastattn.ops import philox
 from fastattn.ops.ffn import choice, reference
 
@@ -58,9 +58,10 @@ def _linear_derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> 
 
 
 def _empty_if(wanted: bool, tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A gradient, laid out as its tensor, or one of no elements."""
     if not wanted or tensor is None:
         return other.new_empty(0)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor)
 
 
 LINEAR = registry.op(
@@ -187,6 +188,19 @@ def _direct(op: registry.Op, input: Tensor, *rest: object) -> tuple[Tensor, ...]
     return op.direct(input, *rest) if input.is_contiguous() else None
 
 
+def _laid_out(parameter: Tensor | None) -> Tensor | None:
+    """A weight or a bias as the kernels take it: contiguous, or on the CPU a matrix's transpose."""
+    if parameter is None or (
+        parameter.dim() == 2
+        and parameter.is_cpu
+        and dispatch.forced() in (None, "cpu")
+        and not _library.WHY_NOT
+        and parameter.t().is_contiguous()
+    ):
+        return parameter
+    return parameter.contiguous()
+
+
 def _linear_args(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> tuple:
@@ -195,7 +209,7 @@ def _linear_args(
     checks.projection("", weight, bias, input, input.shape[-1])
     return (
         input.contiguous(),
-        weight.contiguous(),
+        _laid_out(weight),
         checks.contiguous(bias),
         _checked_activation(activation, (None, *ACTIVATIONS)),
         activation is not None and _save(input, weight, bias),
@@ -209,7 +223,9 @@ def linear(
 
     Args:
         input: [..., in_features], fp32, bf16, fp16 or fp64; products are summed in at least fp32.
-        weight: [out_features, in_features], as `torch.nn.Linear` keeps it; bias: [out_features].
+        weight: [out_features, in_features], as `torch.nn.Linear` keeps it, or on the CPU the
+            transpose of what lies so in memory, as GPT-2 has it; else it is copied.
+        bias: [out_features].
         activation: None, "relu", "gelu" (erf, arXiv:1606.08415), "gelu_tanh" or "silu".
 
     Returns:
@@ -261,7 +277,7 @@ def _ffn_args(
         raise TypeError(f"recompute must be a bool, got {type(recompute).__name__}")
     tensors = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     save = not recompute and _save(input, *tensors)
-    tensors = (input.contiguous(), *(checks.contiguous(tensor) for tensor in tensors))
+    tensors = (input.contiguous(), *(_laid_out(tensor) for tensor in tensors))
     return (*tensors, seed, activation, float(dropout_p), save)
 
 
@@ -287,7 +303,8 @@ def ffn(
 
     Args:
         input: [..., features], fp32, bf16, fp16 or fp64; products are summed in at least fp32.
-        up_weight, gate_weight: [hidden, features]; down_weight: [out_features, hidden].
+        up_weight, gate_weight: [hidden, features]; down_weight: [out_features, hidden]; in memory
+            as `linear` takes them.
         up_bias, gate_bias: [hidden]; down_bias: [out_features].
         activation: "relu", "gelu" (erf), "gelu_tanh" or "silu".
         dropout_p: probability of dropping an element of [..., hidden], the rest scaled by
