@@ -133,7 +133,11 @@ class DecodeTask {
     A* weights = scratch.take<A>(rows_ * kSplit);
     for (int64_t t = 0; t < tiles; t++)
       each_rows([&](int64_t r, auto rows) {
-        dots<rows>(query + r * width_, keys + t * kTile, weights + r * kSplit + t, tiles);
+        constexpr int together = rows < 2 ? 1 : 2, count = kTile / together;
+        for (int k = 0; k < kTile; k += count)
+          for (int i = 0; i < rows; i += together)
+            dots<together, count>(query + (r + i) * width_, keys + t * kTile + k,
+                                  weights + (r + i) * kSplit + k * tiles + t, tiles);
       });
     for (int64_t r = 0; r < rows_; r++) {
       A* row = weights + r * kSplit;
@@ -268,30 +272,27 @@ class DecodeTask {
     put(zeros, 0, tiles * kTile - count);
   }
 
-  // The products with the keys of a tile, which are to lie `apart`.
-  template <int Rows>
+  // The products with some keys of a tile, which are to lie `apart`.
+  template <int Rows, int Keys>
   void dots(const A* query, const T* const* keys, A* to, int64_t apart) const {
-    constexpr int count = kTile / Rows;
+    static_assert(Rows * Keys == kTile);
     const int64_t width = width_;
-    for (int first = 0; first < kTile; first += count) {
-      Vec<A> sums[kTile] = {};
-      for (int64_t d = 0; d < width; d += lanes<A>) {
-        Vec<A> row[Rows];
+    Vec<A> sums[kTile] = {};
+    for (int64_t d = 0; d < width; d += lanes<A>) {
+      Vec<A> row[Rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
+      for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
 #pragma GCC unroll 16
-        for (int k = 0; k < count; k++) {
-          const Vec<A> key = load<A>(keys[first + k] + d);
+      for (int k = 0; k < Keys; k++) {
+        const Vec<A> key = load<A>(keys[k] + d);
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; r++) sums[r * count + k] += row[r] * key;
-        }
+        for (int r = 0; r < Rows; r++) sums[r * Keys + k] += row[r] * key;
       }
-      A totals[kTile];
-      sum_each(sums, totals);
-      for (int r = 0; r < Rows; r++)
-        for (int k = 0; k < count; k++)
-          to[r * kSplit + (first + k) * apart] = totals[r * count + k];
     }
+    A totals[kTile];
+    sum_each(sums, totals);
+    for (int r = 0; r < Rows; r++)
+      for (int k = 0; k < Keys; k++) to[r * kSplit + k * apart] = totals[r * Keys + k];
   }
 
   // Adds the values of a tile, whose weights lie `apart`.
