@@ -14,7 +14,8 @@ import torch
 import fastattn
 from fastattn import _library
 
-COPY_BYTES = 256 << 20  # far beyond any cache
+COPY_BYTES, PROBE_BYTES = 256 << 20, 64 << 20  # beyond any cache
+PROBE_SECONDS = 2e-3
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,25 @@ def read_gbs(seconds: float) -> float:
     """GB/s of reading memory with torch's threads."""
     source = torch.ones(COPY_BYTES // 4)
     return 1e-9 * COPY_BYTES / fastest(source.sum, seconds)
+
+
+def probe(bound: str, threads: int) -> Callable[[], float]:
+    """What measures within milliseconds how fast the machine is now.
+
+    bound: "arithmetic" in GFLOP/s, "copying" or "reading" in GB/s, as in `survey`.
+    """
+    if bound == "arithmetic":
+        return lambda: peak_gflops(threads, PROBE_SECONDS)[0]
+    source = torch.ones(PROBE_BYTES // 4)
+    target = torch.zeros_like(source) if bound == "copying" else source
+    call, passes = (source.sum, 1) if bound == "reading" else (lambda: target.copy_(source), 2)
+
+    def rate() -> float:
+        start = time.perf_counter()
+        call()
+        return 1e-9 * passes * PROBE_BYTES / (time.perf_counter() - start)
+
+    return rate
 
 
 def fastest(call: Callable[[], object], seconds: float) -> float:

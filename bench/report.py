@@ -194,7 +194,7 @@ def limits(row: Row) -> str:
     """The machine of a row and its measured limits, in one sentence."""
     return (
         f"{row.processor}, {row.threads} of {row.cores} cores, fastattn {row.fastattn} "
-        f"({row.isa}), torch {row.torch}, Python {row.python}. Measured limits: "
+        f"({row.isa}), torch {row.torch}, Python {row.python}. At best "
         f"{significant(row.peak_gflops)} GFLOP/s fp32 ({row.peak_by}), "
         f"{significant(row.copy_gbs)} GB/s copying, {significant(row.read_gbs)} GB/s reading."
     )
@@ -211,10 +211,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"Medians of {span} interleaved runs per call; × is how many times as "
             "long as fastattn the other takes; spread is half of p20 to p80. Errors are against "
             "float64, for the very calls timed; allowed is twice eager's own error (gradients "
-            "three times) plus rounding."
+            "three times) plus rounding. A share of a limit is of its median in the same race: the "
+            "loop, the reading or the copying takes its turn too."
         )
         if any(row.gbs and row.of_limit > 1 for row in timed):
-            said.append("What is above the limit of copying or reading stays in the cache.")
+            said.append(
+                "What is above the limit of copying or reading stays in the cache, or goes about "
+                "it better than PyTorch's copy_ and sum."
+            )
         if any(row.peak_mb is not None for row in timed):
             said.append(
                 "Peak MB is what one call adds to the resident memory of a fresh process: outputs, "

@@ -38,7 +38,8 @@ class Row:
     calls_per_sample: int | None = None
     gflops: float | None = None  # per second; cases bound by arithmetic
     gbs: float | None = None  # gigabytes per second; cases bound by memory
-    of_limit: float | None = None  # fraction of the machine's measured limit
+    limit: float | None = None  # of these: median of what the machine reached between the calls
+    of_limit: float | None = None  # fraction of that
     peak_mb: float | None = None  # 1e6 bytes that one call adds to resident memory
 
     error: float | None = None

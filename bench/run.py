@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from bench import baselines, measure, memory, parity, rows
 from bench.cases import Case
-from bench.machine import Machine
+from bench.machine import Machine, probe
 from bench.parity import Verdict
 from bench.rows import Row
 from bench.work import COMPILED, UnavailableError, Work, kernels_used
@@ -83,11 +84,15 @@ def race(
         del result
     timed = {p: work.calls[p] for p, verdict in verdicts.items() if verdict.matches}
     tick(0.2)
+    reached: list[float] = []  # of the limit, in each round
+    rate = probe(bound(case, work), machine.threads)
+
+    def between(done: float) -> None:
+        reached.append(rate())
+        tick(0.2 + 0.6 * done)
+
     timings, last = measure.interleave(
-        timed,
-        seconds=settings.seconds,
-        rounds=(settings.rounds, 1000),
-        tick=lambda done: tick(0.2 + 0.6 * done),
+        timed, seconds=settings.seconds, rounds=(settings.rounds, 1000), tick=between
     )
     tick(0.8)
     with ThreadPoolExecutor(1) as aside:  # nothing is timed any more
@@ -113,7 +118,7 @@ def race(
             rows.OK,
             notes[provider],
             **judged,
-            **speed(case, work, timings[provider], machine),
+            **speed(case, work, timings[provider], statistics.median(reached)),
             peak_mb=None if peak is None else peak / 1e6,
         )
     tick(1.0)
@@ -121,12 +126,18 @@ def race(
     return sorted(found.values(), key=lambda r: order.index(r.provider))
 
 
-def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> dict[str, object]:
-    """The columns of a row that follow from its timing."""
+def bound(case: Case, work: Work) -> str:
+    """What limits the speed of a case, as `machine.probe` names it."""
+    if work.flops or case.flops:
+        return "arithmetic"
+    return "reading" if case.reads else "copying"
+
+
+def speed(case: Case, work: Work, timing: measure.Timing, limit: float) -> dict[str, object]:
+    """The columns of a row that follow from its timing, and from its bound in 1e9 per second."""
     gflops = (work.flops or case.flops) / timing.median / 1e9 or None
     gbs = (work.traffic or case.traffic) / timing.median / 1e9 or None
-    bandwidth = machine.read_gbs if case.reads else machine.copy_gbs
-    of_limit = gflops / machine.peak_gflops if gflops else gbs / bandwidth if gbs else None
+    rate = gflops or gbs
     return {
         "median_ms": 1e3 * timing.median,
         "p20_ms": 1e3 * timing.p20,
@@ -135,7 +146,8 @@ def speed(case: Case, work: Work, timing: measure.Timing, machine: Machine) -> d
         "calls_per_sample": timing.calls,
         "gflops": gflops,
         "gbs": gbs,
-        "of_limit": of_limit,
+        "limit": limit if rate else None,
+        "of_limit": rate / limit if rate else None,
     }
 
 

@@ -166,14 +166,20 @@ def test_causal_and_padded_work_is_what_is_attended():
 def test_few_rows_are_held_against_reading():
     timing = measure.Timing(median=1e-3, p20=1e-3, p80=1e-3, samples=1, calls=1)
     made = Work(calls={}, exact=lambda *_: (), names=(), outputs=1)
-    for rows, limit in ((8, HERE.read_gbs * 1e9), (9, HERE.peak_gflops * 1e9)):
+    for rows, bound in ((8, "reading"), (9, "arithmetic")):
         case = Linear(rows=rows, width_in=64, width_out=32)
-        work = 64 * 32 * (4 if case.reads else 2 * rows)
-        found = run.speed(case, made, timing, HERE)
-        assert found["of_limit"] == pytest.approx(work / 1e-3 / limit)
+        assert run.bound(case, made) == bound
+        found = run.speed(case, made, timing, 4.0)
+        done = 64 * 32 * (4 if case.reads else 2 * rows)
+        assert found["of_limit"] == pytest.approx(done / 1e-3 / 4e9)
     norm = Norm(kind="layer_norm", rows=1, cols=8)
-    found = run.speed(norm, made, timing, HERE)
-    assert found["of_limit"] == pytest.approx(norm.traffic / 1e-3 / HERE.copy_gbs / 1e9)
+    assert run.bound(norm, made) == "copying"
+    assert run.speed(norm, made, timing, 4.0)["gbs"] == pytest.approx(norm.traffic / 1e-3 / 1e9)
+
+
+@pytest.mark.parametrize("bound", ["arithmetic", "copying", "reading"])
+def test_a_probe_measures_a_speed(bound: str) -> None:
+    assert 0.01 < machine.probe(bound, 1)() < 1e5
 
 
 SMALL = {

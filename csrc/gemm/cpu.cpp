@@ -319,10 +319,9 @@ class DotProduct {
   int64_t rows_, padded_, groups_, ranges_;
 };
 
-// Few rows of A against a weight that lies transposed: C is a sum of the weight's lines along its
-// columns, each times an element of A. The weight streams through once, several lines at a time,
-// which lie on different pages; threads share out the lines, and their sums are added up at the
-// end.
+// Few rows of A against a weight that lies transposed: C adds up lines of the weight, each times an
+// element of A. The weight streams through once, lines that lie apart at the same time, as above;
+// threads share out the lines, and the sums of all are added up at the end.
 template <class A, class T>
 class LineSum {
  public:
@@ -337,19 +336,11 @@ class LineSum {
     Scratch shared;
     A* sums = shared.take<A>(in_.count * chains_ * in_.rows * width_);
     const int64_t parts = ceil_div(in_.cols, kPart);
-    workers(in_.count * chains_ * parts, [&](TaskQueue& queue) {
-      Scratch scratch;
-      A* rows = scratch.take<A>(in_.rows * kChain);
-      for (int64_t task; queue.next(task);)
-        add(task / parts / chains_, task / parts % chains_, task % parts * kPart, rows, sums);
+    share(in_.count * chains_ * parts, in_.cols * in_.depth, [&](int64_t piece, A* rows) {
+      add(piece / parts / chains_, piece / parts % chains_, piece % parts * kPart, rows, sums);
     });
-    const int64_t groups = ceil_div(in_.cols, kGroup);
-    const int64_t ranges = in_.tasks(in_.rows * in_.cols * chains_ / kWorth, groups);
-    workers(ranges, [&](TaskQueue& queue) {
-      for (int64_t task; queue.next(task);)
-        for (int64_t n = task * groups / ranges; n < (task + 1) * groups / ranges; n++)
-          finish(n * kGroup, sums);
-    });
+    share(ceil_div(in_.cols, kGroup), in_.rows * in_.cols * chains_,
+          [&](int64_t group, A*) { finish(group * kGroup, sums); });
   }
 
  private:
@@ -359,6 +350,18 @@ class LineSum {
   static constexpr int64_t kGroup = 256;     // columns that are finished at once
   static constexpr int64_t kStep = 256;      // columns that meet every row while they are cached
   static constexpr int64_t kWorth = 65'536;  // additions for which a thread is started
+
+  // Calls f(piece, scratch for A's rows) for all pieces, on as many threads as `work` is worth.
+  template <class F>
+  void share(int64_t pieces, int64_t work, const F& f) const {
+    const int64_t ranges = in_.tasks(work / kWorth, pieces);
+    workers(ranges, [&](TaskQueue& queue) {
+      Scratch scratch;
+      A* rows = scratch.take<A>(in_.rows * kChain);
+      for (int64_t task; queue.next(task);)
+        for (int64_t n = task * pieces / ranges; n < (task + 1) * pieces / ranges; n++) f(n, rows);
+    });
+  }
 
   A* sum_of(A* sums, int64_t weight, int64_t chain, int64_t col) const {
     return sums + (weight * chains_ + chain) * in_.rows * width_ + col;
