@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -279,6 +279,26 @@ def _direct(
     return op.direct(input, residual, *parameters, None, dims, eps, 0.0, keep_sum)
 
 
+def _added(
+    op: registry.Op,
+    prepare: Callable[..., tuple],
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    parameters: tuple[Tensor | None, ...],
+    eps: float,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What an `add_` function returns; `prepare` checks arguments that are not plain."""
+    dropout_p, seed, return_sum = options.values()
+    outs = None
+    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
+        outs = _direct(op, input, residual, normalized_shape, parameters, eps, return_sum)
+    if outs is None:
+        outs = op(*prepare(input, residual, normalized_shape, *parameters, eps, **options))
+    return outs if return_sum else outs[0]
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -341,25 +361,9 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as `layer_norm`; also when `residual` or an option does not fit.
     """
-    outs = None
-    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
-        parameters = (weight, bias)
-        outs = _direct(LAYER_NORM, input, residual, normalized_shape, parameters, eps, return_sum)
-    if outs is None:
-        outs = LAYER_NORM(
-            *_add_layer_norm_args(
-                input,
-                residual,
-                normalized_shape,
-                weight,
-                bias,
-                eps,
-                dropout_p=dropout_p,
-                seed=seed,
-                return_sum=return_sum,
-            )
-        )
-    return outs if return_sum else outs[0]
+    operands = input, residual, normalized_shape, (weight, bias), eps
+    options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
+    return _added(LAYER_NORM, _add_layer_norm_args, *operands, options)
 
 
 def rms_norm(
@@ -407,24 +411,9 @@ def add_rms_norm(
     """
     if eps is None:
         eps = _epsilon(input)
-    outs = None
-    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
-        parameters = (weight,)
-        outs = _direct(RMS_NORM, input, residual, normalized_shape, parameters, eps, return_sum)
-    if outs is None:
-        outs = RMS_NORM(
-            *_add_rms_norm_args(
-                input,
-                residual,
-                normalized_shape,
-                weight,
-                eps,
-                dropout_p=dropout_p,
-                seed=seed,
-                return_sum=return_sum,
-            )
-        )
-    return outs if return_sum else outs[0]
+    operands = input, residual, normalized_shape, (weight,), eps
+    options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
+    return _added(RMS_NORM, _add_rms_norm_args, *operands, options)
 
 
 registry.function("layer_norm", _layer_norm_args, LAYER_NORM)
