@@ -84,11 +84,13 @@ def race(
         del result
     timed = {p: work.calls[p] for p, verdict in verdicts.items() if verdict.matches}
     tick(0.2)
+    limited_by = bound(case, work)
+    rate = probe(limited_by, machine.threads) if limited_by else None
     reached: list[float] = []  # of the limit, in each round
-    rate = probe(bound(case, work), machine.threads)
 
     def between(done: float) -> None:
-        reached.append(rate())
+        if rate:
+            reached.append(rate())
         tick(0.2 + 0.6 * done)
 
     timings, last = measure.interleave(
@@ -118,7 +120,7 @@ def race(
             rows.OK,
             notes[provider],
             **judged,
-            **speed(case, work, timings[provider], statistics.median(reached)),
+            **speed(case, work, timings[provider], statistics.median(reached) if rate else None),
             peak_mb=None if peak is None else peak / 1e6,
         )
     tick(1.0)
@@ -126,14 +128,16 @@ def race(
     return sorted(found.values(), key=lambda r: order.index(r.provider))
 
 
-def bound(case: Case, work: Work) -> str:
-    """What limits the speed of a case, as `machine.probe` names it."""
+def bound(case: Case, work: Work) -> str | None:
+    """What limits the speed of a case, as `machine.probe` names it; None where it has no rate."""
     if work.flops or case.flops:
         return "arithmetic"
-    return "reading" if case.reads else "copying"
+    if work.traffic or case.traffic:
+        return "reading" if case.reads else "copying"
+    return None
 
 
-def speed(case: Case, work: Work, timing: measure.Timing, limit: float) -> dict[str, object]:
+def speed(case: Case, work: Work, timing: measure.Timing, limit: float | None) -> dict[str, object]:
     """The columns of a row that follow from its timing, and from its bound in 1e9 per second."""
     gflops = (work.flops or case.flops) / timing.median / 1e9 or None
     gbs = (work.traffic or case.traffic) / timing.median / 1e9 or None
@@ -146,8 +150,8 @@ def speed(case: Case, work: Work, timing: measure.Timing, limit: float) -> dict[
         "calls_per_sample": timing.calls,
         "gflops": gflops,
         "gbs": gbs,
-        "limit": limit if rate else None,
-        "of_limit": rate / limit if rate else None,
+        "limit": limit,
+        "of_limit": rate / limit if rate and limit else None,
     }
 
 

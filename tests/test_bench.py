@@ -28,7 +28,17 @@ from bench import (
     run,
 )
 from bench import rows as results
-from bench.cases import Attention, Decode, FeedForward, Generation, Linear, Model, Norm, Varlen
+from bench.cases import (
+    AdditiveAttention,
+    Attention,
+    Decode,
+    FeedForward,
+    Generation,
+    Linear,
+    Model,
+    Norm,
+    Varlen,
+)
 from bench.work import SEED, Work
 from fastattn.testing import assert_close_to_oracle
 
@@ -175,6 +185,9 @@ def test_few_rows_are_held_against_reading():
     norm = Norm(kind="layer_norm", rows=1, cols=8)
     assert run.bound(norm, made) == "copying"
     assert run.speed(norm, made, timing, 4.0)["gbs"] == pytest.approx(norm.traffic / 1e-3 / 1e9)
+    additive = next(case for case in cases.CASES if isinstance(case, AdditiveAttention))
+    assert run.bound(additive, made) is None
+    assert run.speed(additive, made, timing, None)["of_limit"] is None
 
 
 @pytest.mark.parametrize("bound", ["arithmetic", "copying", "reading"])

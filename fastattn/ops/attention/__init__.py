@@ -208,9 +208,8 @@ def _direct(
         return None
     if grouped is not True and query.shape[:2] != key.shape[:2]:
         return None
+    scale = arguments.plain_scale(query.shape[3], scale)
     if scale is None:
-        scale = max(query.shape[3], 1) ** -0.5
-    elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
     shifted, right = align == "bottom_right", 0 if causal else None
     terms = mask, bias, *[None] * 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,12 +85,24 @@ def too_wide(in_fp32: int, in_others: int, *tensors: Tensor) -> list[str]:
     return []
 
 
+def default_scale(width: int) -> float:
+    """The scale of scores of heads that are `width` wide."""
+    return max(width, 1) ** -0.5
+
+
+def plain_scale(width: int, scale: float | None) -> float | None:
+    """The scale of a call that `dispatch.plain` has let pass; None where it needs a closer look."""
+    if scale is None:
+        return default_scale(width)
+    return scale if type(scale) is float and math.isfinite(scale) else None
+
+
 def scale_and_softcap(
     width: int, scale: float | None, softcap: float | None
 ) -> tuple[float, float]:
     """Both as numbers, checked: the default scale of a head `width` wide, 0 for no softcap."""
     if scale is None:
-        scale = max(width, 1) ** -0.5
+        scale = default_scale(width)
     checks.finite("scale", scale)
     if softcap is not None:
         checks.finite("softcap", softcap)

@@ -288,9 +288,8 @@ def _direct(
     batch, heads, q_len, width = query.shape
     if lengths is None:
         lengths = torch.full((batch,), cache_seqlens)
+    scale = arguments.plain_scale(width, scale)
     if scale is None:
-        scale = max(width, 1) ** -0.5
-    elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
     appended = 0
     if key is None:
