@@ -27,6 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"causal": True, "align": "top_left", "window": (7, None)},
     {"mask": torch.rand(BATCH, 1, Q_LEN, KV_LEN) < 0.5, "softcap": 2.0},
     {"mask": torch.rand(KV_LEN) < 0.7, "bias": torch.randn(HEADS, Q_LEN, KV_LEN).double()},
+    {"relative_bias": torch.randn(HEADS, Q_LEN + KV_LEN - 1).double(), "causal": True},
     {"bias": torch.randn(BATCH, 1, 1, KV_LEN).masked_fill(torch.rand(KV_LEN) < 0.2, -math.inf)},
     {"alibi_slopes": torch.rand(HEADS), "sinks": torch.randn(HEADS), "scale": 0.7},
     {"alibi_slopes": torch.rand(BATCH, HEADS), "causal": True},

@@ -25,6 +25,7 @@ GOOD: dict[str, dict[str, Any]] = {
     | {
         "mask": torch.ones(5, 6, dtype=torch.bool),
         "bias": randn(4, 5, 6),
+        "relative_bias": randn(4, 10),
         "alibi_slopes": randn(4),
         "sinks": randn(4),
     },
@@ -215,6 +216,10 @@ TABLE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attention", {"mask": torch.ones(2, 1, 1, 1, 6).bool()}, ValueError, "mask"),
     ("attention", {"mask": torch.ones(5, 6)}, TypeError, "mask.*bias"),
     ("attention", {"bias": randn(2, 5, 6)}, ValueError, "bias"),
+    *(
+        ("attention", {"relative_bias": randn(bad)}, ValueError, "relative_bias")
+        for bad in ((), (1,), (11,), (2, 10), (3, 1, 10), (1, 1, 1, 10))
+    ),
     ("attention", {"alibi_slopes": randn(2, 3)}, ValueError, "alibi_slopes"),
     ("attention", {"sinks": randn(2, 4)}, ValueError, "sinks"),
     *(("additive_attention", {"causal": bad}, TypeError, "causal") for bad in (1, "yes", None)),

@@ -150,6 +150,9 @@ def attention(draw: st.DrawFn) -> tuple[dict[str, Draw], dict[str, Any]]:
         tensors["mask"] = Draw(draw(broadcast(scores)), "mask")
     if kind := draw(seldom("normal", "fp32", "holes")):
         tensors["bias"] = Draw(draw(broadcast(scores)), kind)
+    if kind := draw(seldom("normal", "fp32", "holes")):
+        sizes = *draw(broadcast((batch, heads))), q_len + kv_len - 1
+        tensors["relative_bias"] = Draw(sizes, kind)
     return tensors | more, options
 
 
@@ -416,7 +419,7 @@ def noise(
         scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
         highest = scale * longest(key) * reach
         by_query, by_key = (scale * t.abs().max().item() for t in (key, query))
-    for name in ("bias", "attn_mask", "sinks"):
+    for name in (biases := ("bias", "relative_bias", "attn_mask", "sinks")):
         if name in inputs and inputs[name].is_floating_point():
             highest += inputs[name].nan_to_num(0, 0, 0).abs().max().item()
     if "alibi_slopes" in inputs:
@@ -429,7 +432,7 @@ def noise(
         "grad query": score * by_query,
         "grad key": score * by_key * rows,
         "grad value": weight * reach * rows,
-        **dict.fromkeys(("grad bias", "grad attn_mask", "grad sinks", "grad weight"), score * rows),
+        **{f"grad {name}": score * rows for name in (*biases, "weight")},
     }
 
 

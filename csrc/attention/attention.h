@@ -72,9 +72,11 @@ struct AttentionBackward {
   Source out;
   const void* lse;
   Target grad_query, grad_key, grad_value;
-  // The gradient of bias, contiguous with sizes bias_sizes (1 where bias broadcasts), or null.
+  // The gradient of bias, contiguous with sizes bias_sizes (1 where bias broadcasts), or null. Of a
+  // relative bias these are [B, H, 1, Sq + Sk - 1]: key j meets query i at j - i + Sq - 1.
   void* grad_bias;
   int64_t bias_sizes[4];
+  bool relative_bias;
   double* grad_sinks;  // [H] or null
 };
 

@@ -79,6 +79,7 @@ class BackwardTask {
                     scratch.take<A>(kBackwardQueries * kKeys),
                     scratch.take<A>(kKeys),
                     scratch.take<A>(kKeys),
+                    scratch.take<A>(kBackwardQueries + kKeys),
                     true};
     const int64_t group = in_.heads / in_.kv_heads;
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
@@ -113,6 +114,7 @@ class BackwardTask {
     A* grad_query;
     A *weights, *grads;  // [kBackwardQueries, kKeys]
     A *factors, *cap_slope;
+    A* diagonals;  // sums of grads, one for each distance of key and query
     bool finite;
   };
 
@@ -158,6 +160,9 @@ class BackwardTask {
     const int64_t width = round_up(key_count, kKeyStep);
     const int64_t row0 = row_number(in_, h, i);
     const auto* lse = static_cast<const A*>(args_.lse) + row0;
+    const bool sums_diagonals = grad_bias_ != nullptr && args_.relative_bias;
+    if (sums_diagonals)
+      std::memset(queries.diagonals, 0, size_t{kBackwardQueries + kKeys} * sizeof(A));
     for (int64_t r = 0; r < count; r++) {
       A* weights = queries.weights + r * kKeys;
       A* grads = queries.grads + r * kKeys;
@@ -165,13 +170,19 @@ class BackwardTask {
                     in_.softcap != 0 ? queries.cap_slope : nullptr);
       if (in_.dropout_p > 0) scores.dropout(i + r, j, width, queries.factors);
       differentiate(queries, width, weights, grads, lse[r], delta_[row0 + r]);
-      if (grad_bias_ != nullptr) add_bias(grads, h, i + r, j, key_count);
+      if (sums_diagonals)
+        add(queries.diagonals + count - 1 - r, grads, key_count);
+      else if (grad_bias_ != nullptr)
+        add_bias(grads, h, i + r, j, key_count);
       if (in_.softcap != 0)
         for (int64_t c = 0; c < width; c += lanes<A>) {
           const Vec<A> grad = load<A>(grads + c);
           store(grads + c, grad == 0 ? grad : grad * load<A>(queries.cap_slope + c));
         }
     }
+    if (sums_diagonals)
+      add(bias_gradient(h) + j - (i + count - 1) + in_.q_len - 1, queries.diagonals,
+          count + key_count - 1);
     const int64_t rows = count;
     for (int64_t r = 0; r < rows; r += Tile<A>::rows) {
       if (r + Tile<A>::rows > rows)  // the last tile reads rows past the end
@@ -207,9 +218,18 @@ class BackwardTask {
     }
   }
 
+  static void add(A* to, const A* from, int64_t count) {
+    each_vector<A>(count, [&](int64_t c, auto n) {
+      store_count<A>(to + c, load_count<A>(to + c, n) + load_count<A>(from + c, n), n);
+    });
+  }
+
+  A* bias_gradient(int64_t h) const {
+    return grad_bias_ + in_.index * bias_stride_[0] + h * bias_stride_[1];
+  }
+
   void add_bias(const A* grads, int64_t h, int64_t i, int64_t j, int64_t key_count) const {
-    A* to = grad_bias_ + in_.index * bias_stride_[0] + h * bias_stride_[1] + i * bias_stride_[2] +
-            j * bias_stride_[3];
+    A* to = bias_gradient(h) + i * bias_stride_[2] + j * bias_stride_[3];
     if (bias_stride_[3] == 1) {
       const A* later = to + kRowsAhead * bias_stride_[2];
       each_vector<A>(key_count, [&](int64_t c, auto n) {
@@ -278,33 +298,45 @@ void sink_gradients(const AttentionBackward& args, const A* delta) {
   }
 }
 
-// Where the gradient of the bias is added up: in its own memory, if that is of the type of sums.
+// Where the gradient of the bias is added up: in its own memory, if that is of the type of sums. A
+// relative bias has one sum for each run of keys, since the diagonals of several runs meet.
 template <class A>
 struct BiasGradient {
   A* sums = nullptr;
-  int64_t size = 1;
+  int64_t size = 1, runs = 1;
   bool fresh = false;  // what comes first is every element's, and is stored, not added
 
-  BiasGradient(const AttentionBackward& args, Scratch& scratch) {
+  BiasGradient(const AttentionBackward& args, int64_t most_runs, Scratch& scratch) {
     if (args.grad_bias == nullptr) return;
     const Attention& in = args.in;
     for (const int64_t count : args.bias_sizes) size *= count;
-    sums = of_sums(in) ? static_cast<A*>(args.grad_bias) : scratch.take<A>(size);
-    fresh = args.bias_sizes[1] == in.heads && args.bias_sizes[2] == in.q_len &&
-            args.bias_sizes[3] == in.kv_len && in.left >= kUnbounded && in.right >= kUnbounded;
+    if (args.relative_bias) runs = most_runs;
+    sums = in_place(in) ? static_cast<A*>(args.grad_bias) : scratch.take<A>(runs * size);
+    fresh = !args.relative_bias && args.bias_sizes[1] == in.heads &&
+            args.bias_sizes[2] == in.q_len && args.bias_sizes[3] == in.kv_len &&
+            in.left >= kUnbounded && in.right >= kUnbounded;
     if (fresh) return;
-    in_parts([&](int64_t first, int64_t count) {
+    in_parts(runs * size, [&](int64_t first, int64_t count) {
       std::memset(sums + first, 0, static_cast<size_t>(count) * sizeof(A));
     });
   }
 
-  // Rounds the sums to the bias's type.
+  A* of_run(int64_t run) const { return runs > 1 ? sums + run * size : sums; }
+
+  // Adds the runs' sums in order, and rounds them to the bias's type.
   void write(const AttentionBackward& args) const {
-    if (sums == nullptr || of_sums(args.in)) return;
+    if (sums == nullptr || in_place(args.in)) return;
+    in_parts(size, [&](int64_t first, int64_t count) {
+      for (int64_t run = 1; run < runs; run++)
+        each_vector<A>(count, [&](int64_t c, auto n) {
+          A* to = sums + first + c;
+          store_count<A>(to, load_count<A>(to, n) + load_count<A>(to + run * size, n), n);
+        });
+    });
     with_type(args.in.bias_dtype, [&](auto* type) {
       using B = std::remove_pointer_t<decltype(type)>;
       auto* to = static_cast<B*>(args.grad_bias);
-      in_parts([&](int64_t first, int64_t count) {
+      in_parts(size, [&](int64_t first, int64_t count) {
         if constexpr (std::is_same_v<Acc<B>, A>) {
           each_vector<A>(count, [&](int64_t c, auto n) {
             store_count<A>(to + first + c, load_count<A>(sums + first + c, n), n);
@@ -317,12 +349,12 @@ struct BiasGradient {
   }
 
  private:
-  static bool of_sums(const Attention& in) {
-    return in.bias_dtype == (std::is_same_v<A, double> ? Dtype::f64 : Dtype::f32);
+  bool in_place(const Attention& in) const {
+    return runs == 1 && in.bias_dtype == (std::is_same_v<A, double> ? Dtype::f64 : Dtype::f32);
   }
 
   template <class F>
-  void in_parts(const F& f) const {
+  static void in_parts(int64_t size, const F& f) {
     constexpr int64_t part = 1 << 18;
     parallel(ceil_div(size, part), [&](int64_t n) { f(n * part, smaller(part, size - n * part)); });
   }
@@ -351,7 +383,7 @@ void backward(const AttentionBackward& args) {
   });
   A* delta = scratch.take<A>(in.rows);
   A* partial = most_runs > 1 ? scratch.take<A>(most_runs * in.rows * query_width) : nullptr;
-  const BiasGradient<A> grad_bias(args, scratch);
+  const BiasGradient<A> grad_bias(args, most_runs, scratch);
   row_deltas<T>(args, delta);
   if (args.grad_sinks != nullptr) sink_gradients<T>(args, delta);
   parallel(pieces.total(), [&](int64_t index) {
@@ -361,8 +393,8 @@ void backward(const AttentionBackward& args) {
     const int64_t first = part * blocks / runs * kKeys;
     const int64_t end = smaller((part + 1) * blocks / runs * kKeys, kv_len);
     for (int64_t n = batch; n < in.batch; n += batches) {
-      const BackwardTask<T> task(args, n, delta, grad_bias.sums, grad_bias.fresh && n == batch,
-                                 runs > 1 ? partial : nullptr);
+      const BackwardTask<T> task(args, n, delta, grad_bias.of_run(part),
+                                 grad_bias.fresh && n == batch, runs > 1 ? partial : nullptr);
       for (int64_t h = piece / runs; h < in.kv_heads; h += heads) task.run(h, first, end, part);
     }
   });

@@ -89,6 +89,20 @@ void set_bounds(Attention& in, std::optional<int64_t> left, std::optional<int64_
   in.right = right.has_value() ? std::min(*right, limit) : kUnbounded;
 }
 
+// The matrix [B, H, Sq, Sk] of a relative bias [B, H, Sq + Sk - 1], of which each row begins one
+// element before the one above it.
+Source relative(const Tensor& bias, const Attention& in) {
+  const int64_t sizes[3] = {in.batch, in.heads, in.q_len + in.kv_len - 1}, step = bias.stride(2);
+  Source matrix{bias.const_data_ptr(), {0, 0, -step, step}, (in.q_len - 1) * step};
+  for (int dim = 0; dim < 3; dim++) {
+    const int64_t own = bias.size(dim);
+    FASTATTN_CHECK(own == sizes[dim] || (own == 1 && dim < 2),
+                   "a relative bias must be [B or 1, H or 1, Sq + Sk - 1]");
+    if (dim < 2 && own > 1) matrix.stride[dim] = bias.stride(dim);
+  }
+  return matrix;
+}
+
 // The inputs and options common to both directions, checked.
 struct Inputs {
   Attention in;
@@ -164,7 +178,10 @@ struct Inputs {
       in.bias_dtype = dtype_of(*bias);
       FASTATTN_CHECK(in.bias_dtype == in.dtype || in.bias_dtype == Dtype::f32,
                      "bias must be fp32 or of query's dtype");
-      in.bias = view("bias", *bias, {batch, heads, q_len, kv_len});
+      FASTATTN_CHECK(bias->dim() != 3 || !on_gpu(place_of(query)),
+                     "no CUDA kernel takes a relative bias");
+      in.bias = bias->dim() == 3 ? relative(*bias, in)
+                                 : view("bias", *bias, {batch, heads, q_len, kv_len});
     }
     FASTATTN_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
                    "cu_seqlens_q and cu_seqlens_k come together");
@@ -254,10 +271,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor grad_bias = empty(0, dtype, place), grad_sinks = empty(0, dtype, place);
   if (need_bias && bias.has_value()) {
     int64_t* sizes = args.bias_sizes;
-    for (int dim = 0; dim < 4; dim++) sizes[dim] = bias->size(dim);
-    grad_bias = empty({sizes[0], sizes[1], sizes[2], sizes[3]},
-                      {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1},
-                      in.bias_dtype, place);
+    args.relative_bias = bias->dim() == 3;
+    const int64_t lines = args.relative_bias ? 1 : bias->size(2);
+    const int64_t line = bias->size(bias->dim() - 1);
+    for (const int64_t size : {bias->size(0), bias->size(1), lines, line}) *sizes++ = size;
+    grad_bias = empty_like(*bias, in.bias_dtype);
     args.grad_bias = grad_bias.mutable_data_ptr();
   }
   if (need_sinks && sinks.has_value()) {

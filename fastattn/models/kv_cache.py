@@ -116,9 +116,10 @@ class _Layer:
             raise ValueError("cache is for models in eval mode, got one with dropout: call .eval()")
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
         ops = self.step.ops
-        if "bias" in options and not self.step.even:
+        biased = "bias" in options or "relative_bias" in options
+        if biased and not self.step.even:
             raise ValueError("cache must have rows of one length for a model with a position bias")
-        if query.shape[2] == 1 and "bias" not in options:
+        if query.shape[2] == 1 and not biased:
             out = ops.attention_decode(
                 query,
                 self.keys,

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastattn
 from fastattn import models
 from fastattn.models import kv_cache, parts
+from fastattn.ops.attention.reference import by_distance
 
 FEED_FORWARD = {"relu": "relu", "gated-gelu": "gelu_tanh", "gated-silu": "silu"}
 
@@ -124,7 +126,7 @@ class Block(nn.Module):
         normed: Tensor,
         x: Tensor,
         after: nn.RMSNorm,
-        bias: Tensor,
+        bias: dict[str, Tensor],
         attend: parts.Padded,
         ops: Any,
         across: parts.Padded | None = None,
@@ -133,7 +135,7 @@ class Block(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         attention, last = self.layer[0]["SelfAttention"], self.layer[-1]
         keys_and_values = attention.keys_and_values(normed, ops)
-        out = attention(normed, keys_and_values, attend, ops, bias=bias)
+        out = attention(normed, keys_and_values, attend, ops, **bias)
         if memory is not None:
             cross, norm = self.layer[1].values()
             normed, x = parts.add_norm(ops, out, x, norm, dropout_p=dropout_p)
@@ -165,7 +167,7 @@ class Stack(nn.Module):
         memory: parts.Memory | None = None,
     ) -> Tensor:
         x = F.dropout(self.embed_tokens(input_ids), self.config.dropout_rate, self.training)
-        bias = self._bias(attend.longest, input_ids.shape[1])
+        bias = self._bias(attend.longest, input_ids.shape[1], ops)
         norms = [*(block.layer[0]["layer_norm"] for block in self.block), self.final_layer_norm]
         normed = parts.norm(ops, x, norms[0])
         of_layers = attend.layers, repeat(None) if memory is None else memory.layers
@@ -173,12 +175,17 @@ class Stack(nn.Module):
             normed, x = block(normed, x, after, bias, mine, ops, across, theirs)
         return F.dropout(normed, self.config.dropout_rate, self.training)
 
-    def _bias(self, first: int, count: int) -> Tensor:
-        """[1, H, count, first + count], for queries from position `first` on."""
+    def _bias(self, first: int, count: int, ops: Any) -> dict[str, Tensor]:
+        """The position bias of attention, for queries from position `first` on."""
         table = self.block[0].layer[0]["SelfAttention"].relative_attention_bias
-        keys = torch.arange(first + count, device=table.weight.device)
-        buckets = _bucket(keys - keys[first:, None], self.config, both_sides=not self.decoder)
-        return table(buckets).permute(2, 0, 1)[None]
+        furthest = first + count - 1
+        distance = torch.arange(max(furthest + count, 0), device=table.weight.device) - furthest
+        buckets = _bucket(distance, self.config, both_sides=not self.decoder)
+        bias = table(buckets).t()[None]  # [1, H, first + 2 * count - 1]
+        if ops is fastattn and bias.is_cpu:
+            return {"relative_bias": bias}
+        # Elsewhere all layers need the same matrix of it, which is made once.
+        return {"bias": by_distance(bias, count, first + count)}
 
 
 class T5(parts.Seq2SeqLM):

@@ -143,6 +143,7 @@ def _attention_args(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     align: str = "bottom_right",
@@ -159,7 +160,11 @@ def _attention_args(
     batch, heads, q_len, width = query.shape
     kv_len = key.shape[2]
     left, right = arguments.bounds(causal, window, align)
-    mask, bias = arguments.mask_and_bias(mask, bias, query, (batch, heads, q_len, kv_len))
+    sizes = batch, heads, q_len, kv_len
+    mask, bias = arguments.mask_and_bias(mask, bias, query, sizes)
+    if relative_bias is not None:
+        relative_bias = arguments.relative(relative_bias, query, sizes)
+        bias = arguments.summed(bias, relative_bias, query, kv_len)
     alibi_slopes, sinks = arguments.terms_of_heads(alibi_slopes, sinks, query, batch, heads)
     seed = philox.checked_seed(dropout_p, seed, query.device)
     scale, softcap = arguments.scale_and_softcap(width, scale, softcap)
@@ -225,6 +230,7 @@ def attention(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     align: str = "bottom_right",
@@ -247,6 +253,10 @@ def attention(
         mask: bool, True = attend, broadcastable to [B, H, Sq, Sk].
         bias: added to the scores, broadcastable likewise, in query's dtype or fp32; -inf masks.
             Receives a gradient, summed over its broadcast dimensions.
+        relative_bias: added too, by the distance of key and query alone (T5, arXiv:1910.10683):
+            element j - i + Sq - 1 to the score of query i and key j. Broadcastable to
+            [B, H, Sq + Sk - 1], in query's dtype or fp32; receives its gradient. On the CPU no
+            matrix of it is made, unless `bias` is given too.
         causal: a query sees its own and earlier keys only.
         window: (left, right), the number of keys that a query sees on either side of its own
             position; None or -1 is no bound.
@@ -274,7 +284,8 @@ def attention(
         or number does not fit.
     """
     outs = None
-    if window is softcap is alibi_slopes is sinks is None and philox.unused(dropout_p, seed):
+    special = window, softcap, alibi_slopes, sinks, relative_bias
+    if all([term is None for term in special]) and philox.unused(dropout_p, seed):
         outs = _direct(query, key, value, mask, bias, causal, align, scale)
     if outs is None:
         outs = ATTENTION(
@@ -284,6 +295,7 @@ def attention(
                 value,
                 mask=mask,
                 bias=bias,
+                relative_bias=relative_bias,
                 causal=causal,
                 window=window,
                 align=align,

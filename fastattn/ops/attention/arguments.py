@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn import checks
+from fastattn import checks, dispatch
+from fastattn.ops.attention import reference
 
 
 def mask_and_bias(
@@ -26,6 +27,34 @@ def mask_and_bias(
             raise TypeError(f"bias must be {query.dtype} or torch.float32, got {bias.dtype}")
         bias = checks.broadcastable("bias", bias, scores)
     return mask, bias
+
+
+def relative(relative_bias: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """A bias by distance as [1 or B, 1 or H, Sq + Sk - 1]."""
+    checks.floating("relative_bias", relative_bias)
+    checks.on_device("relative_bias", relative_bias, "query", query)
+    if relative_bias.dtype not in (query.dtype, torch.float32):
+        raise TypeError(
+            f"relative_bias must be {query.dtype} or torch.float32, got {relative_bias.dtype}"
+        )
+    batch, heads, q_len, kv_len = scores
+    sizes = batch, heads, max(q_len + kv_len - 1, 0)
+    shape = (1,) * (3 - relative_bias.dim()) + tuple(relative_bias.shape)
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads)
+    if not fits or shape[2] != sizes[2]:
+        raise ValueError(
+            f"relative_bias must broadcast to (B, H, Sq + Sk - 1) = {list(sizes)} with all of its "
+            f"last dimension, got {list(relative_bias.shape)}"
+        )
+    return relative_bias.reshape(shape)
+
+
+def summed(bias: Tensor | None, relative_bias: Tensor, query: Tensor, kv_len: int) -> Tensor:
+    """Both as the op's one bias: the relative one as it is if it is alone and a kernel knows it."""
+    if bias is None and query.is_cpu and dispatch.forced() in (None, "cpu", "reference"):
+        return relative_bias.contiguous()
+    matrix = reference.by_distance(relative_bias, query.shape[2], kv_len)
+    return matrix if bias is None else matrix + bias
 
 
 def bounds(

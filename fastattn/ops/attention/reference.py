@@ -42,6 +42,13 @@ def visible(
     return seen
 
 
+def by_distance(bias: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """The matrix [..., Sq, Sk] whose element (i, j) is bias[..., j - i + Sq - 1]."""
+    if q_len == 0 or kv_len == 0:
+        return bias.new_zeros(*bias.shape[:-1], q_len, kv_len)
+    return bias.unfold(-1, kv_len, 1).flip(-2)
+
+
 def spoilt(seen: Tensor | None, query: Tensor, *keys: Tensor) -> Tensor | None:
     """Bool [B, H, Sq, 1]: which query sees something that is not finite, or is it itself.
 
@@ -117,8 +124,11 @@ def attention(
 
     A query that sees a non-finite key or value, or is one itself, gives NaN; one that does not see
     it is untouched by it. A query that sees nothing gives 0 and an lse of -inf. With `cu_seqlens_q`
-    and `cu_seqlens_k` the rows of a batch of one are those of sequences, each on its own.
+    and `cu_seqlens_k` the rows of a batch of one are those of sequences, each on its own. A bias of
+    three dimensions is one `by_distance`.
     """
+    if bias is not None and bias.dim() == 3:
+        bias = by_distance(bias, query.shape[2], key.shape[2])
     options = bottom_right, left, right, scale, softcap, dropout_p
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _attention(query, key, value, mask, bias, alibi_slopes, sinks, seed, 0, *options)

@@ -41,6 +41,7 @@ def attention_weights(
     rows: Sequence[int] | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     align: str = "bottom_right",
@@ -58,8 +59,8 @@ def attention_weights(
         query: [B, H, Sq, D]; key: [B, Hkv, Sk, D].
         heads: which of the H heads, in this order; all if None.
         rows: which of the Sq queries, in this order; all if None.
-        mask, bias, causal, window, align, scale, softcap, alibi_slopes, sinks: as `attention`, of
-            all heads and rows.
+        mask, bias, relative_bias, causal, window, align, scale, softcap, alibi_slopes, sinks: as
+            `attention`, of all heads and rows.
 
     Returns:
         [B, chosen heads, chosen rows, Sk] in fp32 (fp64 for fp64). A row sums to one; to less with
@@ -74,7 +75,10 @@ def attention_weights(
     batch, all_heads, q_len, width = query.shape
     groups, kv_len = all_heads // max(key.shape[1], 1), key.shape[2]
     left, right = arguments.bounds(causal, window, align)
-    mask, bias = arguments.mask_and_bias(mask, bias, query, (batch, all_heads, q_len, kv_len))
+    sizes = batch, all_heads, q_len, kv_len
+    mask, bias = arguments.mask_and_bias(mask, bias, query, sizes)
+    if relative_bias is not None:
+        relative_bias = arguments.relative(relative_bias, query, sizes)
     alibi_slopes, sinks = arguments.terms_of_heads(alibi_slopes, sinks, query, batch, all_heads)
     scale, softcap = arguments.scale_and_softcap(width, scale, softcap)
     heads = _chosen("heads", heads, all_heads, query)
@@ -89,6 +93,12 @@ def attention_weights(
         return scores
 
     query, mask, bias = part(query), part(mask), part(bias)
+    if relative_bias is not None:
+        if relative_bias.shape[1] > 1:
+            relative_bias = relative_bias.index_select(1, heads)
+        keys = torch.arange(kv_len, device=query.device)
+        of_rows = relative_bias[..., keys - rows[:, None] + q_len - 1]  # [B, heads, rows, Sk]
+        bias = of_rows if bias is None else bias + of_rows
     key = key.index_select(1, heads // max(groups, 1))
     alibi_slopes, sinks = (
         terms if terms is None else terms.index_select(-1, heads) for terms in (alibi_slopes, sinks)

@@ -77,6 +77,20 @@ def attention_cases(function: str) -> Iterator[Case]:
     yield case("bias_of_batch", USUAL, tensors={"bias": Draw((3, 70, 130))})
     yield case("bias_of_keys", USUAL, tensors={"bias": Draw((2, 1, 1, 130), "fp32")})
     yield case("bias_of_rows", USUAL, tensors={"bias": Draw((1, 3, 70, 1))}, vanishing=("bias",))
+    yield case("relative_bias", USUAL, tensors={"relative_bias": Draw((3, 199))})
+    yield case(
+        "relative_bias_of_batch",
+        (2, 4, 2, 130, 450, 24, 16),
+        tensors={"relative_bias": Draw((2, 1, 579), "holes")},
+        causal=True,
+        dropout_p=0.2,
+        seed=7,
+    )
+    yield case(
+        "both_biases",
+        USUAL,
+        tensors={"bias": Draw((2, 1, 70, 130)), "relative_bias": Draw((199,), "fp32")},
+    )
     yield case("alibi", USUAL, tensors={"alibi_slopes": Draw((3,), "slopes")}, causal=True)
     yield case("sinks", (2, 64, 32, 20, 40, 16, 16), tensors={"sinks": Draw((64,))}, causal=True)
     yield case("softcap", USUAL, softcap=1.5)
