@@ -18,6 +18,7 @@ from bench.rows import FAILED, LEFT_OUT, MISMATCH, OK, Race, Row, races
 from bench.work import PROVIDERS
 
 RIVAL_TIMES = 2  # follow from the ratios, so they are dropped together where space is short
+LONG_MS = 10.0  # a shorter call's first run is that of caches and pages
 STYLES = {
     "faster": "green",
     "slower": "red",
@@ -54,9 +55,10 @@ def power(value: float) -> str:
 def columns(found: Sequence[Race]) -> list[Column]:
     """The columns that have something to say about these races."""
     rivals = [p for p in PROVIDERS if any(p in race.rivals for race in found)]
-    return [
+    every = [
         Column("fastattn ms", lambda race: speed_or_status(race.fused)),
         Column("spread", lambda race: spread(race.fused), 1),
+        Column("first call", lambda race: first_call(race.fused), 3),
         *(Column(f"{PROVIDERS[p]} ms", rival_time(p), RIVAL_TIMES) for p in rivals),
         *(Column(f"× {PROVIDERS[p]}", rival_ratio(p), ratio=True) for p in rivals),
         Column("rate", lambda race: rate(race.fused), 4),
@@ -64,6 +66,7 @@ def columns(found: Sequence[Race]) -> list[Column]:
         Column("peak MB (eager)", peaks, 3),
         Column("error ≤ allowed", errors, 5),
     ]
+    return [column for column in every if any(map(column.cell, found))]
 
 
 def speed_or_status(row: Row) -> str:
@@ -78,6 +81,13 @@ def spread(row: Row) -> str:
     if row.median_ms is None:
         return ""
     return f"±{50 * (row.p80_ms - row.p20_ms) / row.median_ms:.0f} %"
+
+
+def first_call(row: Row) -> str:
+    """How many times as long as the median the first call took, where the clock can tell."""
+    if row.first_ms is None or row.median_ms is None or row.median_ms < LONG_MS:
+        return ""
+    return f"{row.first_ms / row.median_ms:.2f} ×"
 
 
 def rival_time(provider: str) -> Callable[[Race], str]:
@@ -214,6 +224,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "three times) plus rounding. A share of a limit is of its median in the same race: the "
             "loop, the reading or the copying takes its turn too."
         )
+        if any(row.first_ms is not None for row in timed):
+            said.append(
+                "The first call is the first that the process makes of a case, beside the median; "
+                "only for cases that take 10 ms or more."
+            )
         if any(row.gbs and row.of_limit > 1 for row in timed):
             said.append(
                 "What is above the limit of copying or reading stays in the cache, or goes about "

@@ -31,6 +31,7 @@ class Row:
     status: str  # ok, MISMATCH, FAILED, left out
     note: str = ""  # the kernels that served the call, or why there is no speed
 
+    first_ms: float | None = None  # of the very first call, which may compile and pack
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None

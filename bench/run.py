@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,13 +69,16 @@ def race(
     found: dict[str, Row] = {p: row(p, rows.LEFT_OUT, why) for p, why in left_out.items()}
     verdicts: dict[str, Verdict] = {}
     notes: dict[str, str] = {}
+    firsts: dict[str, float] = {}  # seconds
     dtype = getattr(torch, case.dtype)
     for provider in work.calls:
         if provider in left_out:
             continue
         try:
             with kernels_used() as kernels:
+                start = time.perf_counter()
                 result = parity.run(work, provider)
+                firsts[provider] = time.perf_counter() - start
         except Exception as error:  # whatever a provider raises is its result
             status = rows.LEFT_OUT if provider in COMPILED else rows.FAILED
             found[provider] = row(provider, status, first_line(error))
@@ -120,6 +124,7 @@ def race(
             rows.OK,
             notes[provider],
             **judged,
+            first_ms=1e3 * firsts[provider],
             **speed(case, work, timings[provider], statistics.median(reached) if rate else None),
             peak_mb=None if peak is None else peak / 1e6,
         )

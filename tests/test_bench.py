@@ -391,6 +391,14 @@ def test_markdown_shows_ratios_limits_and_reasons():
     assert len(widths) == 1
 
 
+def test_the_first_call_stands_beside_the_median_where_the_clock_can_tell():
+    fused, *rivals = made_rows()
+    timed = dataclasses.replace(fused, median_ms=40.0, p20_ms=39.0, p80_ms=41.0, first_ms=50.0)
+    assert "| 1.25 × |" in report.markdown([timed, *rivals])
+    for short in (fused, dataclasses.replace(fused, first_ms=50.0)):
+        assert "first call" not in report.markdown([short, *rivals])
+
+
 def test_a_narrow_terminal_loses_columns_and_says_which(capsys):
     from rich.console import Console
 

@@ -92,6 +92,31 @@ def test_memory_does_not_grow(python: Callable) -> None:
     assert with_leak > 2 << 20
 
 
+FIRST = """
+import statistics, time, torch
+from fastattn.models.gpt2 import GPT2, GPT2Config
+torch.set_num_threads(1)
+model = GPT2(GPT2Config(n_layer=2, vocab_size=1000)).eval()
+times = []
+with torch.no_grad():
+    for _ in range(8):
+        start = time.perf_counter()
+        model(torch.arange(192)[None])
+        times.append(time.perf_counter() - start)
+print(times[0] / statistics.median(times[1:]))
+"""
+
+
+def test_the_first_call_takes_hardly_longer(python: Callable) -> None:
+    """The best of a few processes: on a machine with other work any one call may be late."""
+    ratios = []
+    while not ratios or (ratios[-1] > 1.5 and len(ratios) < 5):
+        done = python("-c", FIRST)
+        assert done.returncode == 0, done.stderr
+        ratios.append(float(done.stdout))
+    assert ratios[-1] <= 1.5, ratios
+
+
 def test_gradients_from_several_threads() -> None:
     """Each thread of Python runs forward and backward, each of them on threads of its own."""
     inputs = [case.inputs(torch.float32) for case in CASES]
