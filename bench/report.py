@@ -224,7 +224,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "three times) plus rounding. A share of a limit is of its median in the same race: the "
             "loop, the reading or the copying takes its turn too."
         )
-        if any(row.first_ms is not None for row in timed):
+        if any(map(first_call, timed)):
             said.append(
                 "The first call is the first that the process makes of a case, beside the median; "
                 "only for cases that take 10 ms or more."
