@@ -109,13 +109,18 @@ def leaf(value: Tensor | None, dtype: torch.dtype, backward: bool) -> Tensor | N
 
 
 def attention(case: Attention) -> Recipe:
-    """query and key (B, H, S, D), value (B, H, S, Dv), mask (B, 1, 1, S) or bias (1, H, S, S)."""
+    """query and key (B, H, S, D), value (B, H, S, Dv), mask (B, 1, 1, S), bias (1, H, S, S) or
+    (1, H, 2 S - 1), of which the rivals make a matrix.
+    """
     value_dim = case.head_dim if case.value_dim is None else case.value_dim
     inputs = {
         name: torch.randn(case.batch, case.heads, case.seq, width)
         for name, width in (("query", case.head_dim), ("key", case.head_dim), ("value", value_dim))
     }
     inputs["bias"] = torch.randn(1, case.heads, case.seq, case.seq) if case.bias else None
+    if case.relative:
+        inputs["bias"] = torch.randn(1, case.heads, 2 * case.seq - 1)
+    kind = "relative_bias" if case.relative else "bias"
     inputs["mask"] = None
     if case.padding:  # [B, 1, 1, S]
         inputs["mask"] = torch.arange(case.seq) < torch.tensor(case.lengths)[:, None, None, None]
@@ -124,14 +129,16 @@ def attention(case: Attention) -> Recipe:
         triangle = torch.ones(case.seq, case.seq, dtype=torch.bool).tril()
 
     def fused(query, key, value, bias, mask):
-        return fastattn.attention(
-            query, key, value, bias=bias, mask=mask, causal=case.causal, dropout_p=case.dropout
-        )
+        options = {kind: bias, "mask": mask, "causal": case.causal, "dropout_p": case.dropout}
+        return fastattn.attention(query, key, value, **options)
+
+    def matrix(bias):
+        return bias.unfold(-1, case.seq, 1).flip(-2) if case.relative else bias
 
     def eager(query, key, value, bias, mask, keep=None):
         scores = query @ key.transpose(-1, -2) * case.head_dim**-0.5  # [B, H, S, S]
         if bias is not None:
-            scores = scores + bias
+            scores = scores + matrix(bias)
         for seen in (mask, triangle):
             if seen is not None:
                 scores = scores.masked_fill(~seen, float("-inf"))
@@ -143,7 +150,7 @@ def attention(case: Attention) -> Recipe:
         return weights @ value
 
     def sdpa(query, key, value, bias, mask):
-        added = mask if bias is None else bias
+        added = mask if bias is None else matrix(bias)
         return F.scaled_dot_product_attention(
             query, key, value, added, dropout_p=case.dropout, is_causal=case.causal
         )

@@ -80,6 +80,7 @@ class Attention(Case):
     causal: bool = False
     padding: bool = False
     bias: bool = False  # learned, (1, H, S, S), with its gradient
+    relative: bool = False  # learned, (1, H, 2 S - 1), one number for each distance
     dropout: float = 0.0
 
     group: ClassVar[str] = "attention"
@@ -91,6 +92,7 @@ class Attention(Case):
             "causal": self.causal,
             "padding mask": self.padding,
             "learned bias": self.bias,
+            "relative bias": self.relative,
             f"dropout {self.dropout:g}": self.dropout > 0,
         }
         return " ".join(["attention", *(word for word, on in options.items() if on)])
@@ -493,6 +495,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, bias=True, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, bias=True, backward=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, relative=True, backward=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, value_dim=128, backward=True),
     Attention(batch=1, heads=8, seq=1024, head_dim=128, backward=True),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True, backward=True),

@@ -84,8 +84,13 @@ def spread(row: Row) -> str:
 
 
 def first_call(row: Row) -> str:
-    """How many times as long as the median the first call took, where the clock can tell."""
-    if row.first_ms is None or row.median_ms is None or row.median_ms < LONG_MS:
+    """How many times as long as the median the first call took, where the clock can tell.
+
+    Of a token it took the prompt as well.
+    """
+    if row.first_ms is None or row.median_ms is None or row.passes == "token":
+        return ""
+    if row.median_ms < LONG_MS:
         return ""
     return f"{row.first_ms / row.median_ms:.2f} ×"
 
@@ -226,8 +231,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
         if any(map(first_call, timed)):
             said.append(
-                "The first call is the first that the process makes of a case, beside the median; "
-                "only for cases that take 10 ms or more."
+                "First call is how many times as long as the median the process took for its first "
+                "call of a case, where that is 10 ms or more."
             )
         if any(row.gbs and row.of_limit > 1 for row in timed):
             said.append(
