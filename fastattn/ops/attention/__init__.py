@@ -284,8 +284,8 @@ def attention(
         or number does not fit.
     """
     outs = None
-    special = window, softcap, alibi_slopes, sinks, relative_bias
-    if all([term is None for term in special]) and philox.unused(dropout_p, seed):
+    bare = window is softcap is alibi_slopes is sinks is relative_bias is None
+    if bare and philox.unused(dropout_p, seed):
         outs = _direct(query, key, value, mask, bias, causal, align, scale)
     if outs is None:
         outs = ATTENTION(
