@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import models
+from fastattn.ops.attention.reference import by_distance
 
 if TYPE_CHECKING:
     from fastattn.models import kv_cache
@@ -134,6 +135,16 @@ def init_weights(model: nn.Module, std: float) -> None:
 def linear(ops: Any, x: Tensor, layer: nn.Linear, activation: str | None = None) -> Tensor:
     """`layer` and an activation."""
     return ops.linear(x, layer.weight, layer.bias, activation)
+
+
+def relative_bias(ops: Any, bias: Tensor, q_len: int, kv_len: int) -> dict[str, Tensor]:
+    """What attention takes for a bias [1, H, Sq + Sk - 1] by the distance of key and query.
+
+    Where that becomes a matrix, it is made here, once for all layers.
+    """
+    if ops is models.ops("fused") and bias.is_cpu:
+        return {"relative_bias": bias}
+    return {"bias": by_distance(bias, q_len, kv_len)}
 
 
 def norm(ops: Any, x: Tensor, layer: nn.LayerNorm | nn.RMSNorm) -> Tensor:

@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastattn
 from fastattn import models
 from fastattn.models import kv_cache, parts
-from fastattn.ops.attention.reference import by_distance
 
 FEED_FORWARD = {"relu": "relu", "gated-gelu": "gelu_tanh", "gated-silu": "silu"}
 
@@ -181,11 +179,7 @@ class Stack(nn.Module):
         furthest = first + count - 1
         distance = torch.arange(max(furthest + count, 0), device=table.weight.device) - furthest
         buckets = _bucket(distance, self.config, both_sides=not self.decoder)
-        bias = table(buckets).t()[None]  # [1, H, first + 2 * count - 1]
-        if ops is fastattn and bias.is_cpu:
-            return {"relative_bias": bias}
-        # Elsewhere all layers need the same matrix of it, which is made once.
-        return {"bias": by_distance(bias, count, first + count)}
+        return parts.relative_bias(ops, table(buckets).t()[None], count, first + count)
 
 
 class T5(parts.Seq2SeqLM):
