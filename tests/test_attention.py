@@ -465,6 +465,16 @@ def test_sdpa_groups_heads_as_torch(lead: tuple[int, ...], is_causal: bool) -> N
     )
 
 
+def test_a_relative_bias_is_never_a_matrix(peak_growth: Callable[..., int], kernel: str) -> None:
+    drawn = (
+        "x, r = (torch.randn(size, requires_grad=True) for size in ((2, 2, {0}, 4), 2 * {0} - 1))"
+    )
+    step = f"{drawn}\nfastattn.attention(x, x, x, relative_bias=r).sum().backward()"
+    before, code = "import torch, fastattn\n" + step.format(200), step.format(2048)
+    grown, matrix = peak_growth(before, code, FASTATTN_KERNEL=kernel), 2048 * 2048 * 4
+    assert grown > matrix if kernel == "reference" else grown < matrix / 2
+
+
 def test_sdpa_broadcasts_as_torch() -> None:
     query, key, value = torch.randn(2, 3, 9, 8), torch.randn(1, 3, 7, 8), torch.randn(2, 1, 7, 8)
     torch.testing.assert_close(

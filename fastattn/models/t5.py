@@ -179,7 +179,8 @@ class Stack(nn.Module):
         furthest = first + count - 1
         distance = torch.arange(max(furthest + count, 0), device=table.weight.device) - furthest
         buckets = _bucket(distance, self.config, both_sides=not self.decoder)
-        return parts.relative_bias(ops, table(buckets).t()[None], count, first + count)
+        bias = table(buckets).t()[None]  # [1, H, first + 2 * count - 1]
+        return parts.relative_bias(ops, bias, count, first + count)
 
 
 class T5(parts.Seq2SeqLM):
