@@ -27,7 +27,6 @@ RUNS = {"emulator": "cuda", "triton-emulator": "triton"}
 TRITON_VERSIONS = (3, 6), (3, 9)  # the oldest and the newest that the kernels are tried with
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ORDINARY = torch.Tensor, torch.nn.Parameter
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -192,30 +191,18 @@ def transforms() -> list[str]:
     return reasons
 
 
-def plain(*tensors: Any) -> bool:
-    """Whether a call is eager PyTorch's, nothing special, on dense CPU tensors of torch's types.
-
-    The arguments are the call's tensors, or None for those that are not there.
-    """
-    if (
-        _forced not in (None, "cpu")
-        or torch.compiler.is_compiling()
+def plain() -> bool:
+    """Whether calls are eager PyTorch's now, nothing special, and those on the CPU are C++'s."""
+    return not (
+        torch.compiler.is_compiling()
+        or _forced not in (None, "cpu")
         or _library.WHY_NOT
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
         or log.isEnabledFor(logging.DEBUG)
-    ):
-        return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in ORDINARY
-            or not tensor.is_cpu
-            or tensor.layout is not torch.strided
-            or tensor.is_nested
-        ):
-            return False
-    return True
+    )
 
 
 def choose(op: Op | InferenceOp, args: tuple[Any, ...]) -> Choice:

@@ -17,6 +17,7 @@ Tensors = tuple[torch.Tensor | None, ...]
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 TRITON = "triton", "triton-emulator"
+ORDINARY = torch.Tensor, torch.nn.Parameter
 
 OPS: dict[str, Op | InferenceOp] = {}
 FUNCTIONS: dict[str, tuple[Callable[..., tuple], Op | InferenceOp]] = {}
@@ -59,21 +60,6 @@ class Op:
                         args = _distinct(args)
                     return ops.function.apply(*args)
         return ops.forward(*args)[: self.differentiable]
-
-    def direct(self, *args: Any) -> tuple[torch.Tensor, ...] | None:
-        """Run the C++ kernel as it is, on a call that `dispatch.plain` has let pass.
-
-        The op in C++ checks all that it is given. What it refuses is None, for checks in Python to
-        say why in words: these take longer than a small call, and most calls need none.
-        """
-        try:
-            if torch.is_grad_enabled():
-                for tensor in args[: self.tensors]:
-                    if tensor is not None and tensor.requires_grad:
-                        return self.compiled.apply(*args)
-            return self.compiled.forward._op(*args)[: self.differentiable]
-        except (RuntimeError, TypeError):
-            return None
 
     def backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """Run the backward op, which `derivative` calls, on the kernel that dispatch chooses."""
@@ -205,23 +191,8 @@ class InferenceOp:
             return self.reference(*args)
         outs = (self.triton if kernel in TRITON else self.compiled)(*args)
         if not torch.compiler.is_compiling():
-            self._count_writes(args)
+            count_writes(*(args[i] for i in self.written))
         return outs
-
-    def direct(self, *args: Any) -> tuple[torch.Tensor, ...] | None:
-        """Run the C++ kernel as it is, as `Op.direct`, on a call that needs no gradient."""
-        try:
-            outs = self.compiled._op(*args)
-        except (RuntimeError, TypeError):
-            return None
-        self._count_writes(args)
-        return () if outs is None else outs
-
-    def _count_writes(self, args: tuple) -> None:
-        # Else autograd would miss what a kernel wrote.
-        for i in self.written:
-            if not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
 
 
 def inference_op(
@@ -253,6 +224,81 @@ def inference_op(
     record = InferenceOp(name, reference, kernels, compiled, triton, written)
     OPS[name] = record
     return record
+
+
+def count_writes(*tensors: torch.Tensor) -> None:
+    """Tell autograd, which would miss it, that a kernel has written to these tensors."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainOp:
+    """What a function tries first: an op in C++ that takes plain calls, on the CPU.
+
+    Small calls cost what is done around the kernel. This op takes the function's own arguments,
+    tensors first, gives its results and no more, and checks everything in C++.
+    """
+
+    run: Callable[..., Any]
+    required: int  # the leading tensors that are there in any call
+    tensors: int  # and those that may be None, behind them
+    alone: bool  # it returns one tensor
+    record: Op | None  # the op that records a gradient, if there is one,
+    arguments: Callable[..., tuple]  # and what it takes in place of the same arguments
+
+    def __call__(self, *args: Any) -> Any:
+        """The results, or None for a call that is not plain or not right.
+
+        Then checks in Python say what is wrong, in words: they take longer than a small call, and
+        most calls need none.
+        """
+        if not dispatch.plain():
+            return None
+        tensors = args[: self.tensors]
+        for tensor in tensors:
+            if tensor is not None and type(tensor) not in ORDINARY:
+                return None
+        for tensor in args[: self.required]:
+            if tensor is None:
+                return None
+        try:
+            if torch.is_grad_enabled():
+                for tensor in tensors:
+                    if tensor is not None and tensor.requires_grad:
+                        return self._recorded(args)
+            return self.run(*args)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+
+    def _recorded(self, args: tuple) -> Any:
+        if self.record is None:
+            return None
+        for tensor in args[: self.tensors]:
+            if tensor is not None and (
+                not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_nested
+            ):
+                return None
+        outs = self.record.compiled.apply(*self.arguments(*args))
+        return outs[0] if self.alone else outs
+
+
+def plain_op(
+    schema: str, record: Op | None = None, arguments: Callable[..., tuple] | None = None
+) -> PlainOp:
+    """Define `fastattn::<name>.plain`, which the library has for the CPU and no one else.
+
+    Where a gradient is needed `record` runs instead, on `arguments(*args)`, which may raise
+    ValueError; without it such a call is not plain.
+    """
+    name, _, signature = schema.partition("(")
+    torch.library.define(f"fastattn::{name}.plain", f"({signature}")
+    op = getattr(torch.ops.fastattn, name).plain
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    required, tensors = kinds.count("Tensor"), sum("Tensor" in kind for kind in kinds)
+    alone = len(op._schema.returns) == 1
+    return PlainOp(op._op, required, tensors, alone, record, arguments)
 
 
 def function(name: str, prepare: Callable[..., tuple], record: Op | InferenceOp) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import _library, dispatch
+from fastattn.ops import norm
 from fastattn.testing import cases
 
 built = pytest.mark.skipif(
@@ -105,7 +107,7 @@ PLAIN = {
     "add_rms_norm": lambda: fastattn.add_rms_norm(TOKENS, TOKENS, (8,), return_sum=False),
     "linear": lambda: fastattn.linear(TOKENS, WEIGHT, VECTOR, "gelu"),
     "ffn": lambda: fastattn.ffn(TOKENS, WEIGHT, WEIGHT, gate_weight=WEIGHT, activation="silu"),
-    "attention": lambda: fastattn.attention(HEADS, HEADS, HEADS, causal=True, return_lse=True)[1],
+    "attention": lambda: fastattn.attention(HEADS, HEADS, HEADS, causal=True, scale=0.5),
     "bias": lambda: fastattn.attention(HEADS, HEADS, HEADS, bias=HEADS[:1, :1, :, :4]),
     "scaled_dot_product_attention": lambda: fastattn.scaled_dot_product_attention(
         HEADS, HEADS, HEADS, HEADS[..., :4] > 0
@@ -130,7 +132,7 @@ def test_a_plain_call_goes_straight_to_the_kernel(
         patched.setattr(dispatch, "choose", refuse)
         straight = PLAIN[name]()
     with torch.no_grad(), monkeypatch.context() as patched:
-        patched.setattr(dispatch, "plain", lambda *tensors: False)
+        patched.setattr(dispatch, "plain", lambda: False)
         assert torch.equal(straight, PLAIN[name]())
 
 
@@ -143,7 +145,7 @@ def test_a_plain_call_is_differentiable(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.autograd.grad(out.square().sum(), x)[0]
 
     with monkeypatch.context() as patched:
-        patched.setattr(dispatch, "plain", lambda *tensors: False)
+        patched.setattr(dispatch, "plain", lambda: False)
         checked = gradient()
     monkeypatch.setattr(dispatch, "choose", refuse)
     assert torch.equal(gradient(), checked)
@@ -163,20 +165,31 @@ def test_a_plain_call_is_differentiable(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=["subclass", "meta", "sparse", "nested", "list", "number"],
 )
-def test_what_is_no_plain_tensor_takes_the_long_way(make: Callable[[], object]) -> None:
-    assert dispatch.plain(ROWS, None)
-    assert not dispatch.plain(ROWS, make())
+@pytest.mark.parametrize("gradient", [False, True], ids=["", "gradient"])
+def test_what_is_no_plain_tensor_takes_the_long_way(
+    make: Callable[[], object], gradient: bool
+) -> None:
+    rows = ROWS.clone().requires_grad_(gradient)
+    assert torch.equal(
+        norm.PLAIN_ADD_RMS_NORM(rows, rows, None, [8], 1.0, True)[1].detach(), 2 * ROWS
+    )
+    assert norm.PLAIN_ADD_RMS_NORM(rows, make(), None, [8], 1.0, True) is None
+    assert norm.PLAIN_ADD_RMS_NORM(make(), rows, None, [8], 1.0, True) is None
+    assert norm.PLAIN_ADD_RMS_NORM(rows, None, None, [8], 1.0, True) is None
+    assert norm.PLAIN_ADD_RMS_NORM(rows, rows, make(), [8], 1.0, True) is None
 
 
 def test_where_something_else_decides_calls_take_the_long_way() -> None:
     with fastattn.use_kernel("reference"):
-        assert not dispatch.plain(ROWS)
+        assert not dispatch.plain()
     with torch.autocast("cpu"):
-        assert not dispatch.plain(ROWS)
+        assert not dispatch.plain()
+    with TorchDispatchMode():
+        assert not dispatch.plain()
     seen = []
-    torch.func.vmap(lambda row: seen.append(dispatch.plain(ROWS)) or row)(ROWS)
+    torch.func.vmap(lambda row: seen.append(dispatch.plain()) or row)(ROWS)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(dispatch.plain(ROWS))
+        seen.append(dispatch.plain())
     assert seen == [False, False]
 
 

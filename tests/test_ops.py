@@ -157,8 +157,15 @@ def test_matches_oracle(case_id: str, dtype: torch.dtype, kernel: str, layout: s
     # That the number of threads changes nothing is a test of its own.
     with use_threads(2 if (kernel, layout) == ("cpu", "contiguous") else 1):
         found = run(case, inputs, kernel)
+        if kernel == "cpu":  # where a plain call has an op of its own
+            same_bits(run(case, inputs, kernel, gradients=False), found)
     compared = baseline(case_id, dtype, layout == "expanded")
     assert_results_close_to_oracle(case, inputs, found, *compared)
+
+
+def same_bits(found: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name in found:
+        assert found[name].equal(other[name]), f"{name} differs"
 
 
 def test_error_rule_catches_a_fault() -> None:
@@ -202,11 +209,6 @@ def test_eagers_luck_with_one_draw_is_not_the_rule(monkeypatch: pytest.MonkeyPat
 
 COMPUTED = [case for case in CASES.values() if not case.refused]
 by_case = pytest.mark.parametrize("case", COMPUTED, ids=lambda case: case.id)
-
-
-def same_bits(found: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    for name in found:
-        assert found[name].equal(other[name]), f"{name} differs"
 
 
 @by_case
@@ -358,4 +360,6 @@ def test_every_torch_op_is_checked() -> None:
         expected |= {f"fastattn::{name}{way}" for way in ways}
         if "triton" in record.kernels:
             expected |= {f"fastattn::{name}{way}.triton" for way in ways}
-    assert ours == expected
+    # Those of plain calls stand in test_dispatch.py, and behind every case that needs no gradient.
+    assert {op for op in ours - expected if not op.endswith(".plain")} == set()
+    assert expected <= ours

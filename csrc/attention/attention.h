@@ -62,7 +62,7 @@ struct Attention {
 struct AttentionForward {
   Attention in;
   Target out;  // [B, H, Sq, Dv]
-  void* lse;   // [rows], at least fp32, natural logarithm
+  void* lse;   // [rows], at least fp32, natural logarithm, or null if not wanted, on the CPU
 };
 
 struct AttentionBackward {
@@ -107,7 +107,7 @@ struct AttentionDecode {
   Paging paging;
   Rotary rotary;  // of the queries
   Target out;     // [B, H, Sq, Dv]
-  void* lse;      // [rows], at least fp32, natural logarithm
+  void* lse;      // the same
 };
 
 struct AttentionAppend {

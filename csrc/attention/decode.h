@@ -201,6 +201,7 @@ class DecodeTask {
       each_vector<A>(in_.value_dim, [&](int64_t c, auto n) {
         store_count<A>(to + c, load<A>(sums + c) * factor, n);
       });
+      if (args_.lse == nullptr) continue;
       static_cast<A*>(args_.lse)[row_number(in_, head(r), r % in_.q_len)] =
           total == 0 ? minus_infinity<A> : static_cast<A>((top + std::log2(total)) * kLn2);
     }

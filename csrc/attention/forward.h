@@ -119,7 +119,7 @@ class ForwardTask {
         }
       }
     }
-    A* lse = lse_ + row_number(in_, h, i);
+    A* lse = lse_ == nullptr ? nullptr : lse_ + row_number(in_, h, i);
     for (int64_t r = 0; r < count; r++) {
       const A total = block.row_sum[r];
       const A factor = total == 0 ? A{0} : 1 / total;
@@ -127,6 +127,7 @@ class ForwardTask {
       each_vector<A>(in_.value_dim, [&](int64_t c, auto n) {
         store_count<A>(out + c, load<A>(block.out + r * value_width_ + c) * factor, n);
       });
+      if (lse == nullptr) continue;
       lse[r] = total == 0 ? minus_infinity<A>
                           : static_cast<A>((block.row_max[r] + std::log2(total)) * kLn2);
     }

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -104,6 +105,12 @@ inline Tensor empty_rows(const Tensor& other, int64_t columns, Dtype dtype) {
   return empty(sizes, dtype, place_of(other));
 }
 
+// The tensor as the CPU's kernels of plain calls take it, copied only if it must be.
+inline Tensor contiguous_on_cpu(const char* name, const Tensor& tensor) {
+  FASTATTN_CHECK(!on_gpu(place_of(tensor)), name, " must be on the CPU");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The number of rows of a contiguous tensor [..., columns], all leading dimensions taken as one.
 inline int64_t rows_of(const char* name, const Tensor& tensor) {
   FASTATTN_CHECK(tensor.dim() > 0 && tensor.is_contiguous(), name,
@@ -136,15 +143,17 @@ inline void check_dtype(const char* name, const Tensor& tensor, Dtype dtype) {
   FASTATTN_CHECK(dtype_of(tensor) == dtype, name, " has not the dtype that the others ask for");
 }
 
-// A view of four dimensions, each of the size given or 1, which broadcasts.
+// A view of four dimensions, each of the size given or 1, which broadcasts; dimensions in front may
+// be missing.
 inline Source view(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  FASTATTN_CHECK(tensor.dim() == 4, name, " must have four dimensions");
+  const int64_t missing = 4 - tensor.dim();
+  FASTATTN_CHECK(missing >= 0, name, " must have at most four dimensions");
   Source source{tensor.const_data_ptr(), {}};
-  int dim = 0;
+  int64_t dim = 0;
   for (const int64_t size : sizes) {
-    const int64_t own = tensor.size(dim);
+    const int64_t own = dim < missing ? 1 : tensor.size(dim - missing);
     FASTATTN_CHECK(own == size || own == 1, name, " does not broadcast to the sizes of the others");
-    source.stride[dim] = own == 1 ? 0 : tensor.stride(dim);
+    source.stride[dim] = own == 1 ? 0 : tensor.stride(dim - missing);
     dim++;
   }
   return source;

@@ -83,6 +83,19 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTenso
   return {out, pre};
 }
 
+// What a plain call asks for.
+Tensor linear(Tensor any, Tensor weight, OptionalTensor bias, StringHandle activation) {
+  const Activation kind = activation_of(activation);
+  const Tensor input = contiguous_on_cpu("input", any);
+  const Dtype dtype = dtype_of(input);
+  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
+  const int64_t features = checked("weight", weight, bias, in, dtype);
+  Tensor out = empty_rows(input, features, dtype);
+  linear_forward({}, {dtype, rows, in, features, input.const_data_ptr(), placed(weight), read(bias),
+                      kind, out.mutable_data_ptr(), nullptr});
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Tensor weight,
                                               OptionalTensor bias, Tensor pre,
                                               StringHandle activation, bool need_input,
@@ -116,9 +129,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Ten
 
 // What both directions of a feed-forward block take, checked.
 struct Block {
-  const Tensor& input;
+  const Tensor &input, &up_weight;
+  const OptionalTensor &up_bias, &gate_weight, &gate_bias;
   const Tensor& down_weight;
-  const OptionalTensor& gate_weight;
+  const OptionalTensor& down_bias;
   Dtype dtype = dtype_of(input);
   Place place = place_of(input);
   int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
@@ -133,8 +147,12 @@ struct Block {
         const Tensor& down_weight, const OptionalTensor& down_bias, const OptionalTensor& seed,
         StringHandle activation, double dropout_p)
       : input(input),
-        down_weight(down_weight),
+        up_weight(up_weight),
+        up_bias(up_bias),
         gate_weight(gate_weight),
+        gate_bias(gate_bias),
+        down_weight(down_weight),
+        down_bias(down_bias),
         features(checked("up_weight", up_weight, up_bias, in, dtype)),
         out_features(checked("down_weight", down_weight, down_bias, features, dtype)),
         activation(activation_of(activation)),
@@ -144,6 +162,25 @@ struct Block {
                    "gate_weight must have as many rows as up_weight");
     FASTATTN_CHECK(gated || !gate_bias.has_value(), "gate_bias needs a gate_weight");
     FASTATTN_CHECK(dropout_p == 0 || rows >> 32 == 0, "dropout counts up to 2^32 rows");
+  }
+
+  // The output; what is projected goes to `up` and `gate` too, where they are not null.
+  Tensor forward(void* up, void* gate) const {
+    Tensor hidden = empty(rows, features, dtype, place);
+    if (gated) {
+      gated_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(up_weight),
+                            read(up_bias), placed(*gate_weight), read(gate_bias), activation,
+                            hidden.mutable_data_ptr(), up, gate});
+    } else {
+      linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(up_weight),
+                             read(up_bias), activation, hidden.mutable_data_ptr(), up});
+    }
+    drop_out(hidden);
+    Tensor out = empty_rows(input, out_features, dtype);
+    linear_forward(
+        place, {dtype, rows, features, out_features, hidden.const_data_ptr(), placed(down_weight),
+                read(down_bias), Activation::identity, out.mutable_data_ptr(), nullptr});
+    return out;
   }
 
   void drop_out(const Tensor& x) const {
@@ -174,27 +211,20 @@ std::tuple<Tensor, Tensor, Tensor> ffn_fwd(Tensor input, Tensor up_weight, Optio
                                            double dropout_p, bool save) {
   const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, seed,
                  activation, dropout_p);
-  const Dtype dtype = of.dtype;
-  const Place place = of.place;
-  Tensor hidden = empty(of.rows, of.features, dtype, place);
-  Tensor out = empty_rows(input, of.out_features, dtype);
-  Tensor up = kept(input, of.features, save, dtype);
-  Tensor gate = kept(input, of.features, save && of.gated, dtype);
-  if (of.gated) {
-    gated_forward(place,
-                  {dtype, of.rows, of.in, of.features, input.const_data_ptr(), placed(up_weight),
-                   read(up_bias), placed(*gate_weight), read(gate_bias), of.activation,
-                   hidden.mutable_data_ptr(), write(up, save), write(gate, save)});
-  } else {
-    linear_forward(place,
-                   {dtype, of.rows, of.in, of.features, input.const_data_ptr(), placed(up_weight),
-                    read(up_bias), of.activation, hidden.mutable_data_ptr(), write(up, save)});
-  }
-  of.drop_out(hidden);
-  linear_forward(place, {dtype, of.rows, of.features, of.out_features, hidden.const_data_ptr(),
-                         placed(down_weight), read(down_bias), Activation::identity,
-                         out.mutable_data_ptr(), nullptr});
+  Tensor up = kept(input, of.features, save, of.dtype);
+  Tensor gate = kept(input, of.features, save && of.gated, of.dtype);
+  Tensor out = of.forward(write(up, save), write(gate, save && of.gated));
   return {out, up, gate};
+}
+
+// What a plain call asks for.
+Tensor ffn(Tensor any, Tensor up_weight, Tensor down_weight, OptionalTensor up_bias,
+           OptionalTensor down_bias, OptionalTensor gate_weight, OptionalTensor gate_bias,
+           StringHandle activation) {
+  const Tensor input = contiguous_on_cpu("input", any);
+  const Block of(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
+                 std::nullopt, activation, 0);
+  return of.forward(nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_bwd(
@@ -278,7 +308,11 @@ void implement(Library& library) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
+  implement(library);
+  library.impl("linear.plain", TORCH_BOX(&linear));
+  library.impl("ffn.plain", TORCH_BOX(&ffn));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) { implement(library); }
 
 }  // namespace fastattn

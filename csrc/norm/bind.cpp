@@ -1,5 +1,7 @@
 // The torch ops of the norm room: layer_norm and rms_norm, forward and backward.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/tensor.h"
 #include "norm/norm.h"
@@ -86,10 +88,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                          eps,
                          out.mutable_data_ptr(),
                          sums ? summed.mutable_data_ptr() : nullptr,
-                         mean.mutable_data_ptr(),
+                         centred ? mean.mutable_data_ptr() : nullptr,
                          rstd.mutable_data_ptr()};
   run(place, args, norm_forward, cuda::norm_forward);
   return {out, summed, mean, rstd};
+}
+
+// What a plain call asks for: the output and, if wanted, the sum.
+std::tuple<Tensor, OptionalTensor> plain(const Tensor& any, const OptionalTensor& residual,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const std::vector<int64_t>& shape,
+                                         std::optional<double> given, bool keep_sum, bool centred) {
+  const Tensor input = contiguous_on_cpu("input", any);
+  const auto dims = static_cast<int64_t>(shape.size());
+  const Norm norm = checked(input, residual, weight, bias, std::nullopt, dims, 0, centred);
+  FASTATTN_CHECK(std::equal(shape.begin(), shape.end(), input.sizes().end() - dims),
+                 "normalized_shape must be the last dimensions of input");
+  const double eps =
+      given.value_or(wide(norm.dtype) == Dtype::f64 ? std::numeric_limits<double>::epsilon()
+                                                    : std::numeric_limits<float>::epsilon());
+  FASTATTN_CHECK(std::isfinite(eps), "eps must be finite");
+  Tensor out = empty_like(input, norm.dtype);
+  OptionalTensor summed;
+  if (keep_sum) summed = empty_like(input, norm.residual_dtype);
+  norm_forward({norm, eps, out.mutable_data_ptr(), keep_sum ? summed->mutable_data_ptr() : nullptr,
+                nullptr, nullptr});
+  return {out, summed};
+}
+
+Tensor layer_norm(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                  std::vector<int64_t> shape, double eps) {
+  return std::get<0>(plain(input, std::nullopt, weight, bias, shape, eps, false, true));
+}
+
+Tensor rms_norm(Tensor input, OptionalTensor weight, std::vector<int64_t> shape,
+                std::optional<double> eps) {
+  return std::get<0>(plain(input, std::nullopt, weight, std::nullopt, shape, eps, false, false));
+}
+
+std::tuple<Tensor, OptionalTensor> add_layer_norm(Tensor input, Tensor residual,
+                                                  OptionalTensor weight, OptionalTensor bias,
+                                                  std::vector<int64_t> shape, double eps,
+                                                  bool return_sum) {
+  return plain(input, residual, weight, bias, shape, eps, return_sum, true);
+}
+
+std::tuple<Tensor, OptionalTensor> add_rms_norm(Tensor input, Tensor residual,
+                                                OptionalTensor weight, std::vector<int64_t> shape,
+                                                std::optional<double> eps, bool return_sum) {
+  return plain(input, residual, weight, std::nullopt, shape, eps, return_sum, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -170,7 +217,13 @@ void implement(Library& library) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
+  implement(library);
+  library.impl("layer_norm.plain", TORCH_BOX(&layer_norm));
+  library.impl("add_layer_norm.plain", TORCH_BOX(&add_layer_norm));
+  library.impl("rms_norm.plain", TORCH_BOX(&rms_norm));
+  library.impl("add_rms_norm.plain", TORCH_BOX(&add_rms_norm));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, library) { implement(library); }
 
 }  // namespace fastattn

@@ -101,8 +101,8 @@ void forward(const NormForward& args) {
       for (int i = 0; i < many; i++) {
         const double variance = static_cast<double>(square[i]) / static_cast<double>(cols);
         rstd[i] = static_cast<A>(1 / std::sqrt(variance + args.eps));
-        if (in.centred) means[r + i] = mean[i];
-        rstds[r + i] = rstd[i];
+        if (means != nullptr) means[r + i] = mean[i];
+        if (rstds != nullptr) rstds[r + i] = rstd[i];
       }
       const auto finish = [&](auto turns) {
         for (int first = 0; first < many; first += turns) {

@@ -30,8 +30,8 @@ struct NormForward {
   double eps;
   void* out;     // [rows, cols]
   void* summed;  // [rows, cols], or null if not wanted
-  void* mean;    // [rows], at least fp32, or null if not centred
-  void* rstd;    // [rows], at least fp32
+  void* mean;    // [rows], at least fp32, or null if not centred or, on the CPU, not wanted
+  void* rstd;    // [rows], at least fp32, or null likewise
 };
 
 struct NormBackward {

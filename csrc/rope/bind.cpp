@@ -100,12 +100,29 @@ void rope_in_place(Tensor query, OptionalTensor key, Tensor cos, Tensor sin,
   }
 }
 
+// What a plain call asks for, each laid out as it came.
+std::tuple<Tensor, OptionalTensor> apply_rope(Tensor query, Tensor cos, Tensor sin,
+                                              OptionalTensor key, bool interleaved) {
+  FASTATTN_CHECK(!on_gpu(place_of(query)), "query must be on the CPU");
+  const auto laid_out = [&](const Tensor& x) {
+    const bool inside = x.dim() == 4 && x.stride(1) < x.stride(2);
+    return rotated(x, cos, sin, std::nullopt, interleaved, inside, false);
+  };
+  if (!key.has_value()) return {laid_out(query), std::nullopt};
+  FASTATTN_CHECK(key->dim() == 4 && query.dim() == 4, "key must have four dimensions");
+  check_dtype("key", *key, dtype_of(query));
+  for (const int dim : {0, 2, 3})
+    FASTATTN_CHECK(key->size(dim) == query.size(dim), "key has not query's batch, rows or width");
+  return {laid_out(query), laid_out(*key)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, library) {
   library.impl("rope_fwd", TORCH_BOX(&rope_fwd));
   library.impl("rope_bwd", TORCH_BOX(&rope_bwd));
   library.impl("rope_", TORCH_BOX(&rope_in_place));
+  library.impl("apply_rope.plain", TORCH_BOX(&apply_rope));
 }
 
 }  // namespace fastattn

@@ -190,37 +190,37 @@ def _attention_args(
     )
 
 
-def _direct(
+def _plain_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
     causal: bool,
-    align: str,
+    bottom_right: bool,
     scale: float | None,
-    grouped: bool = True,
-) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a plain call without further terms, or None: see `registry.Op.direct`."""
-    if query is None or key is None or not dispatch.plain(query, key, value, mask, bias):
-        return None
-    if query.dim() != 4:
-        return None
-    for term in (mask, bias):
-        if term is not None and term.dim() != 4:
-            return None
-    if type(causal) is not bool or align not in ("bottom_right", "top_left"):
-        return None
-    if grouped is not True and query.shape[:2] != key.shape[:2]:
-        return None
-    scale = arguments.plain_scale(query.shape[3], scale)
-    if scale is None:
-        return None
-    shifted, right = align == "bottom_right", 0 if causal else None
+    grouped: bool,
+) -> tuple:
+    """What the op takes of a plain call that needs a gradient."""
+    if query.dim() != 4 or (bias is not None and bias.dim() != 4):
+        raise ValueError("query or bias")
+    if not grouped and query.shape[:2] != key.shape[:2]:
+        raise ValueError("key")
+    scale, softcap = arguments.scale_and_softcap(query.shape[3], scale, None)
+    right = 0 if causal else None
     terms = mask, bias, *[None] * 5
-    return ATTENTION.direct(
-        query, key, value, *terms, shifted, None, right, scale, 0.0, 0.0, None, None
+    return (
+        *(query, key, value, *terms),
+        *(bottom_right, None, right, scale, softcap, 0.0, None, None),
     )
+
+
+PLAIN_ATTENTION = registry.plain_op(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, bool causal,"
+    " bool bottom_right, float? scale, bool grouped) -> Tensor",
+    ATTENTION,
+    _plain_arguments,
+)
 
 
 def attention(
@@ -283,30 +283,37 @@ def attention(
         TypeError: a dtype or a kind of argument is wrong. ValueError: a shape, device, head count
         or number does not fit.
     """
-    outs = None
-    bare = window is softcap is alibi_slopes is sinks is relative_bias is None
-    if bare and philox.unused(dropout_p, seed):
-        outs = _direct(query, key, value, mask, bias, causal, align, scale)
-    if outs is None:
-        outs = ATTENTION(
-            *_attention_args(
-                query,
-                key,
-                value,
-                mask=mask,
-                bias=bias,
-                relative_bias=relative_bias,
-                causal=causal,
-                window=window,
-                align=align,
-                scale=scale,
-                softcap=softcap,
-                alibi_slopes=alibi_slopes,
-                sinks=sinks,
-                dropout_p=dropout_p,
-                seed=seed,
-            )
+    if (
+        window is softcap is alibi_slopes is sinks is relative_bias is None
+        and type(causal) is bool
+        and align in ("bottom_right", "top_left")
+        and (scale is None or type(scale) is float)
+        and return_lse is False
+        and philox.unused(dropout_p, seed)
+    ):
+        options = causal, align == "bottom_right", scale, True
+        out = PLAIN_ATTENTION(query, key, value, mask, bias, *options)
+        if out is not None:
+            return out
+    outs = ATTENTION(
+        *_attention_args(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            relative_bias=relative_bias,
+            causal=causal,
+            window=window,
+            align=align,
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            seed=seed,
         )
+    )
     return outs if return_lse else outs[0]
 
 
@@ -413,13 +420,17 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    masked_once = attn_mask is None or is_causal is False
-    if masked_once and philox.unused(dropout_p, None):
+    if (
+        type(is_causal) is type(enable_gqa) is bool
+        and (attn_mask is None or not is_causal)
+        and (scale is None or type(scale) is float)
+        and philox.unused(dropout_p, None)
+    ):
         boolean = getattr(attn_mask, "dtype", None) is torch.bool
         mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
-        outs = _direct(query, key, value, mask, bias, is_causal, "top_left", scale, enable_gqa)
-        if outs is not None:
-            return outs[0]
+        out = PLAIN_ATTENTION(query, key, value, mask, bias, is_causal, False, scale, enable_gqa)
+        if out is not None:
+            return out
     args = _sdpa_args(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = ATTENTION(*args)[0]
     lead = _lead(query, key, value, enable_gqa)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -117,13 +115,6 @@ def too_wide(in_fp32: int, in_others: int, *tensors: Tensor) -> list[str]:
 def default_scale(width: int) -> float:
     """The scale of scores of heads that are `width` wide."""
     return max(width, 1) ** -0.5
-
-
-def plain_scale(width: int, scale: float | None) -> float | None:
-    """The scale of a call that `dispatch.plain` has let pass; None where it needs a closer look."""
-    if scale is None:
-        return default_scale(width)
-    return scale if type(scale) is float and math.isfinite(scale) else None
 
 
 def scale_and_softcap(

@@ -68,6 +68,12 @@ DECODE = registry.inference_op(
     file="triton_decode",
 )
 
+PLAIN = registry.plain_op(
+    "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+    f" Tensor cache_seqlens, Tensor? key, Tensor? value, {PAGES}, bool causal, float? scale)"
+    " -> Tensor"
+)
+
 
 def _check_sizes(name: str, tensor: Tensor, sizes: tuple[int | None, ...], words: str) -> None:
     """Four dimensions of the sizes given; None is any."""
@@ -266,55 +272,6 @@ def _decode_args(*args: Any, **kwargs: Any) -> tuple:
     return _split_args(*args, **kwargs)[1]
 
 
-def _direct(
-    query: Tensor,
-    caches: tuple[Tensor, Tensor],
-    cache_seqlens: Tensor | int,
-    key: Tensor | None,
-    value: Tensor | None,
-    pages: tuple,
-    causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a plain call without further terms, or None: see `registry.Op.direct`."""
-    needed = query, *caches, cache_seqlens
-    if any([tensor is None for tensor in needed]) or torch.is_grad_enabled():
-        return None
-    lengths = None if type(cache_seqlens) is int else cache_seqlens
-    if not dispatch.plain(query, *caches, lengths, key, value, *pages[:3]):
-        return None
-    if query.dim() != 4 or caches[0].dim() != 4 or type(causal) is not bool:
-        return None
-    batch, heads, q_len, width = query.shape
-    if lengths is None:
-        lengths = torch.full((batch,), cache_seqlens)
-    scale = arguments.plain_scale(width, scale)
-    if scale is None:
-        return None
-    appended = 0
-    if key is None:
-        if value is not None:
-            return None
-    else:
-        # Nothing is written unless the op that attends is to take the rest of the arguments.
-        _, kv_heads, _, cached_width = caches[0].shape
-        appended = key.shape[2] if key.dim() == 4 else 0
-        if (
-            value is None
-            or query.dtype is not caches[0].dtype
-            or batch != lengths.numel()
-            or width != cached_width
-            or not kv_heads
-            or heads % kv_heads
-            or not 0 < q_len <= appended
-            or any([0 in cache.stride() for cache in caches])
-            or APPEND.direct(*caches, key, value, lengths, *pages) is None
-        ):
-            return None
-    terms = None, None, None, 0 if causal else None, scale, 0.0
-    return DECODE.direct(query, *caches, lengths, appended, *pages, *terms)
-
-
 def attention_decode(
     query: Tensor,
     key_cache: Tensor,
@@ -373,36 +330,43 @@ def attention_decode(
         `block_table` hold raises RuntimeError inside torch.compile, when the graph runs, and stops
         the kernel on a GPU.
     """
-    outs = None
-    of_pairs = (
-        rotary_interleaved is None if rotary_cos is None else type(rotary_interleaved) is bool
-    )
-    if of_pairs and window is softcap is alibi_slopes is sinks is None:
-        caches = key_cache, value_cache
+    if (
+        window is softcap is alibi_slopes is sinks is None
+        and type(causal) is bool
+        and (scale is None or type(scale) is float)
+        and (rotary_interleaved is None if rotary_cos is None else type(rotary_interleaved) is bool)
+        and return_lse is False
+    ):
+        lengths = cache_seqlens
+        if type(lengths) is int and isinstance(query, Tensor) and query.dim():
+            lengths = torch.full((len(query),), lengths)
         pages = block_table, rotary_cos, rotary_sin, rotary_interleaved is True
-        outs = _direct(query, caches, cache_seqlens, key, value, pages, causal, scale)
-    if outs is None:
-        append, attend = _split_args(
-            query,
-            key_cache,
-            value_cache,
-            cache_seqlens=cache_seqlens,
-            key=key,
-            value=value,
-            block_table=block_table,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            rotary_interleaved=rotary_interleaved,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-        )
-        if append is not None:
-            APPEND(*append)
-        outs = DECODE(*attend)
+        out = PLAIN(query, key_cache, value_cache, lengths, key, value, *pages, causal, scale)
+        if out is not None:
+            if key is not None:
+                registry.count_writes(key_cache, value_cache)
+            return out
+    append, attend = _split_args(
+        query,
+        key_cache,
+        value_cache,
+        cache_seqlens=cache_seqlens,
+        key=key,
+        value=value,
+        block_table=block_table,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    if append is not None:
+        APPEND(*append)
+    outs = DECODE(*attend)
     return tuple(outs) if return_lse else outs[0]
 
 

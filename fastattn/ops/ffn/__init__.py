@@ -181,11 +181,20 @@ def _save(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([getattr(t, "requires_grad", False) for t in tensors])
 
 
-def _direct(op: registry.Op, input: Tensor, *rest: object) -> tuple[Tensor, ...] | None:
-    """What `op` makes of a plain call, or None: see `registry.Op.direct`."""
-    if input is None or not dispatch.plain(input, *rest[: op.tensors - 1]):
-        return None
-    return op.direct(input, *rest) if input.is_contiguous() else None
+PLAIN_LINEAR = registry.plain_op(
+    "linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    LINEAR,
+    lambda input, weight, bias, activation: (input, weight, bias, activation, True),
+)
+PLAIN_FFN = registry.plain_op(
+    "ffn(Tensor input, Tensor up_weight, Tensor down_weight, Tensor? up_bias, Tensor? down_bias,"
+    " Tensor? gate_weight, Tensor? gate_bias, str activation) -> Tensor",
+    FFN,
+    lambda input, up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias, activation: (
+        *(input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, None),
+        *(activation, 0.0, True),
+    ),
+)
 
 
 def _laid_out(parameter: Tensor | None) -> Tensor | None:
@@ -235,14 +244,11 @@ def linear(
         TypeError: dtypes differ or are none of the above. ValueError: a shape, a device or the
         activation does not fit.
     """
-    outs = None
-    if activation is None:
-        outs = _direct(LINEAR, input, weight, bias, "identity", False)
-    elif _known(activation):
-        outs = _direct(LINEAR, input, weight, bias, activation, _save(input, weight, bias))
-    if outs is None:
-        outs = LINEAR(*_linear_args(input, weight, bias, activation))
-    return outs[0]
+    if activation is None or _known(activation):
+        out = PLAIN_LINEAR(input, weight, bias, activation or "identity")
+        if out is not None:
+            return out
+    return LINEAR(*_linear_args(input, weight, bias, activation))[0]
 
 
 def _ffn_args(
@@ -323,10 +329,10 @@ def ffn(
         ValueError: a shape, a device or an option does not fit.
     """
     if recompute is False and _known(activation) and philox.unused(dropout_p, seed):
-        tensors = input, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias
-        outs = _direct(FFN, *tensors, None, activation, 0.0, _save(*tensors))
-        if outs is not None:
-            return outs[0]
+        weights = up_weight, down_weight, up_bias, down_bias, gate_weight, gate_bias
+        out = PLAIN_FFN(input, *weights, activation)
+        if out is not None:
+            return out
     args = _ffn_args(
         input,
         up_weight,

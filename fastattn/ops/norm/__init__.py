@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,14 +194,15 @@ def _rms_norm_args(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple:
-    if eps is None:
-        eps = _epsilon(input)
+    eps = _epsilon(input, eps)
     tensors, dims = _checked(input, None, normalized_shape, {"weight": weight}, eps)
     return *tensors, None, dims, float(eps), 0.0, False
 
 
-def _epsilon(input: Tensor) -> float:
-    """The machine epsilon of the statistics."""
+def _epsilon(input: Tensor, eps: float | None) -> float:
+    """The machine epsilon of the statistics where none is given."""
+    if eps is not None:
+        return eps
     checks.floating("input", input)
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
@@ -235,8 +236,7 @@ def _add_rms_norm_args(
     seed: int | Tensor | None = None,
     return_sum: bool = True,
 ) -> tuple:
-    if eps is None:
-        eps = _epsilon(input)
+    eps = _epsilon(input, eps)
     checks.tensor("residual", residual)
     tensors, dims = _checked(input, residual, normalized_shape, {"weight": weight}, eps)
     return *tensors, *_options(input, dims, eps, dropout_p, seed, return_sum)
@@ -256,47 +256,54 @@ def _options(
     return seed, dims, float(eps), float(dropout_p), return_sum
 
 
-def _direct(
-    op: registry.Op,
-    input: Tensor,
-    residual: Tensor | None,
-    normalized_shape: Sequence[int],
-    parameters: tuple[Tensor | None, ...],
-    eps: float,
-    keep_sum: bool = False,
-) -> tuple[Tensor, ...] | None:
-    """What `op` makes of a plain call without dropout, or None: see `registry.Op.direct`."""
-    if input is None or not dispatch.plain(input, residual, *parameters):
-        return None
-    if type(eps) is not float or not input.is_contiguous():
-        return None
-    shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-    if not isinstance(shape, (tuple, list)):
-        return None
-    dims = len(shape)
-    if input.shape[-dims:] != tuple(shape):
-        return None
-    return op.direct(input, residual, *parameters, None, dims, eps, 0.0, keep_sum)
+def _without_dropout(dropout_p: float, seed: Any, return_sum: bool) -> bool:
+    """Whether an `add_` function is asked for no dropout, in options of the right types."""
+    return type(return_sum) is bool and philox.unused(dropout_p, seed)
 
 
-def _added(
-    op: registry.Op,
-    prepare: Callable[..., tuple],
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    parameters: tuple[Tensor | None, ...],
-    eps: float,
-    options: dict[str, Any],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What an `add_` function returns; `prepare` checks arguments that are not plain."""
-    dropout_p, seed, return_sum = options.values()
-    outs = None
-    if residual is not None and type(return_sum) is bool and philox.unused(dropout_p, seed):
-        outs = _direct(op, input, residual, normalized_shape, parameters, eps, return_sum)
-    if outs is None:
-        outs = op(*prepare(input, residual, normalized_shape, *parameters, eps, **options))
-    return outs if return_sum else outs[0]
+def _dims(input: Tensor, normalized_shape: Sequence[int]) -> int:
+    """How many dimensions a plain call normalises together."""
+    shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)
+    if input.shape[-len(shape) :] != shape:
+        raise ValueError("normalized_shape")
+    return len(shape)
+
+
+PLAIN_LAYER_NORM = registry.plain_op(
+    "layer_norm(Tensor input, Tensor? weight, Tensor? bias, int[1] normalized_shape, float eps)"
+    " -> Tensor",
+    LAYER_NORM,
+    lambda input, weight, bias, shape, eps: (
+        *(input, None, weight, bias, None),
+        *(_dims(input, shape), eps, 0.0, False),
+    ),
+)
+PLAIN_RMS_NORM = registry.plain_op(
+    "rms_norm(Tensor input, Tensor? weight, int[1] normalized_shape, float? eps) -> Tensor",
+    RMS_NORM,
+    lambda input, weight, shape, eps: (
+        *(input, None, weight, None),
+        *(_dims(input, shape), _epsilon(input, eps), 0.0, False),
+    ),
+)
+PLAIN_ADD_LAYER_NORM = registry.plain_op(
+    "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias,"
+    " int[1] normalized_shape, float eps, bool return_sum) -> (Tensor out, Tensor? summed)",
+    LAYER_NORM,
+    lambda input, residual, weight, bias, shape, eps, return_sum: (
+        *(input, residual, weight, bias, None),
+        *(_dims(input, shape), eps, 0.0, return_sum),
+    ),
+)
+PLAIN_ADD_RMS_NORM = registry.plain_op(
+    "add_rms_norm(Tensor input, Tensor residual, Tensor? weight,"
+    " int[1] normalized_shape, float? eps, bool return_sum) -> (Tensor out, Tensor? summed)",
+    RMS_NORM,
+    lambda input, residual, weight, shape, eps, return_sum: (
+        *(input, residual, weight, None),
+        *(_dims(input, shape), _epsilon(input, eps), 0.0, return_sum),
+    ),
+)
 
 
 def layer_norm(
@@ -320,10 +327,11 @@ def layer_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    outs = _direct(LAYER_NORM, input, None, normalized_shape, (weight, bias), eps)
-    if outs is None:
-        outs = LAYER_NORM(*_layer_norm_args(input, normalized_shape, weight, bias, eps))
-    return outs[0]
+    if type(eps) is float:
+        out = PLAIN_LAYER_NORM(input, weight, bias, normalized_shape, eps)
+        if out is not None:
+            return out
+    return LAYER_NORM(*_layer_norm_args(input, normalized_shape, weight, bias, eps))[0]
 
 
 def add_layer_norm(
@@ -361,9 +369,16 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: as `layer_norm`; also when `residual` or an option does not fit.
     """
-    operands = input, residual, normalized_shape, (weight, bias), eps
-    options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
-    return _added(LAYER_NORM, _add_layer_norm_args, *operands, options)
+    outs = None
+    if type(eps) is float and _without_dropout(dropout_p, seed, return_sum):
+        outs = PLAIN_ADD_LAYER_NORM(
+            input, residual, weight, bias, normalized_shape, eps, return_sum
+        )
+    if outs is None:
+        options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
+        operands = input, residual, normalized_shape, weight, bias, eps
+        outs = LAYER_NORM(*_add_layer_norm_args(*operands, **options))
+    return outs if return_sum else outs[0]
 
 
 def rms_norm(
@@ -386,12 +401,11 @@ def rms_norm(
     Raises:
         TypeError: a dtype is none of the above. ValueError: a shape, device or eps does not fit.
     """
-    if eps is None:
-        eps = _epsilon(input)
-    outs = _direct(RMS_NORM, input, None, normalized_shape, (weight,), eps)
-    if outs is None:
-        outs = RMS_NORM(*_rms_norm_args(input, normalized_shape, weight, eps))
-    return outs[0]
+    if eps is None or type(eps) is float:
+        out = PLAIN_RMS_NORM(input, weight, normalized_shape, eps)
+        if out is not None:
+            return out
+    return RMS_NORM(*_rms_norm_args(input, normalized_shape, weight, eps))[0]
 
 
 def add_rms_norm(
@@ -409,11 +423,14 @@ def add_rms_norm(
 
     Takes `rms_norm`'s arguments and the others, returns and raises as `add_layer_norm`.
     """
-    if eps is None:
-        eps = _epsilon(input)
-    operands = input, residual, normalized_shape, (weight,), eps
-    options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
-    return _added(RMS_NORM, _add_rms_norm_args, *operands, options)
+    outs = None
+    if (eps is None or type(eps) is float) and _without_dropout(dropout_p, seed, return_sum):
+        outs = PLAIN_ADD_RMS_NORM(input, residual, weight, normalized_shape, eps, return_sum)
+    if outs is None:
+        options = {"dropout_p": dropout_p, "seed": seed, "return_sum": return_sum}
+        operands = input, residual, normalized_shape, weight, eps
+        outs = RMS_NORM(*_add_rms_norm_args(*operands, **options))
+    return outs if return_sum else outs[0]
 
 
 registry.function("layer_norm", _layer_norm_args, LAYER_NORM)

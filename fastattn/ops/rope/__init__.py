@@ -216,20 +216,28 @@ def _rope_args(
     return *args, _heads_inside(query), _heads_inside(key)
 
 
-def _direct(
-    query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor] | None:
-    """What the op makes of a plain call, or None: see `registry.Op.direct`."""
-    if any([x is None for x in (query, cos, sin)]) or not dispatch.plain(query, key, cos, sin):
-        return None
+def _plain_arguments(
+    query: Tensor, cos: Tensor, sin: Tensor, key: Tensor | None, interleaved: bool
+) -> tuple:
+    """What the op takes of a plain call that needs a gradient."""
     if query.dim() != 4 or cos.requires_grad or sin.requires_grad:
-        return None
+        raise ValueError("query, cos or sin")
     if key is not None and (
-        key.dim() != 4 or key.dtype is not query.dtype or key.shape[::2] != query.shape[::2]
+        key.dim() != 4
+        or key.dtype is not query.dtype
+        or (key.shape[0], *key.shape[2:]) != (query.shape[0], *query.shape[2:])
     ):
-        return None
+        raise ValueError("key")
     inside = _heads_inside(query), _heads_inside(key)
-    return ROPE.direct(query, key, cos, sin, None, interleaved, *inside)
+    return query, key, cos, sin, None, interleaved, *inside
+
+
+PLAIN_ROPE = registry.plain_op(
+    "apply_rope(Tensor query, Tensor cos, Tensor sin, Tensor? key, bool interleaved)"
+    " -> (Tensor out_query, Tensor? out_key)",
+    ROPE,
+    _plain_arguments,
+)
 
 
 def apply_rope(
@@ -269,7 +277,7 @@ def apply_rope(
         GPU are not waited for: the kernel makes NaN of rows whose position is in no table.
     """
     if positions is None and inplace is False and type(interleaved) is bool:
-        outs = _direct(query, key, cos, sin, interleaved)
+        outs = PLAIN_ROPE(query, cos, sin, key, interleaved)
         if outs is not None:
             return outs[0] if key is None else outs
     options = {"positions": positions, "interleaved": interleaved, "inplace": inplace}
