@@ -328,12 +328,15 @@ def vjp(
     `grads` belong to the leading outputs; None stands for a zero gradient. With `create_graph` the
     arguments are those of the graph, and the result is differentiable in turn.
     """
+
+    def own(i: int, arg: Any) -> Any:
+        # One tensor may stand in several places, each of which has a gradient.
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        return arg.view_as(arg) if create_graph else arg.detach().requires_grad_(i in wanted)
+
     with torch.enable_grad():
-        if not create_graph:
-            args = tuple(
-                arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
-                for i, arg in enumerate(args)
-            )
+        args = tuple(own(i, arg) for i, arg in enumerate(args))
         pairs = [
             (out, grad)
             for out, grad in zip(record.reference(*args), grads, strict=False)

@@ -111,6 +111,26 @@ def test_second_derivatives_are_right(case: Case) -> None:
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: fastattn.attention(x, x, x),
+        lambda x: fastattn.add_layer_norm(x, x, [4])[0],
+        lambda x: fastattn.linear(x, x[0, 0], activation="gelu"),
+        lambda x: fastattn.linear_cross_entropy(x[0, 0], x[0, 0], torch.tensor([0, 2, 1])),
+    ],
+    ids=["attention", "add_layer_norm", "linear", "linear_cross_entropy"],
+)
+def test_a_tensor_may_stand_in_several_places(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    with fastattn.use_kernel("cpu"):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+        expected = torch.autograd.grad(function(x).sum(), x)[0]
+        found = torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(found.detach(), expected)
+
+
 @by_tiny
 def test_forward_mode_agrees_with_backward(case: Case) -> None:
     function, leaves = function_of(case, case.inputs(torch.float64))
