@@ -64,63 +64,100 @@ class ForwardTask {
     const bool finite =
         !can_hide(in_) ||
         all_finite<A>(value, in_.value.stride[2], in_.value.stride[3], key_count, in_.value_dim);
-    Block block{scratch.take<A>(kQueries * in_.head_dim + kSlack),
-                scratch.take<A>(kQueries * kKeys),
-                scratch.take<A>(kQueries * value_width_),
-                scratch.take<A>(kQueries),
-                scratch.take<A>(kQueries),
-                scratch.take<A>(kKeys)};
+    const Keys packed{
+        packed_keys,           values, finite, start, scratch.take<A>(kQueries * kKeys),
+        scratch.take<A>(kKeys)};
+    // Keys that are far from any core are read once for several blocks of queries.
+    const int64_t bytes = key_count * (in_.head_dim + value_width_) * int64_t{sizeof(A)};
+    const int64_t together = bytes > kFar ? kTogether : 1;
+    Block blocks[kTogether];
+    for (int64_t b = 0; b < together; b++) blocks[b] = Block(*this, scratch);
     const int64_t group = in_.heads / in_.kv_heads;
-    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
-      for (int64_t i = first; i < end; i += kQueries)
-        queries(block, packed_keys, values, finite, start, h, i, smaller(kQueries, end - i), ahead);
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++) {
+      const Scores<A> scores(in_, h);
+      for (int64_t i = first; i < end; i += together * kQueries) {
+        const int64_t used = smaller(together, ceil_div(end - i, kQueries));
+        for (int64_t b = 0; b < used; b++)
+          begin(blocks[b], h, i + b * kQueries, smaller(kQueries, end - i - b * kQueries));
+        const Range seen = visible_keys(in_, i, smaller(together * kQueries, end - i));
+        for (int64_t j = start + (seen.first - start) / kKeys * kKeys; j < seen.end; j += kKeys)
+          for (int64_t b = 0; b < used; b++) meet(blocks[b], scores, packed, j, ahead);
+        for (int64_t b = 0; b < used; b++) finish(blocks[b], h);
+      }
+    }
   }
 
  private:
-  struct Block {
-    A *query, *weights, *out, *row_max, *row_sum, *factors;
+  static constexpr int64_t kTogether = 4, kFar = int64_t{2} << 20;
+
+  // Keys and values of a task, and where the weights that a block of queries gives some are made.
+  struct Keys {
+    const A* keys;
+    const Panels<A>& values;
+    bool finite;
+    int64_t start;
+    A *weights, *factors;
   };
 
-  void queries(const Block& block, const A* packed_keys, const Panels<A>& values, bool finite,
-               int64_t start, int64_t h, int64_t i, int64_t count, Ahead& ahead) const {
-    const Scores<A> scores(in_, h);
-    const int64_t padded = round_up(count, Tile<A>::rows);
+  // Queries [first, first + count) of a head, and what the keys so far have made of them.
+  struct Block {
+    int64_t first, count;
+    Range seen;
+    Fetch<true> written;
+    A *query, *out, *row_max, *row_sum;
+
+    Block() = default;
+    Block(const ForwardTask& task, Scratch& scratch)
+        : query(scratch.take<A>(kQueries * task.in_.head_dim + kSlack)),
+          out(scratch.take<A>(kQueries * task.value_width_)),
+          row_max(scratch.take<A>(kQueries)),
+          row_sum(scratch.take<A>(kQueries)) {}
+    int64_t padded() const { return round_up(count, Tile<A>::rows); }
+  };
+
+  void begin(Block& block, int64_t h, int64_t i, int64_t count) const {
+    block.first = i, block.count = count, block.seen = visible_keys(in_, i, count);
     pack_rows(block.query, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
               count, in_.head_dim, Scores<A>::query_factor(in_));
-    std::memset(block.out, 0, static_cast<size_t>(padded * value_width_) * sizeof(A));
+    std::memset(block.out, 0, static_cast<size_t>(block.padded() * value_width_) * sizeof(A));
     for (int64_t r = 0; r < count; r++) {
       block.row_max[r] =
           in_.sinks == nullptr ? minus_infinity<A> : static_cast<A>(in_.sinks[h] * kLog2e);
       block.row_sum[r] = block.row_max[r] > minus_infinity<A> ? A{1} : A{0};
     }
-    Fetch<true> written(at<T>(out_, h, i, 0), out_.stride[2] * static_cast<int64_t>(sizeof(T)),
-                        count, in_.value_dim * static_cast<int64_t>(sizeof(T)),
-                        padded / Tile<A>::rows);
-    const Range range = visible_keys(in_, i, count);
-    for (int64_t j = start + (range.first - start) / kKeys * kKeys; j < range.end; j += kKeys) {
-      const int64_t key_count = smaller(kKeys, range.end - j);
-      multiply_block(in_, block.query, packed_keys + (j - start) * in_.head_dim, in_.head_dim, i,
-                     count, j, key_count, block.weights);
-      for (int64_t r = 0; r < count; r++) soften(block, scores, i + r, r, j, key_count);
-      for (int64_t r = 0; r < padded; r += Tile<A>::rows) {
-        ahead.step();
-        written.step();
-        const Range seen = visible_keys(in_, i + r, smaller(Tile<A>::rows, count - r));
-        const int64_t from = larger(0, seen.first - j);
-        const int64_t depth = smaller(key_count, seen.end - j) - from;
-        if (depth <= 0) continue;
-        const A* weights = block.weights + r * kKeys + from;
-        A* out = block.out + r * value_width_;
-        if (finite) {
-          multiply_panels<A, kKeys, 1>(weights, values, j - start + from, depth, out, value_width_);
-        } else {
-          multiply_visible<A, kKeys, 1>(weights, values, j - start + from, depth, out,
-                                        value_width_);
-        }
-      }
+    constexpr int64_t size = sizeof(T);
+    block.written = Fetch<true>(at<T>(out_, h, i, 0), out_.stride[2] * size, count,
+                                in_.value_dim * size, block.padded() / Tile<A>::rows);
+  }
+
+  // Adds what the queries see of keys j to j + kKeys.
+  void meet(Block& block, const Scores<A>& scores, const Keys& from, int64_t j,
+            Ahead& ahead) const {
+    const auto [first, end] = block.seen;
+    if (j >= end || j + kKeys <= first) return;
+    const int64_t i = block.first, key_count = smaller(kKeys, end - j), at_key = j - from.start;
+    multiply_block(in_, block.query, from.keys + at_key * in_.head_dim, in_.head_dim, i,
+                   block.count, j, key_count, from.weights);
+    for (int64_t r = 0; r < block.count; r++) soften(block, from, scores, r, j, key_count);
+    for (int64_t r = 0; r < block.padded(); r += Tile<A>::rows) {
+      ahead.step();
+      block.written.step();
+      const Range seen = visible_keys(in_, i + r, smaller(Tile<A>::rows, block.count - r));
+      const int64_t skipped = larger(0, seen.first - j);
+      const int64_t depth = smaller(key_count, seen.end - j) - skipped;
+      if (depth <= 0) continue;
+      const A* weights = from.weights + r * kKeys + skipped;
+      A* out = block.out + r * value_width_;
+      const auto multiply =
+          from.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
+      multiply(weights, from.values, at_key + skipped, depth, out, value_width_);
     }
+  }
+
+  void finish(const Block& block, int64_t h) const {
+    const int64_t i = block.first;
     A* lse = lse_ == nullptr ? nullptr : lse_ + row_number(in_, h, i);
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < block.count; r++) {
       const A total = block.row_sum[r];
       const A factor = total == 0 ? A{0} : 1 / total;
       T* out = at<T>(out_, h, i + r, 0);
@@ -135,10 +172,10 @@ class ForwardTask {
 
   // One row of one block: logits to weights relative to the highest logit so far, with what was
   // summed before rescaled to it.
-  void soften(const Block& block, const Scores<A>& scores, int64_t i, int64_t r, int64_t j,
+  void soften(const Block& block, const Keys& from, const Scores<A>& scores, int64_t r, int64_t j,
               int64_t key_count) const {
-    A* row = block.weights + r * kKeys;
-    const int64_t width = round_up(key_count, lanes<A>);
+    A* row = from.weights + r * kKeys;
+    const int64_t i = block.first + r, width = round_up(key_count, lanes<A>);
     scores.finish(row, i, j, key_count, width, nullptr);
     const A before = block.row_max[r], total = weigh(row, width, block.row_max[r]);
     const A now = block.row_max[r];
@@ -152,9 +189,9 @@ class ForwardTask {
     }
     block.row_sum[r] += total;
     if (in_.dropout_p > 0) {
-      scores.dropout(i, j, width, block.factors);
+      scores.dropout(i, j, width, from.factors);
       for (int64_t c = 0; c < width; c += lanes<A>)
-        store(row + c, load<A>(row + c) * load<A>(block.factors + c));
+        store(row + c, load<A>(row + c) * load<A>(from.factors + c));
     }
   }
 
