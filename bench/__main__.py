@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="race torch.compile too, and ONNX Runtime and OpenVINO on BERT where they are "
-        "installed (default: yes, but not with --quick)",
+        help="race torch.compile too, and ONNX Runtime and OpenVINO on BERT and GPT-2 where they "
+        "are installed (default: yes, but not with --quick)",
     )
     what.add_argument(
         "--memory",

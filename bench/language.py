@@ -28,10 +28,10 @@ def build(case: Generation, *, compiled: bool = False) -> Work:
         raise UnavailableError(why)
     models.quiet()
     torch.manual_seed(SEED)
-    make, output, name, measures = TASKS[case.task]
+    make, output, name, measures, alone = TASKS[case.task]
     made = make(case)
     ids = torch.randint(2, made["fused"].config.vocab_size, (case.batch, case.seq + 1))
-    return models.raced(
+    work = models.raced(
         case,
         made,
         output(case, ids),
@@ -39,6 +39,10 @@ def build(case: Generation, *, compiled: bool = False) -> Work:
         compiled=compiled,
         **measures(made["fused"], case),
     )
+    if compiled and alone is not None:
+        runtimes = models.exported(*alone(made["sdpa"], ids))
+        work.calls.update({name: lambda run=run: (run(),) for name, run in runtimes.items()})
+    return work
 
 
 def share(ours: LanguageModel, theirs: nn.Module) -> dict[str, nn.Module]:
@@ -106,6 +110,54 @@ def decode(case: Generation, ids: Tensor) -> Callable[[nn.Module], Tensor]:
     return output
 
 
+class PromptAlone(nn.Module):
+    """What runtimes for exported models are given: a prompt's logits, without a cache to fill."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Tokens [B, S] to the logits [B, V] of the next."""
+        seen = torch.ones_like(input_ids)  # or transformers asks where packed sequences begin
+        out = self.model(
+            input_ids=input_ids, attention_mask=seen, use_cache=False, logits_to_keep=1
+        )
+        return out.logits[:, -1]
+
+
+class TokenAlone(PromptAlone):
+    """The same of a token, whose key and value join a cache that is not given back."""
+
+    def forward(self, input_ids: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """A token [B, 1] and a cache, each [layers, B, H, S, D], to the logits [B, V]."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache = DynamicCache()
+        for key, value in zip(keys, values, strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
+        return self.model(input_ids=input_ids, past_key_values=cache).logits[:, 0]
+
+
+def prompt_alone(model: nn.Module, ids: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    """What is exported of prefill, and what it reads."""
+    return PromptAlone(model), {"input_ids": ids[:, :-1].contiguous()}
+
+
+def token_alone(model: nn.Module, ids: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    """What is exported of decode, and what it reads."""
+    with torch.no_grad():
+        layers = model(input_ids=ids[:, :-1], logits_to_keep=1).past_key_values.layers
+    return TokenAlone(model), {
+        "input_ids": ids[:, -1:].contiguous(),
+        "keys": torch.stack([layer.keys for layer in layers]),
+        "values": torch.stack([layer.values for layer in layers]),
+    }
+
+
 def prefill_measures(model: gpt2.GPT2, case: Generation) -> dict[str, float]:
     """The floating-point operations, the product with the head for one token of each row."""
     width, seq, config = model.config.n_embd, case.seq, model.config
@@ -160,8 +212,8 @@ def training_measures(model: t5.T5, case: Generation) -> dict[str, float]:
     return {"flops": case.batch * (3 * 2.0 * products + 3.5 * 4 * inner * pairs)}
 
 
-TASKS = {  # the models, their output and its name, what it costs
-    "prefill": (gpt2_models, prefill, "logits", prefill_measures),
-    "decode": (gpt2_models, decode, "logits", decode_measures),
-    "training": (t5_models, loss, "loss", training_measures),
+TASKS = {  # the models, their output and its name, what it costs, and what is exported of it
+    "prefill": (gpt2_models, prefill, "logits", prefill_measures, prompt_alone),
+    "decode": (gpt2_models, decode, "logits", decode_measures, token_alone),
+    "training": (t5_models, loss, "loss", training_measures, None),
 }

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def build(case: Model, *, compiled: bool = False) -> Work:
 
 
 def exported(model: nn.Module, read: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """The model's last hidden state by each runtime for exported models that is installed."""
+    """The model's first output by each runtime for exported models that is installed."""
     names, given = list(read), {name: tensor.numpy() for name, tensor in read.items()}
     threads = torch.get_num_threads()
     runs: dict[str, Callable[[], Tensor]] = {}
@@ -146,7 +147,9 @@ def exported(model: nn.Module, read: dict[str, Tensor]) -> dict[str, Callable[[]
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = str(Path(folder) / "model.onnx")
             logging.disable(logging.WARNING)  # of what other models would need
-            torch.onnx.export(model, (), path, kwargs=dict(read), input_names=names, verbose=False)
+            torch.onnx.export(
+                model.eval(), (), path, kwargs=dict(read), input_names=names, verbose=False
+            )
             logging.disable(logging.NOTSET)
             session = onnxruntime.InferenceSession(path, options)
         runs["onnxruntime"] = lambda: torch.from_numpy(session.run(None, given)[0])
@@ -155,7 +158,8 @@ def exported(model: nn.Module, read: dict[str, Tensor]) -> dict[str, Callable[[]
 
         # in fp32, which a processor with bf16 or fp16 would leave
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        made = openvino.convert_model(model, example_input=dict(read))
+        with warnings.catch_warnings(action="ignore"):  # of what tracing takes as it is
+            made = openvino.convert_model(model.eval(), example_input=dict(read))
         compiled = openvino.Core().compile_model(made, "CPU", settings)
         runs["openvino"] = lambda: torch.from_numpy(compiled(given)[0])
     return runs

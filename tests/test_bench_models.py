@@ -42,13 +42,27 @@ def test_models_that_write_match_each_time(monkeypatch, case):
     assert (made.flops is None) != (made.traffic is None)
 
 
-@pytest.mark.skipif(models.missing() is not None, reason=str(models.missing()))
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_exported_models_match(runtime):
+def exported(case: cases.Case, runtime: str) -> parity.Verdict:
+    """What becomes of the output of a case's model in a runtime for exported models."""
     for package in RUNTIMES[runtime]:
         pytest.importorskip(package, reason=f"pip install {' '.join(RUNTIMES[runtime])}")
-    made = baselines.build(Model(weights="bert-tiny", batch=2), compiled=True)
-    verdict = parity.judge(made, runtime, parity.run(made, runtime), torch.float32)
+    made = baselines.build(case, compiled=True)
+    return parity.judge(made, runtime, parity.run(made, runtime), torch.float32)
+
+
+@pytest.mark.skipif(models.missing() is not None, reason=str(models.missing()))
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_exported_bert_matches(runtime):
+    verdict = exported(Model(weights="bert-tiny", batch=2), runtime)
+    assert verdict.matches, verdict
+
+
+@transformers
+@pytest.mark.parametrize("task", ["prefill", "decode"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_exported_gpt2_matches(monkeypatch, runtime, task):
+    monkeypatch.setitem(gpt2.SIZES, "gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 32})
+    verdict = exported(Generation(task=task, **Generation.tiny | {"written": 0}), runtime)
     assert verdict.matches, verdict
 
 
