@@ -273,3 +273,10 @@ def test_empty_is_what_torch_makes_of_it(norm: Callable, shape: tuple[int, ...])
         grads(lambda *t: norm(t[0], shape[-1:], t[1]), x, weight), (x, weight), strict=True
     ):
         assert grad.equal(torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["", "gradient"])
+def test_a_tensor_is_no_shape(gradient: bool) -> None:
+    x = torch.randn(2, 8, requires_grad=gradient)
+    with pytest.raises(TypeError, match="normalized_shape"):
+        layer_norm(x, torch.tensor([8]))

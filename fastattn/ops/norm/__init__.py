@@ -263,8 +263,8 @@ def _without_dropout(dropout_p: float, seed: Any, return_sum: bool) -> bool:
 
 def _dims(input: Tensor, normalized_shape: Sequence[int]) -> int:
     """How many dimensions a plain call normalises together."""
-    shape = (normalized_shape,) if type(normalized_shape) is int else tuple(normalized_shape)
-    if input.shape[-len(shape) :] != shape:
+    shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    if not isinstance(shape, (tuple, list)) or input.shape[-len(shape) :] != tuple(shape):
         raise ValueError("normalized_shape")
     return len(shape)
 
