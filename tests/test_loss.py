@@ -89,6 +89,21 @@ def test_backward_twice() -> None:
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_gradient_is_added_to_what_is_there(factor: int) -> None:
+    leaves, target = call(7)
+    input, weight, bias = leaves
+    loss = factor * linear_cross_entropy(input, weight, target, linear_bias=bias)
+    loss = loss + weight.square().sum()  # which comes to the same gradient by another way
+    wanted = torch.autograd.grad(loss, leaves, retain_graph=True)
+    loss.backward(retain_graph=True)
+    for leaf in leaves:
+        leaf.grad.mul_(5)
+    loss.backward()
+    for leaf, grad in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, 6 * grad)
+
+
 def test_a_gradient_that_is_not_wanted() -> None:
     (input, weight, _), target = call(7)
     (alone,) = torch.autograd.grad(linear_cross_entropy(input, weight.detach(), target), input)

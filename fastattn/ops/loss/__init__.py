@@ -48,9 +48,23 @@ def _derivative(needs: tuple, args: tuple, outs: tuple, grads: tuple) -> tuple:
     if reduction == "none":  # forward did not know how the rows would be weighted
         found = LINEAR_CROSS_ENTROPY.backward(grads[0].contiguous(), *args[:8], *needs[:3])
     else:
-        found = [grad * grads[0] for grad in outs]
+        found = _scaled(outs, grads[0])
     given = zip(found, tensors, needs, strict=False)
     return *(grad.to(t.dtype) if need else None for grad, t, need in given), *(None,) * 8
+
+
+def _scaled(grads: tuple, by: Tensor) -> list[Tensor]:
+    """Gradients times that of the loss, in their own memory if no one can ask for them again."""
+    if (
+        torch.compiler.is_compiling()
+        or type(by) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        return [grad * by for grad in grads]
+    if by.is_cpu and by == 1:
+        return list(grads)
+    return [grad.mul_(by) for grad in grads]
 
 
 LINEAR_CROSS_ENTROPY = registry.op(
