@@ -112,17 +112,12 @@ def too_wide(in_fp32: int, in_others: int, *tensors: Tensor) -> list[str]:
     return []
 
 
-def default_scale(width: int) -> float:
-    """The scale of scores of heads that are `width` wide."""
-    return max(width, 1) ** -0.5
-
-
 def scale_and_softcap(
     width: int, scale: float | None, softcap: float | None
 ) -> tuple[float, float]:
     """Both as numbers, checked: the default scale of a head `width` wide, 0 for no softcap."""
     if scale is None:
-        scale = default_scale(width)
+        scale = max(width, 1) ** -0.5
     checks.finite("scale", scale)
     if softcap is not None:
         checks.finite("softcap", softcap)
