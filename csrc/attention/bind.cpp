@@ -192,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   args.grad_value = target(grad_value);
   Tensor grad_bias = empty(0, dtype, place), grad_sinks = empty(0, dtype, place);
   if (need_bias && bias.has_value()) {
+    FASTATTN_CHECK(bias->dim() >= 3, "a bias with a gradient must have all dimensions");
     int64_t* sizes = args.bias_sizes;
     args.relative_bias = bias->dim() == 3;
     const int64_t lines = args.relative_bias ? 1 : bias->size(2);
