@@ -183,23 +183,20 @@ class BackwardTask {
     if (sums_diagonals)
       add(bias_gradient(h) + j - (i + count - 1) + in_.q_len - 1, queries.diagonals,
           count + key_count - 1);
-    const int64_t rows = count;
-    for (int64_t r = 0; r < rows; r += Tile<A>::rows) {
-      if (r + Tile<A>::rows > rows)  // the last tile reads rows past the end
-        std::memset(queries.grads + rows * kKeys, 0,
-                    static_cast<size_t>((r + Tile<A>::rows - rows) * kKeys) * sizeof(A));
-      auto* multiply = keys.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
-      multiply(queries.grads + r * kKeys, keys.key_rows, at_key, key_count,
-               queries.grad_query + r * query_width_, query_width_);
-    }
-    auto* multiply =
+    const int64_t rows = round_up(count, Tile<A>::rows);
+    const int64_t key_rows = round_up(key_count, Tile<A>::rows);
+    std::memset(queries.grads + count * kKeys, 0,  // the last tile reads rows past the end
+                static_cast<size_t>((rows - count) * kKeys) * sizeof(A));
+    const auto of_queries =
+        keys.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
+    of_queries(queries.grads, rows, keys.key_rows, at_key, key_count, queries.grad_query,
+               query_width_);
+    const auto of_keys =
         queries.finite ? &multiply_panels<A, 1, kKeys> : &multiply_visible<A, 1, kKeys>;
-    for (int64_t c = 0; c < key_count; c += Tile<A>::rows) {
-      multiply(queries.grads + c, queries.query_rows, 0, rows,
-               keys.grad_key + (at_key + c) * query_width_, query_width_);
-      multiply(queries.weights + c, queries.grad_out_rows, 0, rows,
-               keys.grad_value + (at_key + c) * value_width_, value_width_);
-    }
+    of_keys(queries.grads, key_rows, queries.query_rows, 0, count,
+            keys.grad_key + at_key * query_width_, query_width_);
+    of_keys(queries.weights, key_rows, queries.grad_out_rows, 0, count,
+            keys.grad_value + at_key * value_width_, value_width_);
   }
 
   // One row: logits become the weights that met the values, and gradients of weights those of

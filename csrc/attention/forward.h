@@ -138,19 +138,25 @@ class ForwardTask {
     const int64_t i = block.first, key_count = smaller(kKeys, end - j), at_key = j - from.start;
     multiply_block(in_, block.query, from.keys + at_key * in_.head_dim, in_.head_dim, i,
                    block.count, j, key_count, from.weights);
-    for (int64_t r = 0; r < block.count; r++) soften(block, from, scores, r, j, key_count);
-    for (int64_t r = 0; r < block.padded(); r += Tile<A>::rows) {
-      ahead.step();
-      block.written.step();
-      const Range seen = visible_keys(in_, i + r, smaller(Tile<A>::rows, block.count - r));
+    for (int64_t r = 0; r < block.count; r++) {
+      if (r % Tile<A>::rows == 0) {
+        ahead.step();
+        block.written.step();
+      }
+      soften(block, from, scores, r, j, key_count);
+    }
+    const auto multiply =
+        from.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
+    const bool whole = visible_keys(in_, i).end >= j + key_count &&
+                       visible_keys(in_, i + block.count - 1).first <= j;
+    const int64_t rows = whole ? block.padded() : Tile<A>::rows;
+    for (int64_t r = 0; r < block.count; r += rows) {
+      const Range seen = visible_keys(in_, i + r, smaller(rows, block.count - r));
       const int64_t skipped = larger(0, seen.first - j);
       const int64_t depth = smaller(key_count, seen.end - j) - skipped;
       if (depth <= 0) continue;
-      const A* weights = from.weights + r * kKeys + skipped;
-      A* out = block.out + r * value_width_;
-      const auto multiply =
-          from.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
-      multiply(weights, from.values, at_key + skipped, depth, out, value_width_);
+      multiply(from.weights + r * kKeys + skipped, rows, from.values, at_key + skipped, depth,
+               block.out + r * value_width_, value_width_);
     }
   }
 

@@ -26,24 +26,32 @@ struct Panels {
   }
 };
 
-// c[i, :] += sum over k < depth of a[i, k] * panels[first + k, :] for the rows of one tile.
+// c[i, :] += sum over k < depth of a[i, k] * panels[first + k, :] for whole tiles of rows. A panel
+// meets all rows while it is in the first-level cache.
 template <class A, int ARow, int ADepth>
-void multiply_panels(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
-                     int64_t c_row) {
+void multiply_panels(const A* a, int64_t rows, const Panels<A>& b, int64_t first, int64_t depth,
+                     A* c, int64_t c_row) {
   for (int64_t col = 0; col < b.cols; col += b.width) {
     const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - col);
     const A* panel = b.data + col * b.rows + first * width;
     with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
-      multiply_tile<A, Tile<A>::rows, vecs, ADepth>(a, ARow, panel, depth, c + col, c_row, true);
+      const auto multiply = [&](int64_t row, auto count) {
+        multiply_tile<A, count, vecs, ARow, ADepth>(a + row * ARow, Tile<A>::rows * ARow, panel,
+                                                    depth, c + row * c_row + col, c_row, true);
+      };
+      constexpr int low = Tile<A>::rows, high = Tile<A>::rows_of(vecs);
+      int64_t row = 0;
+      for (; row + high <= rows; row += high) multiply(row, std::integral_constant<int, high>());
+      for (; row < rows; row += low) multiply(row, std::integral_constant<int, low>());
     });
   }
 }
 
 // The same where b holds a NaN or an infinity: what a zero of `a` hides must not turn into NaN.
 template <class A, int ARow, int ADepth>
-void multiply_visible(const A* a, const Panels<A>& b, int64_t first, int64_t depth, A* c,
-                      int64_t c_row) {
-  for (int64_t i = 0; i < Tile<A>::rows; i++)
+void multiply_visible(const A* a, int64_t rows, const Panels<A>& b, int64_t first, int64_t depth,
+                      A* c, int64_t c_row) {
+  for (int64_t i = 0; i < rows; i++)
     for (int64_t k = 0; k < depth; k++) {
       const A factor = a[i * ARow + k * ADepth];
       if (factor == 0) continue;
@@ -76,16 +84,14 @@ int64_t key_panels(int64_t keys) {
   return ceil_div(keys, Tile<A>::cols);
 }
 
-// Packs rows as the A operand of products over their columns: panels of Tile::rows rows.
+// Packs rows, times a factor, as the A operand of products over their columns.
 template <class A, class T>
 void pack_rows(A* to, const T* from, int64_t row_stride, int64_t col_stride, int64_t rows,
                int64_t cols, A factor) {
-  for (int64_t row = 0; row < rows; row += Tile<A>::rows)
-    pack_panel(to + row * cols, Tile<A>::rows, from + row * row_stride, row_stride, col_stride,
-               smaller(Tile<A>::rows, rows - row), cols);
-  const int64_t size = round_up(rows, Tile<A>::rows) * cols;
+  const int64_t padded = round_up(rows, Tile<A>::rows);
+  pack_strips(to, padded, from, row_stride, col_stride, rows, cols);
   if (factor != 1)
-    each_vector<A>(size, [&](int64_t i, auto n) {
+    each_vector<A>(padded * cols, [&](int64_t i, auto n) {
       store_count<A>(to + i, load_count<A>(to + i, n) * factor, n);
     });
 }
@@ -100,18 +106,18 @@ void pack_keys(A* to, const T* from, int64_t row_stride, int64_t col_stride, int
 }
 
 // block[r * kKeys + c] = row r of `rows` times key j + c, for what the queries can see; the tiles
-// outside hold whatever they held.
+// outside hold whatever they held. A panel of keys meets all rows while it is cached.
 template <class A>
 void multiply_block(const Attention& in, const A* rows, const A* keys, int64_t depth, int64_t i,
                     int64_t count, int64_t j, int64_t key_count, A* block) {
-  for (int64_t r = 0; r < count; r += Tile<A>::rows) {
-    const Range range = visible_keys(in, i + r, smaller(Tile<A>::rows, count - r));
-    for (int64_t c = 0; c < key_count; c += Tile<A>::cols) {
-      if (j + c >= range.end || j + c + Tile<A>::cols <= range.first) continue;
-      multiply_tile<A, Tile<A>::rows, Tile<A>::vecs, Tile<A>::rows>(
-          rows + r * depth, 1, keys + c * depth, depth, block + r * kKeys + c, kKeys, false);
+  using Own = Tile<A>;
+  for (int64_t c = 0; c < key_count; c += Own::cols)
+    for (int64_t r = 0; r < count; r += Own::rows) {
+      const Range range = visible_keys(in, i + r, smaller(Own::rows, count - r));
+      if (j + c >= range.end || j + c + Own::cols <= range.first) continue;
+      multiply_tile<A, Own::rows, Own::vecs, 1, Own::rows>(
+          rows + r * depth, 0, keys + c * depth, depth, block + r * kKeys + c, kKeys, false);
     }
-  }
 }
 
 }  // namespace

@@ -89,6 +89,9 @@ class TiledProduct {
  private:
   static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
   static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
+  // Rows of a group that lie together at each depth: a tile's own, where a panel would else be
+  // pushed out of the first-level cache by rows between.
+  static constexpr int64_t kStrip = FASTATTN_LANES == 8 ? Tile<A>::rows : kGroup;
   static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
   static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
@@ -106,7 +109,7 @@ class TiledProduct {
   using Place = typename Finish<A>::Place;
   struct Memory {
     A* panels;  // [matrices, blocks, spans, panels, depths of a span, kWidth], for all threads
-    A* group;   // [matrices, depths of a span, kGroup]
+    A* group;   // [matrices, strips, depths of a span, kStrip]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
@@ -166,8 +169,11 @@ class TiledProduct {
     const bool last = span.first + span.count == in_.depth;
     for (int64_t m = 0; m < placed_.count; m++) {
       const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
-      pack_panel(memory.group + m * span.count * kGroup, kGroup, from.data, from.outer, from.inner,
-                 others.count, span.count);
+      A* to = memory.group + m * span.count * kGroup;
+      if constexpr (kStrip == kGroup)
+        pack_panel(to, kGroup, from.data, from.outer, from.inner, others.count, span.count);
+      else
+        pack_strips(to, kGroup, from.data, from.outer, from.inner, others.count, span.count);
     }
     const int64_t steps =
         in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
@@ -182,7 +188,7 @@ class TiledProduct {
       Fetch<true> writes;
       if (last) writes = fetch_place(place, steps);
       with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
-        constexpr int count = Tile<A>::sums / vecs;
+        constexpr int count = Tile<A>::rows_of(vecs);
         for (int64_t w = 0; w < in_.count; w++) {
           const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
           const A* group = memory.group + (turned_ ? w : 0) * span.count * kGroup;
@@ -192,9 +198,10 @@ class TiledProduct {
             for (int64_t i = 0; i < others.count; i += count) {
               for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
               writes.step();
-              multiply_tile<A, count, vecs, kGroup>(group + start * kGroup + i, 1,
-                                                    panel + start * width, length, tile + i * width,
-                                                    width, span.first + start > 0);
+              multiply_tile<A, count, vecs, 1, kStrip>(
+                  group + start * kStrip + (kStrip == kGroup ? i : i * span.count),
+                  kStrip == kGroup ? Tile<A>::rows : kStrip * span.count, panel + start * width,
+                  length, tile + i * width, width, span.first + start > 0);
             }
           }
         }

@@ -61,7 +61,7 @@ FASTATTN_INLINE To bits(From from) {
 
 template <class A>
 FASTATTN_INLINE Vec<A> set(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // which is `value`, a zero's sign too
 }
 
 // fp16 <-> fp32 in integers (IEEE 754 binary16), for ISAs without an instruction for it.
