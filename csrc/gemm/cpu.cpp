@@ -63,10 +63,10 @@ class TiledProduct {
     workers(blocks_ * ranges_, [&](TaskQueue& queue) {
       Scratch scratch;
       const int64_t kept = spans_ > 1 ? ceil_div(groups_, ranges_) : 1;
-      const Memory memory{panels,
-                          scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan)),
-                          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
-                          scratch.take<A>(2 * kGroup * kWidth)};
+      const Memory memory{
+          panels, scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
+          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
+          scratch.take<A>(2 * kGroup * kWidth)};
       for (int64_t task; queue.next(task);) {
         const int64_t block = task / ranges_, range = task % ranges_;
         const Block rows = block_at(block);
@@ -87,8 +87,8 @@ class TiledProduct {
   }
 
  private:
-  static constexpr int64_t kWidth = Tile<A>::cols;      // rows in a panel, fewer in the last
-  static constexpr int64_t kGroup = 2 * Tile<A>::sums;  // rows that meet a panel: whole tiles
+  static constexpr int64_t kWidth = Tile<A>::cols;  // rows in a panel, fewer in the last
+  static constexpr int64_t kGroup = 48;             // rows that meet a panel: whole tiles
   // Rows of a group that lie together at each depth: a tile's own, where a panel would else be
   // pushed out of the first-level cache by rows between.
   static constexpr int64_t kStrip = FASTATTN_LANES == 8 ? Tile<A>::rows : kGroup;

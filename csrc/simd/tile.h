@@ -9,20 +9,19 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// The register tile: rows x vecs accumulators, a row of B, one broadcast element of A. A tile that
-// is wide costs fewer instructions for each multiply-add than a high one, which counts where a core
-// is shared; narrower B makes it higher, with about as many accumulators.
+// The register tile: rows x vecs accumulators, a row of B, one broadcast element of A; narrower B
+// makes it higher, with about as many accumulators.
 template <class A>
 struct Tile {
   static constexpr int sums = FASTATTN_LANES == 1 ? 8 : FASTATTN_LANES == 8 ? 12 : 24;
-  static constexpr int vecs = FASTATTN_LANES == 1 ? 2 : 4;
+  static constexpr int vecs = FASTATTN_LANES == 1 || FASTATTN_LANES == 8 ? 2 : 4;
   static constexpr int rows = sums / vecs;
   static constexpr int cols = vecs * lanes<A>;
   static constexpr int rows_of(int narrow) { return sums / narrow / rows * rows; }
 };
 
-// sum += factor * row, with a row in a register, and below in memory: as an operand of a
-// multiply-add it costs no instruction. Left to itself g++ loads it once, and moves sums about.
+// sum += factor * row. Left to itself g++ moves the sums of a tile from register to register, which
+// takes a tenth of its time.
 template <class A>
 FASTATTN_INLINE void multiply_add(Vec<A>& sum, Vec<A> factor, Vec<A> row) {
 #if defined(__AVX2__) && FASTATTN_LANES == 8
@@ -32,18 +31,6 @@ FASTATTN_INLINE void multiply_add(Vec<A>& sum, Vec<A> factor, Vec<A> row) {
     asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(factor), "x"(row));
 #else
   sum += factor * row;
-#endif
-}
-template <class A>
-FASTATTN_INLINE void multiply_add(Vec<A>& sum, Vec<A> factor, const A* row) {
-#if defined(__AVX2__) && FASTATTN_LANES == 8
-  const auto& whole = *reinterpret_cast<const A(*)[lanes<A>]>(row);
-  if constexpr (sizeof(A) == 4)
-    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(factor), "m"(whole));
-  else
-    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(factor), "m"(whole));
-#else
-  sum += factor * load<A>(row);
 #endif
 }
 
@@ -57,9 +44,6 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
                                              A* c, int64_t c_row, bool add) {
   constexpr int width = lanes<A>, high = Tile<A>::rows, strips = (Count + high - 1) / high;
   constexpr int round = 8;  // steps; few enough rounds are left that a processor foresees the last
-  // As an operand of the multiply-add itself, a vector of B costs no instruction and no register,
-  // but a load for each row.
-  constexpr int kept = FASTATTN_LANES == 8 && Vecs == Tile<A>::vecs ? Vecs - 1 : Vecs;
   Vec<A> sum[Count][Vecs];
 #pragma GCC unroll 24
   for (int i = 0; i < Count; i++)
@@ -69,16 +53,14 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
 #pragma GCC unroll 8
   for (int i = 0; i < strips; i++) base[i] = a + i * strip;
   const auto step = [&](int at) __attribute__((always_inline)) {
-    const A* from = b + at * Vecs * width;
-    Vec<A> row[kept];
+    Vec<A> row[Vecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kept; j++) row[j] = load<A>(from + j * width);
+    for (int j = 0; j < Vecs; j++) row[j] = load<A>(b + (at * Vecs + j) * width);
 #pragma GCC unroll 24
     for (int i = 0; i < Count; i++) {
       const Vec<A> factor = set<A>(base[i / high][i % high * Row + at * Step]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kept; j++) multiply_add<A>(sum[i][j], factor, row[j]);
-      if constexpr (kept < Vecs) multiply_add<A>(sum[i][kept], factor, from + kept * width);
+      for (int j = 0; j < Vecs; j++) multiply_add<A>(sum[i][j], factor, row[j]);
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
@@ -278,77 +260,36 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
   }
 }
 
-#if FASTATTN_LANES == 8
-// Weaves three vectors together: element l of r[i] becomes element 3 l + i of the three in order.
-FASTATTN_INLINE void weave(Vec<float>* r) {
-  constexpr auto index = std::make_index_sequence<8>{};
-  Vec<float> turned[3];  // each element in the lane that it will have, whichever vector's
-  turned[0] = shuffle(r[0], r[0], index, [](int l) constexpr { return 9 * l % 24 / 3; });
-  turned[1] = shuffle(r[1], r[1], index, [](int l) constexpr { return (9 * l + 16) % 24 / 3; });
-  turned[2] = shuffle(r[2], r[2], index, [](int l) constexpr { return (9 * l + 32) % 24 / 3; });
-  const auto pick = [&](auto at) {
-    constexpr int first = at;
-    const Vec<float> two = shuffle(turned[0], turned[1], index, [](int l) constexpr {
-      return l + ((first + l) % 3 == 1 ? 8 : 0);
-    });
-    return shuffle(two, turned[2], index,
-                   [](int l) constexpr { return l + ((first + l) % 3 == 2 ? 8 : 0); });
-  };
-  r[0] = pick(std::integral_constant<int, 0>());
-  r[1] = pick(std::integral_constant<int, 8>());
-  r[2] = pick(std::integral_constant<int, 16>());
-}
-#endif
-
 // Packs rows in strips of a tile's rows: to[i / high * high * depth + k * high + i % high] =
 // from[i * outer + k * inner] for high = Tile::rows and i < count, 0 up to `rows`, a multiple of
 // it. Writes up to kSlack elements past the end.
 template <class A, class T>
 __attribute__((noinline)) void pack_strips(A* to, int64_t rows, const T* from, int64_t outer,
                                            int64_t inner, int64_t count, int64_t depth) {
-  constexpr int64_t high = Tile<A>::rows;
-  if constexpr (std::is_same_v<A, float> && high == 3) {
-    constexpr int64_t n = lanes<A>;
-    const int64_t used = round_up(count, high);
-    std::memset(to + used * depth, 0, static_cast<size_t>((rows - used) * depth) * sizeof(A));
-    const auto one_by_one = [&](int64_t row, int64_t k) __attribute__((always_inline)) {
-      for (int64_t i = row; i < row + high; i++)
-        to[row * depth + k * high + i - row] =
-            i < count ? load_one<A>(from + i * outer + k * inner) : A{0};
-    };
-    if (outer == 1) {
-      for (int64_t k = 0; k < depth; k++) {
-        const T* source = from + k * inner;
-        const T* later = source + 8 * inner;  // on a page of its own, which no processor foresees
-        __builtin_prefetch(later);
-        __builtin_prefetch(later + used - 1);
-        // A whole vector, of which the next depths overwrite what is too much.
-        int64_t row = 0;
-        if (k + n / high < depth)
-          for (; row + n <= count; row += high)
-            store(to + row * depth + k * high, load<A>(source + row));
-        for (; row < used; row += high) one_by_one(row, k);
-      }
-      return;
-    }
-    for (int64_t row = 0; row < used; row += high) {
-      int64_t k = 0;
-      if (inner == 1 && row + high <= count)
-        for (; k + n <= depth; k += n) {
-          Vec<A> block[high];
-#pragma GCC unroll 3
-          for (int j = 0; j < high; j++) block[j] = load<A>(from + (row + j) * outer + k);
-          weave(block);
-#pragma GCC unroll 3
-          for (int j = 0; j < high; j++) store(to + row * depth + k * high + j * n, block[j]);
-        }
-      for (; k < depth; k++) one_by_one(row, k);
+  constexpr int64_t n = lanes<A>, high = Tile<A>::rows, whole = round_up(high, n);
+  const int64_t used = round_up(count, high);
+  if (outer == 1) {
+    for (int64_t k = 0; k < depth; k++) {
+      const T* source = from + k * inner;
+      const T* later = source + 8 * inner;  // on a page of its own, which no processor foresees
+      __builtin_prefetch(later);
+      __builtin_prefetch(later + used - 1);
+      // Whole vectors, of which the next depths overwrite what is too much.
+      int64_t row = 0;
+      if ((depth - k) * high >= whole)
+        for (; row + whole <= count; row += high)
+          for (int64_t i = 0; i < whole; i += n)
+            store(to + row * depth + k * high + i, load<A>(source + row + i));
+      for (; row < used; row += high)
+        for (int64_t i = row; i < row + high; i++)
+          to[row * depth + k * high + i - row] = i < count ? load_one<A>(source + i) : A{0};
     }
   } else {
-    for (int64_t row = 0; row < rows; row += high)
+    for (int64_t row = 0; row < used; row += high)
       pack_panel(to + row * depth, high, from + row * outer, outer, inner,
-                 larger(0, smaller(high, count - row)), depth);
+                 smaller(high, count - row), depth);
   }
+  std::memset(to + used * depth, 0, static_cast<size_t>((rows - used) * depth) * sizeof(A));
 }
 
 // to[j * to_row + i] = from[i * from_row + j] for i < rows, j < cols, multiples of lanes<A>.
