@@ -68,32 +68,33 @@ FASTATTN_PLACED(drop, Drop)
 FASTATTN_PLACED(activation_backward, ActivationBackward)
 FASTATTN_PLACED(linear_backward, LinearBackward)
 
-std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
-                                      StringHandle activation, bool save) {
+// The projection, and in `pre`, where that is not null, what it was before its activation.
+Tensor project(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+               Activation kind, Tensor* pre) {
   const Dtype dtype = dtype_of(input);
-  const Place place = place_of(input);
   const int64_t rows = checked_rows(input, dtype), in = input.size(input.dim() - 1);
   const int64_t features = checked("weight", weight, bias, in, dtype);
-  const Activation kind = activation_of(activation);
-  save = save && kind != Activation::identity;
   Tensor out = empty_rows(input, features, dtype);
-  Tensor pre = kept(input, features, save, dtype);
-  linear_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(weight),
-                         read(bias), kind, out.mutable_data_ptr(), write(pre, save)});
+  if (pre != nullptr) *pre = empty_rows(input, features, dtype);
+  linear_forward(place_of(input), {dtype, rows, in, features, input.const_data_ptr(),
+                                   placed(weight), read(bias), kind, out.mutable_data_ptr(),
+                                   pre == nullptr ? nullptr : pre->mutable_data_ptr()});
+  return out;
+}
+
+std::tuple<Tensor, Tensor> linear_fwd(Tensor input, Tensor weight, OptionalTensor bias,
+                                      StringHandle activation, bool save) {
+  const Activation kind = activation_of(activation);
+  Tensor pre = empty(0, dtype_of(input), place_of(input));
+  Tensor out =
+      project(input, weight, bias, kind, save && kind != Activation::identity ? &pre : nullptr);
   return {out, pre};
 }
 
 // What a plain call asks for.
-Tensor linear(Tensor any, Tensor weight, OptionalTensor bias, StringHandle activation) {
-  const Activation kind = activation_of(activation);
-  const Tensor input = contiguous_on_cpu("input", any);
-  const Dtype dtype = dtype_of(input);
-  const int64_t rows = rows_of("input", input), in = input.size(input.dim() - 1);
-  const int64_t features = checked("weight", weight, bias, in, dtype);
-  Tensor out = empty_rows(input, features, dtype);
-  linear_forward({}, {dtype, rows, in, features, input.const_data_ptr(), placed(weight), read(bias),
-                      kind, out.mutable_data_ptr(), nullptr});
-  return out;
+Tensor linear(Tensor input, Tensor weight, OptionalTensor bias, StringHandle activation) {
+  return project(contiguous_on_cpu("input", input), weight, bias, activation_of(activation),
+                 nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_out, Tensor input, Tensor weight,
