@@ -11,6 +11,7 @@ from typing import Any
 
 WARM_UP = 0.1  # seconds each, and at least two calls: weights get packed, code gets compiled
 SAMPLE = 2e-3  # seconds that one sample should last at least, for the clock's sake
+REST = 0.02  # seconds before a sample, where threads of the call before may still spin
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ def interleave(
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 1000),
+    rest: float = 0.0,
     tick: Callable[[float], None] = lambda done: None,
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Time `calls` in turns for about `seconds`, within a least and a greatest number of rounds.
 
     Each round takes one sample of every call, starting with another one each time, so that a
-    disturbance or a change of the clock rate meets all alike. `tick` hears the fraction done.
+    disturbance or a change of the clock rate meets all alike; each follows a rest of so many
+    seconds. `tick` hears the fraction done.
     Returns the timings, and what each call returned last.
     """
     if not calls:
@@ -80,6 +83,7 @@ def interleave(
             for name in order:
                 call = calls[name]
                 results.pop(name, None)  # freed here, not on the clock
+                time.sleep(rest)
                 begin = time.perf_counter()
                 for _ in range(per_sample[name]):
                     result = call()

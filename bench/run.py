@@ -98,7 +98,11 @@ def race(
         tick(0.2 + 0.6 * done)
 
     timings, last = measure.interleave(
-        timed, seconds=settings.seconds, rounds=(settings.rounds, 1000), tick=between
+        timed,
+        seconds=settings.seconds,
+        rounds=(settings.rounds, 1000),
+        rest=measure.REST if any(p in COMPILED for p in timed) else 0.0,
+        tick=between,
     )
     tick(0.8)
     with ThreadPoolExecutor(1) as aside:  # nothing is timed any more

@@ -105,6 +105,9 @@ class Clock:
 
         return advance
 
+    def sleep(self, seconds):
+        self.now += seconds
+
 
 def test_summary_is_median_and_percentiles_per_call():
     timing = measure.summarise([1.0, 2.0, 3.0, 4.0, 5.0, 100.0], calls=2)
@@ -116,10 +119,8 @@ def test_summary_is_median_and_percentiles_per_call():
 def test_calls_take_turns_and_lead_in_turn(monkeypatch):
     clock, heard = Clock(), []
     monkeypatch.setattr(measure, "time", clock)
-    calls = {
-        "a": clock.call([0.25], heard, "a"),
-        "b": clock.call([0.5, 0.5, 0.75], heard, "b"),
-    }
+    durations = {"a": [0.25], "b": [0.5, 0.5, 0.75]}
+    calls = {name: clock.call(each, heard, name) for name, each in durations.items()}
     timings, last = measure.interleave(calls, seconds=0.1, rounds=(4, 9))
     assert heard[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert heard[:4] == ["a", "a", "b", "b"]  # warm-up
@@ -128,6 +129,15 @@ def test_calls_take_turns_and_lead_in_turn(monkeypatch):
     assert dataclasses.astuple(timings["b"])[:3] == (0.625, 0.5, 0.75)
     assert timings["a"].samples == 4
     assert last == {"a": "a", "b": "b"}
+
+
+def test_a_rest_is_on_no_calls_clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    calls = {name: clock.call([0.25], [], name) for name in "ab"}
+    timings, _ = measure.interleave(calls, seconds=0.1, rounds=(4, 9), rest=0.5)
+    assert [timings[name].median for name in "ab"] == [0.25, 0.25]
+    assert clock.now == 4 * 0.25 + 4 * 2 * (0.25 + 0.5)  # two calls each to warm up, then rounds
 
 
 def test_short_calls_share_a_sample_and_rounds_fill_the_time(monkeypatch):

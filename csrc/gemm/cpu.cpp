@@ -97,7 +97,7 @@ class TiledProduct {
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
   static constexpr int64_t kWorth = 500'000;  // multiply-adds for which a thread is started
-  static_assert(kGroup % lanes<A> == 0);
+  static_assert(kGroup % lanes<A> == 0 && kGroup % Tile<A>::sums == 0);
 
   struct Side {
     int64_t rows, count;  // of matrices
