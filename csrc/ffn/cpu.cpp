@@ -103,7 +103,7 @@ FASTATTN_INLINE Vec<A> rounded(Vec<A> x) {
 template <class T, class A = Acc<T>>
 void add_bias(const typename Finish<A>::Place& place, A* block, const T* bias, T* kept,
               int64_t kept_row) {
-  each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+  each_in_block<A>(place, [=](int64_t row, int64_t col, int64_t at, auto n) {
     const Vec<A> x = rounded<T>(biased<T>(load<A>(block + at), bias, col, n));
     if (kept != nullptr) store_count<A>(kept + row * kept_row + col, x, n);
     store(block + at, x);
@@ -137,9 +137,8 @@ void linear(const LinearForward& args) {
       activate_all(args.activation, blocks[0], place.rows * place.width);
       bias = nullptr;
     }
-    each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-      store_count<A>(out + row * out_row + col, biased<T>(load<A>(blocks[0] + at), bias, col, n),
-                     n);
+    each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
+      store_count<A>(out + row * out_row + col, biased<T>(load<A>(sums + at), bias, col, n), n);
     });
   };
   multiply<A, T>(args.rows, args.out_features, args.in_features,
@@ -159,9 +158,9 @@ void gated(const GatedForward& args) {
     add_bias(place, blocks[1], static_cast<const T*>(args.up_bias), static_cast<T*>(args.up),
              out_row);
     activate_all(args.activation, blocks[0], place.rows * place.width);
-    each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-      store_count<A>(hidden + row * out_row + col,
-                     load<A>(blocks[0] + at) * load<A>(blocks[1] + at), n);
+    const A *gate = blocks[0], *up = blocks[1];
+    each_in_block<A>(place, [=](int64_t row, int64_t col, int64_t at, auto n) {
+      store_count<A>(hidden + row * out_row + col, load<A>(gate + at) * load<A>(up + at), n);
     });
   };
   multiply<A, T>(args.rows, args.hidden_features, args.in_features,
@@ -237,8 +236,8 @@ void linear_gradients(const LinearBackward& args) {
     const auto* add = static_cast<const T*>(args.add);
     auto* to = static_cast<T*>(args.grad_input);
     const auto body = [&](const auto& place, A* const* blocks) {
-      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-        Vec<A> sum = load<A>(blocks[0] + at);
+      each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
+        Vec<A> sum = load<A>(sums + at);
         if (add != nullptr) sum += load_count<A>(add + row * in + col, n);
         store_count<A>(to + row * in + col, sum, n);
       });
@@ -253,8 +252,8 @@ void linear_gradients(const LinearBackward& args) {
     const int64_t lines = transposed ? in : out, width = transposed ? out : in;
     auto* to = static_cast<T*>(args.grad_weight);
     const auto body = [&](const auto& place, A* const* blocks) {
-      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-        store_count<A>(to + row * width + col, load<A>(blocks[0] + at), n);
+      each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
+        store_count<A>(to + row * width + col, load<A>(sums + at), n);
       });
     };
     multiply<A, T>(lines, width, rows, transposed ? inputs : grads, {transposed ? grads : inputs},

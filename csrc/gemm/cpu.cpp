@@ -51,6 +51,8 @@ class TiledProduct {
     const int64_t work = in_.rows * in_.cols * larger(in_.depth, 1) / kWorth;
     ranges_ = smaller(groups_, ceil_div(in_.tasks(work, groups_ * blocks_), blocks_));
     ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
+    const int64_t threads = thread_count(), tasks = blocks_ * ranges_;
+    parted_ = threads > 1 && tasks < kFew * threads ? smaller(threads, tasks) : 0;
   }
 
   void run() const {
@@ -60,16 +62,19 @@ class TiledProduct {
     for (int64_t block = 0; block < blocks_; block++)
       for (int64_t span = 0; span < spans_; span++)
         packing[block * spans_ + span] = SharedTasks(ceil_div(block_at(block).count, kWidth));
-    workers(blocks_ * ranges_, [&](TaskQueue& queue) {
+    workers(blocks_ * ranges_ + parted_ * (kParts - 1), [&](TaskQueue& queue) {
       Scratch scratch;
       const int64_t kept = spans_ > 1 ? ceil_div(groups_, ranges_) : 1;
       const Memory memory{
           panels, scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
           scratch.take<A>(kept * in_.count * kGroup * block_rows_),
           scratch.take<A>(2 * kGroup * kWidth)};
-      for (int64_t task; queue.next(task);) {
+      for (int64_t next; queue.next(next);) {
+        const int64_t whole = blocks_ * ranges_ - parted_, part = next - whole;
+        const int64_t task = part < 0 ? next : whole + part / kParts;
         const int64_t block = task / ranges_, range = task % ranges_;
         const Block rows = block_at(block);
+        const Block panels = part < 0 ? Block{0, rows.count} : part_at(rows, part % kParts);
         const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
         for (int64_t n = 0; n < spans_; n++) {
           const Block span = span_at(n);
@@ -77,7 +82,7 @@ class TiledProduct {
           A* tiles = memory.tiles;
           for (int64_t group = first; group < end; group++) {
             const bool more = group + 1 < end;
-            add(memory, rows, group_at(group), span, group_at(more ? group + 1 : first),
+            add(memory, rows, panels, group_at(group), span, group_at(more ? group + 1 : first),
                 more ? span : span_at(n + 1), tiles);
             if (kept > 1) tiles += in_.count * kGroup * block_rows_;
           }
@@ -93,9 +98,11 @@ class TiledProduct {
   // pushed out of the first-level cache by rows between.
   static constexpr int64_t kStrip = FASTATTN_LANES == 8 ? Tile<A>::rows : kGroup;
   static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
-  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 384 : 512;  // depths of a cached block
+  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 192 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
-  static constexpr int64_t kMostGroups = 64;  // whose sums are kept from span to span
+  static constexpr int64_t kMostGroups = 4;   // whose sums are kept from span to span
+  static constexpr int64_t kFew = 16;         // tasks a thread: their end leaves threads idle
+  static constexpr int64_t kParts = 4;        // into which the last tasks are cut then
   static constexpr int64_t kWorth = 500'000;  // multiply-adds for which a thread is started
   static_assert(kGroup % lanes<A> == 0 && kGroup % Tile<A>::sums == 0);
 
@@ -121,6 +128,12 @@ class TiledProduct {
   // The depths that a block's panels are packed for at once; none past the end.
   Block span_at(int64_t span) const {
     return {span * kSpan, larger(0, smaller(kSpan, in_.depth - span * kSpan))};
+  }
+
+  // A part of a block's rows, in whole panels; some may be empty.
+  static Block part_at(Block rows, int64_t part) {
+    const int64_t panels = ceil_div(rows.count, kWidth), first = part * panels / kParts * kWidth;
+    return {first, smaller(rows.count, (part + 1) * panels / kParts * kWidth) - first};
   }
 
   static int64_t width_at(int64_t row, Block rows) {
@@ -161,11 +174,11 @@ class TiledProduct {
     return {group * kGroup, smaller(kGroup, placed_.rows - group * kGroup)};
   }
 
-  // Adds what a span of depths gives to the tiles of a group, panel by panel; after the last span
-  // a panel's sums are finished while they are in the cache. Meanwhile group `next` of span `then`
-  // is fetched.
-  void add(const Memory& memory, Block rows, Block others, Block span, Block next, Block then,
-           A* tiles) const {
+  // Adds what a span of depths gives to the tiles of a group, for `panels` of a block's rows, one
+  // by one; after the last span a panel's sums are finished while they are in the cache. Meanwhile
+  // group `next` of span `then` is fetched.
+  void add(const Memory& memory, Block rows, Block panels, Block others, Block span, Block next,
+           Block then, A* tiles) const {
     const bool last = span.first + span.count == in_.depth;
     for (int64_t m = 0; m < placed_.count; m++) {
       const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
@@ -180,8 +193,8 @@ class TiledProduct {
     Fetch<false> reads[2];
     for (int64_t m = 0; m < placed_.count; m++)
       reads[m] = fetch_group(placed_.matrices[m].from(next.first, then.first), next.count,
-                             then.count, steps * ceil_div(rows.count, kWidth));
-    for (int64_t row = 0; row < rows.count; row += kWidth) {
+                             then.count, steps * ceil_div(panels.count, kWidth));
+    for (int64_t row = panels.first; row < panels.first + panels.count; row += kWidth) {
       const int64_t width = width_at(row, rows);
       const Place place = place_at(rows, others, row);
       A* to = tiles + row * kGroup;
@@ -198,10 +211,11 @@ class TiledProduct {
             for (int64_t i = 0; i < others.count; i += count) {
               for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
               writes.step();
-              multiply_tile<A, count, vecs, 1, kStrip>(
+              multiply_tile<A, count, vecs, 1, kStrip, true>(
                   group + start * kStrip + (kStrip == kGroup ? i : i * span.count),
                   kStrip == kGroup ? Tile<A>::rows : kStrip * span.count, panel + start * width,
-                  length, tile + i * width, width, span.first + start > 0);
+                  length, tile + i * width, width, span.first + start > 0,
+                  panel + (start + length) * width + i / count * fetched<A, vecs>(length));
             }
           }
         }
@@ -233,6 +247,7 @@ class TiledProduct {
   bool turned_;
   Side packed_, placed_;
   int64_t block_rows_, blocks_, spans_, groups_, ranges_;
+  int64_t parted_;  // tasks, the last, that are done in parts
 };
 
 // Few rows of A, Count at a time, against rows of a weight that are vectors along depth: the weight

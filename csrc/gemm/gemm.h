@@ -48,9 +48,11 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
 
 namespace {
 
-// Visits a finished block in vectors: f(row, col, index in the block, count).
+// Visits a finished block in vectors: f(row, col, index in the block, count). What f captures by
+// value, like `place`, stays in registers; what it captures by reference is read again after each
+// store.
 template <class A, class F>
-FASTATTN_INLINE void each_in_block(const typename Finish<A>::Place& place, F&& f) {
+FASTATTN_INLINE void each_in_block(typename Finish<A>::Place place, F f) {
   for (int64_t i = 0; i < place.rows; i++)
     each_vector<A>(place.cols, [&](int64_t j, auto n) {
       f(place.row + i, place.col + j, i * place.width + j, n);

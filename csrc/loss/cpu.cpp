@@ -54,8 +54,8 @@ struct Chunk {
     const A cap = static_cast<A>(args.softcap);
     A* to = logits();
     const auto body = [&](const auto& place, A* const* blocks) {
-      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-        Vec<A> x = load<A>(blocks[0] + at);
+      each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
+        Vec<A> x = load<A>(sums + at);
         if (bias != nullptr) x += load_count<A>(bias + col, n);
         if (cap != 0) x = cap * tanh(x / cap);
         store_count<A>(to + row * to_row + col, x, n);
@@ -125,8 +125,9 @@ struct Chunk {
     auto* to = static_cast<A*>(args.grad_input);
     const A scale = static_cast<A>(args.scale);
     const auto body = [&](const auto& place, A* const* blocks) {
-      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
-        store_count<A>(to + live()[row] * features + col, load<A>(blocks[0] + at) * scale, n);
+      each_in_block<A>(place, [=, sums = blocks[0], rows = live()](int64_t row, int64_t col,
+                                                                   int64_t at, auto n) {
+        store_count<A>(to + rows[row] * features + col, load<A>(sums + at) * scale, n);
       });
     };
     multiply<A, T>(rows, features, args.classes, gradients(),
@@ -140,10 +141,11 @@ struct Chunk {
     const A scale = static_cast<A>(args.scale);
     const Operand<T> grads = gradients();
     const auto body = [&](const auto& place, A* const* blocks) {
-      each_in_block<A>(place, [&](int64_t row, int64_t col, int64_t at, auto n) {
+      const bool add = first > 0;
+      each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
         A* here = to + row * features + col;
-        Vec<A> sum = load<A>(blocks[0] + at) * scale;
-        if (first > 0) sum += load_count<A>(here, n);
+        Vec<A> sum = load<A>(sums + at) * scale;
+        if (add) sum += load_count<A>(here, n);
         store_count<A>(here, sum, n);
       });
     };

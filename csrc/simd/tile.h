@@ -34,16 +34,27 @@ FASTATTN_INLINE void multiply_add(Vec<A>& sum, Vec<A> factor, Vec<A> row) {
 #endif
 }
 
+// Elements of the next panel that a tile fetches while it goes through a panel of `depth`: whole
+// lines, one or more a round, so that eight tiles which meet the same panel fetch all of the next.
+constexpr int kRound = 8;  // depths; few enough are left over that a processor foresees the last
+template <class A, int Vecs>
+constexpr int64_t fetched(int64_t depth) {
+  constexpr int line = 64 / sizeof(A), share = Vecs * lanes<A> * kRound / 8;
+  return depth / kRound * round_up(share, line);
+}
+
 // C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Element (i, k)
 // of A is a[i / Tile::rows * strip + i % Tile::rows * Row + k * Step], row k of B is b[k * Vecs *
 // lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its own first: an
 // error grows with the length of a chain of additions, so that partial sums of blocks round less
-// than one long chain.
-template <class A, int Count, int Vecs, int Row, int Step>
+// than one long chain. Meanwhile it fetches its part of the panel at `next`, if Ahead: worth it
+// where panels come from beyond the second-level cache.
+template <class A, int Count, int Vecs, int Row, int Step, bool Ahead = false>
 __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A* b, int64_t depth,
-                                             A* c, int64_t c_row, bool add) {
+                                             A* c, int64_t c_row, bool add,
+                                             const A* next = nullptr) {
   constexpr int width = lanes<A>, high = Tile<A>::rows, strips = (Count + high - 1) / high;
-  constexpr int round = 8;  // steps; few enough rounds are left that a processor foresees the last
+  [[maybe_unused]] constexpr int64_t fetch = fetched<A, Vecs>(kRound);
   Vec<A> sum[Count][Vecs];
 #pragma GCC unroll 24
   for (int i = 0; i < Count; i++)
@@ -68,12 +79,18 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
     for (int i = 0; i < strips; i++) base[i] += steps * Step;
     b += steps * Vecs * width;
   };
-  for (int64_t rounds = depth / round; rounds > 0; rounds--) {
+  for (int64_t rounds = depth / kRound; rounds > 0; rounds--) {
 #pragma GCC unroll 8
-    for (int at = 0; at < round; at++) step(at);
-    advance(round);
+    for (int at = 0; at < kRound; at++) step(at);
+    advance(kRound);
+    if constexpr (Ahead) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < fetch; line += 64 / sizeof(A))
+        __builtin_prefetch(next + line, 0, 2);
+      next += fetch;
+    }
   }
-  for (int64_t rest = depth % round; rest > 0; rest--) {
+  for (int64_t rest = depth % kRound; rest > 0; rest--) {
     step(0);
     advance(1);
   }
@@ -147,6 +164,37 @@ FASTATTN_INLINE void transpose(Vec<float>* r) {
     }
   }
 }
+
+#if FASTATTN_LANES == 8
+// Six rows of eight floats as eight columns of six, one after the other.
+FASTATTN_INLINE void interleave(Vec<float> (&r)[6]) {
+  constexpr auto index = std::make_index_sequence<8>{};
+  // Pairs of rows, at two columns in each half of a vector; then half columns.
+  Vec<float> t[6];
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; odd++) {
+    Vec<float> pair[3];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++)
+      pair[i] = odd ? shuffle(r[2 * i], r[2 * i + 1], index,
+                              [](int j) constexpr { return j / 4 * 4 + 2 + j % 4 / 2 + j % 2 * 8; })
+                    : shuffle(r[2 * i], r[2 * i + 1], index,
+                              [](int j) constexpr { return j / 4 * 4 + j % 4 / 2 + j % 2 * 8; });
+    t[3 * odd] = shuffle(pair[0], pair[1], index,
+                         [](int j) constexpr { return j / 4 * 4 + j % 2 + j % 4 / 2 * 8; });
+    t[3 * odd + 1] = shuffle(pair[2], pair[0], index,
+                             [](int j) constexpr { return j / 4 * 4 + j % 2 + j % 4 / 2 * 10; });
+    t[3 * odd + 2] = shuffle(pair[1], pair[2], index,
+                             [](int j) constexpr { return j / 4 * 4 + 2 + j % 2 + j % 4 / 2 * 8; });
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; i++) {
+    const Vec<float> a = t[2 * i], b = t[2 * i + 1];
+    r[i] = shuffle(a, b, index, [](int j) constexpr { return j % 4 + j / 4 * 8; });
+    r[i + 3] = shuffle(a, b, index, [](int j) constexpr { return 4 + j % 4 + j / 4 * 8; });
+  }
+}
+#endif
 
 // Folds n vectors of n lanes onto each other until lane i holds the sum of vector i.
 template <int Half>
@@ -285,9 +333,23 @@ __attribute__((noinline)) void pack_strips(A* to, int64_t rows, const T* from, i
           to[row * depth + k * high + i - row] = i < count ? load_one<A>(source + i) : A{0};
     }
   } else {
-    for (int64_t row = 0; row < used; row += high)
-      pack_panel(to + row * depth, high, from + row * outer, outer, inner,
-                 smaller(high, count - row), depth);
+    for (int64_t row = 0; row < used; row += high) {
+      int64_t k = 0;
+#if FASTATTN_LANES == 8
+      if constexpr (std::is_same_v<A, float>)
+        if (inner == 1 && row + high <= count)
+          for (; k + n <= depth; k += n) {
+            Vec<float> block[high];
+#pragma GCC unroll 6
+            for (int j = 0; j < high; j++) block[j] = load<float>(from + (row + j) * outer + k);
+            interleave(block);
+#pragma GCC unroll 6
+            for (int j = 0; j < high; j++) store(to + row * depth + k * high + j * n, block[j]);
+          }
+#endif
+      pack_panel(to + row * depth + k * high, high, from + row * outer + k * inner, outer, inner,
+                 smaller(high, count - row), depth - k);
+    }
   }
   std::memset(to + used * depth, 0, static_cast<size_t>((rows - used) * depth) * sizeof(A));
 }
