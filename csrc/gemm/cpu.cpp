@@ -52,7 +52,8 @@ class TiledProduct {
     ranges_ = smaller(groups_, ceil_div(in_.tasks(work, groups_ * blocks_), blocks_));
     ranges_ = larger(ranges_, ceil_div(groups_, kMostGroups));
     const int64_t threads = thread_count(), tasks = blocks_ * ranges_;
-    parted_ = threads > 1 && tasks < kFew * threads ? smaller(threads, tasks) : 0;
+    const bool uneven = threads > 1 && tasks < kFew * threads;
+    parted_ = uneven && block_rows_ >= 4 * kParts * kWidth ? smaller(threads, tasks) : 0;
   }
 
   void run() const {
@@ -101,7 +102,7 @@ class TiledProduct {
   static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 192 : 512;  // depths of a cached block
   static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
   static constexpr int64_t kMostGroups = 4;   // whose sums are kept from span to span
-  static constexpr int64_t kFew = 16;         // tasks a thread: their end leaves threads idle
+  static constexpr int64_t kFew = 16;         // tasks a thread: at their end some would be idle
   static constexpr int64_t kParts = 4;        // into which the last tasks are cut then
   static constexpr int64_t kWorth = 500'000;  // multiply-adds for which a thread is started
   static_assert(kGroup % lanes<A> == 0 && kGroup % Tile<A>::sums == 0);
