@@ -244,6 +244,33 @@ def test_a_block_is_two_linear_layers() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [31, 32, 45, 200, 1400])  # of one block, and of several
+@pytest.mark.parametrize("sizes", [(70, 200, 45), (3, 1, 2), (260, 1100, 64)], ids=str)
+def test_what_backward_needs_changes_no_bit(
+    sizes: tuple[int, int, int], rows: int, transposed: bool, gated: bool, dtype: torch.dtype
+) -> None:
+    width, hidden, out = sizes
+    shapes = (hidden, width), (out, hidden), (hidden, width)
+    x, *biases = randn((rows, width), (hidden,), (out,), (hidden,), dtype=dtype)
+    weights = [
+        torch.randn(shape[:: -1 if transposed else 1]).to(dtype) / shape[1] ** 0.5
+        for shape in shapes
+    ]
+    if transposed:
+        weights = [weight.t() for weight in weights]
+    up, down, gate = zip(weights, biases, strict=True)
+    gates = {"gate_weight": gate[0], "gate_bias": gate[1]} if gated else {}
+    call = functools.partial(ffn, x, up[0], down[0], up[1], activation="silu", **gates)
+    with torch.no_grad():
+        found = call(down[1]), call()
+    up[0].requires_grad_()
+    for got, expected in zip(found, (call(down[1]), call()), strict=True):
+        assert got.equal(expected)
+
+
 def test_an_open_gate_lets_through() -> None:
     x, up, down = randn((5, 8), (12, 8), (8, 12))
     closed = {"gate_weight": torch.zeros(12, 8).double(), "activation": "relu"}

@@ -189,13 +189,14 @@ class BackwardTask {
                 static_cast<size_t>((rows - count) * kKeys) * sizeof(A));
     const auto of_queries =
         keys.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
-    of_queries(queries.grads, rows, keys.key_rows, at_key, key_count, queries.grad_query,
-               query_width_);
+    of_queries(queries.grads, rows, keys.key_rows, at_key,
+               Depths<A>::seen(in_, i, count, j, key_count), queries.grad_query, query_width_);
     const auto of_keys =
         queries.finite ? &multiply_panels<A, 1, kKeys> : &multiply_visible<A, 1, kKeys>;
-    of_keys(queries.grads, key_rows, queries.query_rows, 0, count,
+    const auto seeing = Depths<A>::seeing(in_, i, count, j, key_count);
+    of_keys(queries.grads, key_rows, queries.query_rows, 0, seeing,
             keys.grad_key + at_key * query_width_, query_width_);
-    of_keys(queries.weights, key_rows, queries.grad_out_rows, 0, count,
+    of_keys(queries.weights, key_rows, queries.grad_out_rows, 0, seeing,
             keys.grad_value + at_key * value_width_, value_width_);
   }
 

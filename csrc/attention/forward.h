@@ -147,17 +147,8 @@ class ForwardTask {
     }
     const auto multiply =
         from.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
-    const bool whole = visible_keys(in_, i).end >= j + key_count &&
-                       visible_keys(in_, i + block.count - 1).first <= j;
-    const int64_t rows = whole ? block.padded() : Tile<A>::rows;
-    for (int64_t r = 0; r < block.count; r += rows) {
-      const Range seen = visible_keys(in_, i + r, smaller(rows, block.count - r));
-      const int64_t skipped = larger(0, seen.first - j);
-      const int64_t depth = smaller(key_count, seen.end - j) - skipped;
-      if (depth <= 0) continue;
-      multiply(from.weights + r * kKeys + skipped, rows, from.values, at_key + skipped, depth,
-               block.out + r * value_width_, value_width_);
-    }
+    multiply(from.weights, block.padded(), from.values, at_key,
+             Depths<A>::seen(in_, i, block.count, j, key_count), block.out, value_width_);
   }
 
   void finish(const Block& block, int64_t h) const {

@@ -26,18 +26,53 @@ struct Panels {
   }
 };
 
-// c[i, :] += sum over k < depth of a[i, k] * panels[first + k, :] for whole tiles of rows. A panel
-// meets all rows while it is in the first-level cache.
+// The depths that count for each Tile::rows rows of a product: elsewhere their elements are 0.
+template <class A>
+struct Depths {
+  static constexpr int low = Tile<A>::rows;
+  Range of[kKeys / low];
+
+  // Of the keys [j, j + keys) those that the queries [i, i + count) see.
+  static Depths seen(const Attention& in, int64_t i, int64_t count, int64_t j, int64_t keys) {
+    Depths depths;
+    for (int64_t row = 0; row < count; row += low) {
+      const Range range = visible_keys(in, i + row, smaller(low, count - row));
+      depths.of[row / low] = {larger(0, range.first - j), smaller(keys, range.end - j)};
+    }
+    return depths;
+  }
+  // Of the queries those that see the keys.
+  static Depths seeing(const Attention& in, int64_t i, int64_t count, int64_t j, int64_t keys) {
+    const int64_t shift = j - i - in.offset;  // from a query's own key
+    Depths depths;
+    for (int64_t row = 0; row < keys; row += low) {
+      const int64_t last = row + smaller(low, keys - row) - 1;
+      depths.of[row / low] = {
+          in.right >= kUnbounded ? 0 : larger(0, row + shift - in.right),
+          in.left >= kUnbounded ? count : smaller(count, last + shift + in.left + 1)};
+    }
+    return depths;
+  }
+  Range at(int64_t row, int64_t count) const {
+    return {of[row / low].first, of[(row + count - 1) / low].end};
+  }
+};
+
+// c[i, :] += sum over k of a[i, k] * panels[first + k, :] for whole tiles of rows, where k runs
+// over their depths. A panel meets all rows while it is in the first-level cache.
 template <class A, int ARow, int ADepth>
-void multiply_panels(const A* a, int64_t rows, const Panels<A>& b, int64_t first, int64_t depth,
-                     A* c, int64_t c_row) {
+void multiply_panels(const A* a, int64_t rows, const Panels<A>& b, int64_t first,
+                     const Depths<A>& depths, A* c, int64_t c_row) {
   for (int64_t col = 0; col < b.cols; col += b.width) {
     const int64_t width = smaller(b.width, Panels<A>::padded(b.cols) - col);
     const A* panel = b.data + col * b.rows + first * width;
     with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
       const auto multiply = [&](int64_t row, auto count) {
-        multiply_tile<A, count, vecs, ARow, ADepth>(a + row * ARow, Tile<A>::rows * ARow, panel,
-                                                    depth, c + row * c_row + col, c_row, true);
+        const auto [begin, end] = depths.at(row, count);
+        if (begin >= end) return;
+        multiply_tile<A, count, vecs, ARow, ADepth>(
+            a + row * ARow + begin * ADepth, Tile<A>::rows * ARow, panel + begin * width,
+            end - begin, c + row * c_row + col, c_row, true);
       };
       constexpr int low = Tile<A>::rows, high = Tile<A>::rows_of(vecs);
       int64_t row = 0;
@@ -49,10 +84,10 @@ void multiply_panels(const A* a, int64_t rows, const Panels<A>& b, int64_t first
 
 // The same where b holds a NaN or an infinity: what a zero of `a` hides must not turn into NaN.
 template <class A, int ARow, int ADepth>
-void multiply_visible(const A* a, int64_t rows, const Panels<A>& b, int64_t first, int64_t depth,
-                      A* c, int64_t c_row) {
+void multiply_visible(const A* a, int64_t rows, const Panels<A>& b, int64_t first,
+                      const Depths<A>& depths, A* c, int64_t c_row) {
   for (int64_t i = 0; i < rows; i++)
-    for (int64_t k = 0; k < depth; k++) {
+    for (int64_t k = depths.at(i, 1).first; k < depths.at(i, 1).end; k++) {
       const A factor = a[i * ARow + k * ADepth];
       if (factor == 0) continue;
       for (int64_t col = 0; col < b.cols; col++) {

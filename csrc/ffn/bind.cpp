@@ -167,6 +167,15 @@ struct Block {
 
   // The output; what is projected goes to `up` and `gate` too, where they are not null.
   Tensor forward(void* up, void* gate) const {
+    const bool few = rows < 32;  // which the products take as they are
+    if (!on_gpu(place) && !few && up == nullptr && dropout_p == 0) {
+      Tensor out = empty_rows(input, out_features, dtype);
+      feed_forward({dtype, rows, in, features, out_features, input.const_data_ptr(),
+                    placed(up_weight), read(up_bias),
+                    gated ? placed(*gate_weight) : Weight{nullptr, false}, read(gate_bias),
+                    activation, placed(down_weight), read(down_bias), out.mutable_data_ptr()});
+      return out;
+    }
     Tensor hidden = empty(rows, features, dtype, place);
     if (gated) {
       gated_forward(place, {dtype, rows, in, features, input.const_data_ptr(), placed(up_weight),

@@ -110,6 +110,15 @@ void add_bias(const typename Finish<A>::Place& place, A* block, const T* bias, T
   });
 }
 
+// out = what the product left in a block, plus the bias.
+template <class T, class A = Acc<T>>
+void write_biased(const typename Finish<A>::Place& place, const A* block, const T* bias, T* out,
+                  int64_t out_row) {
+  each_in_block<A>(place, [=](int64_t row, int64_t col, int64_t at, auto n) {
+    store_count<A>(out + row * out_row + col, biased<T>(load<A>(block + at), bias, col, n), n);
+  });
+}
+
 template <class T>
 Operand<T> rows_of(const void* matrix, int64_t cols) {
   return {static_cast<const T*>(matrix), cols, 1};
@@ -137,9 +146,7 @@ void linear(const LinearForward& args) {
       activate_all(args.activation, blocks[0], place.rows * place.width);
       bias = nullptr;
     }
-    each_in_block<A>(place, [=, sums = blocks[0]](int64_t row, int64_t col, int64_t at, auto n) {
-      store_count<A>(out + row * out_row + col, biased<T>(load<A>(sums + at), bias, col, n), n);
-    });
+    write_biased(place, blocks[0], bias, out, out_row);
   };
   multiply<A, T>(args.rows, args.out_features, args.in_features,
                  rows_of<T>(args.input, args.in_features),
@@ -168,6 +175,65 @@ void gated(const GatedForward& args) {
                  {operand<T>(args.gate_weight, args.hidden_features, args.in_features),
                   operand<T>(args.up_weight, args.hidden_features, args.in_features)},
                  Finish<A>(body, hidden, args.hidden_features));
+}
+
+// panel[j * width + i] = the same plus the bias of feature j, rounded, for whole vectors of rows i.
+template <class T, class A = Acc<T>>
+void add_bias_turned(A* panel, int64_t features, int64_t width, const T* bias) {
+  for (int64_t j = 0; j < features; j++) {
+    const Vec<A> term = bias == nullptr ? Vec<A>{} : set<A>(load_one<A>(bias + j));
+    for (int64_t i = j * width; i < (j + 1) * width; i += lanes<A>)
+      store(panel + i, rounded<T>(load<A>(panel + i) + term));
+  }
+}
+
+// As many rows as are packed together: what is hidden of them goes from the registers of the one
+// product to the panels of the other.
+template <class T>
+void feed_forward_packed(const FeedForward& args) {
+  using A = Acc<T>;
+  const bool gated = args.gate_weight.data != nullptr;
+  const int64_t in = args.in_features, features = args.hidden_features;
+  const int64_t blocks = ceil_div(args.rows, Packed<A>::fitting(Packed<A>::span));
+  const int64_t block = round_up(ceil_div(args.rows, larger(1, blocks)), Packed<A>::width);
+  const Operand<T> up = operand<T>(args.up_weight, features, in);
+  const Operand<T> gate = gated ? operand<T>(args.gate_weight, features, in) : up;
+  for (int64_t first = 0; first < args.rows; first += block) {
+    const int64_t rows = smaller(block, args.rows - first);
+    Scratch scratch;
+    const auto hidden = Packed<A>::take(scratch, rows, features);
+    const auto open = [&](const auto& place, A* const* blocks) {
+      const int64_t width = hidden.width_at(place.row), size = place.cols * width;
+      const auto add = [&](A* panel, const void* bias) {
+        const auto* own = static_cast<const T*>(bias);
+        add_bias_turned(panel, place.cols, width, own == nullptr ? own : own + place.col);
+      };
+      add(blocks[0], gated ? args.gate_bias : args.up_bias);
+      if (gated) add(blocks[1], args.up_bias);
+      activate_all(args.activation, blocks[0], size);
+      for (int64_t j = 0; j < place.cols; j++) {
+        A* to = hidden.at(place.row, place.col + j);
+        for (int64_t i = 0; i < width; i += lanes<A>) {
+          Vec<A> x = load<A>(blocks[0] + j * width + i);
+          if (gated) x *= load<A>(blocks[1] + j * width + i);
+          store(to + i, rounded<T>(x));
+        }
+      }
+    };
+    const Operand<T> input = rows_of<T>(args.input, in).from(first, 0);
+    if (gated)
+      multiply<A, T>(rows, features, in, input, {gate, up}, Finish<A>(open));
+    else
+      multiply<A, T>(rows, features, in, input, {up}, Finish<A>(open));
+    const auto* bias = static_cast<const T*>(args.down_bias);
+    auto* out = static_cast<T*>(args.out) + first * args.out_features;
+    const auto close = [&](const auto& place, A* const* blocks) {
+      write_biased(place, blocks[0], bias, out, args.out_features);
+    };
+    multiply<A, T>(hidden, args.out_features,
+                   operand<T>(args.down_weight, args.out_features, features),
+                   Finish<A>(close, out, args.out_features));
+  }
 }
 
 template <class T>
@@ -289,6 +355,7 @@ void linear_gradients(const LinearBackward& args) {
   }
 FASTATTN_DISPATCH(linear_forward, LinearForward, linear)
 FASTATTN_DISPATCH(gated_forward, GatedForward, gated)
+FASTATTN_DISPATCH(feed_forward, FeedForward, feed_forward_packed)
 FASTATTN_DISPATCH(drop, Drop, drop_out)
 FASTATTN_DISPATCH(activation_backward, ActivationBackward, pointwise_backward)
 FASTATTN_DISPATCH(linear_backward, LinearBackward, linear_gradients)

@@ -43,6 +43,22 @@ struct GatedForward {
   void* gate;    // or null
 };
 
+// out = hidden down_weight^T + down_bias, where hidden = activation(input up_weight^T + up_bias),
+// or what GatedForward makes of a gate: on the CPU, without a tensor of what is hidden.
+struct FeedForward {
+  Dtype dtype;
+  int64_t rows, in_features, hidden_features, out_features;
+  const void* input;
+  Weight up_weight;  // [hidden_features, in_features]
+  const void* up_bias;
+  Weight gate_weight;  // as up_weight, or null
+  const void* gate_bias;
+  Activation activation;
+  Weight down_weight;  // [out_features, hidden_features]
+  const void* down_bias;
+  void* out;  // [rows, out_features]
+};
+
 // x = dropout(x): 0, or x / (1 - p), by random bits that are counted by row and column.
 struct Drop {
   Dtype dtype;
@@ -82,6 +98,7 @@ struct LinearBackward {
 
 FASTATTN_KERNEL(linear_forward, LinearForward)
 FASTATTN_KERNEL(gated_forward, GatedForward)
+FASTATTN_KERNEL(feed_forward, FeedForward)
 FASTATTN_KERNEL(drop, Drop)
 FASTATTN_KERNEL(activation_backward, ActivationBackward)
 FASTATTN_KERNEL(linear_backward, LinearBackward)

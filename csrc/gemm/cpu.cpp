@@ -17,6 +17,7 @@ struct Product {
   Operand<T> weights[2];
   int64_t count;  // of weights
   Finish<A> finish;
+  A* packed = nullptr;  // `a` as panels, where it lies like that
 
   // Tasks that are worth their start when `work` would be, and enough of them to even out threads
   // of unequal speed.
@@ -38,12 +39,13 @@ class TiledProduct {
     const auto packing = [&](const Side& side) {
       return side.rows * side.count * in_.depth * (side.matrices[0].inner == 1 ? 2 : 1);
     };
-    turned_ = packing(activations) + in_.rows * weights.rows * in_.count / 2 <= packing(weights);
+    const bool alone = in_.packed != nullptr || in_.finish.turned;  // a block of all rows
+    turned_ =
+        alone || packing(activations) + in_.rows * weights.rows * in_.count / 2 <= packing(weights);
     packed_ = turned_ ? activations : weights;
     placed_ = turned_ ? weights : activations;
-    const int64_t row_bytes =
-        smaller(larger(in_.depth, 1), kSpan) * packed_.count * static_cast<int64_t>(sizeof(A));
-    const int64_t fitting = larger(2, cache_bytes() / kShare / (row_bytes * kWidth)) * kWidth;
+    const int64_t fitting =
+        alone ? packed_.rows : Packed<A>::fitting(smaller(in_.depth, kSpan) * packed_.count);
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
     spans_ = larger(1, ceil_div(in_.depth, kSpan));
@@ -58,7 +60,9 @@ class TiledProduct {
 
   void run() const {
     Scratch shared;
-    A* panels = shared.take<A>(packed_.count * blocks_ * block_rows_ * in_.depth);
+    A* panels = in_.packed != nullptr
+                    ? in_.packed
+                    : shared.take<A>(packed_.count * blocks_ * block_rows_ * in_.depth);
     SharedTasks* packing = shared.take<SharedTasks>(blocks_ * spans_);
     for (int64_t block = 0; block < blocks_; block++)
       for (int64_t span = 0; span < spans_; span++)
@@ -79,7 +83,7 @@ class TiledProduct {
         const int64_t first = range * groups_ / ranges_, end = (range + 1) * groups_ / ranges_;
         for (int64_t n = 0; n < spans_; n++) {
           const Block span = span_at(n);
-          pack(memory, rows, span, packing[block * spans_ + n]);
+          if (in_.packed == nullptr) pack(memory, rows, span, packing[block * spans_ + n]);
           A* tiles = memory.tiles;
           for (int64_t group = first; group < end; group++) {
             const bool more = group + 1 < end;
@@ -93,14 +97,13 @@ class TiledProduct {
   }
 
  private:
-  static constexpr int64_t kWidth = Tile<A>::cols;  // rows in a panel, fewer in the last
-  static constexpr int64_t kGroup = 48;             // rows that meet a panel: whole tiles
+  static constexpr int64_t kWidth = Packed<A>::width;  // rows in a panel, fewer in the last
+  static constexpr int64_t kGroup = 48;                // rows that meet a panel: whole tiles
   // Rows of a group that lie together at each depth: a tile's own, where a panel would else be
   // pushed out of the first-level cache by rows between.
   static constexpr int64_t kStrip = FASTATTN_LANES == 8 ? Tile<A>::rows : kGroup;
   static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
-  static constexpr int64_t kSpan = FASTATTN_LANES == 8 ? 192 : 512;  // depths of a cached block
-  static constexpr int64_t kShare = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / kShare
+  static constexpr int64_t kSpan = Packed<A>::span;
   static constexpr int64_t kMostGroups = 4;   // whose sums are kept from span to span
   static constexpr int64_t kFew = 16;         // tasks a thread: at their end some would be idle
   static constexpr int64_t kParts = 4;        // into which the last tasks are cut then
@@ -227,6 +230,7 @@ class TiledProduct {
 
   Fetch<true> fetch_place(const Place& place, int64_t steps) const {
     const Finish<A>& to = in_.finish;
+    if (to.turned) return {};
     return {to.out + place.row * to.out_row + place.col * to.size, to.out_row, place.rows,
             place.cols * to.size, steps};
   }
@@ -235,7 +239,7 @@ class TiledProduct {
     A* blocks[2];
     for (int64_t w = 0; w < in_.count; w++) {
       blocks[w] = tiles + w * block_rows_ * kGroup;
-      if (!turned_) continue;
+      if (turned_ == in_.finish.turned) continue;
       A* block = memory.block + w * kWidth * kGroup;
       transpose_tile(blocks[w], width, round_up(place.cols, lanes<A>), width, block, kGroup);
       blocks[w] = block;
@@ -459,6 +463,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
     in_rows = in_rows && weight.inner == 1;
     in_columns = in_columns && weight.outer == 1;
   }
+  if (finish.turned) return TiledProduct<A, T>(product).run();
   if (in_columns && !in_rows && rows <= LineSum<A, T>::kMost) return LineSum<A, T>(product).run();
   if (!in_rows || rows > DotProduct<A, T, 4>::kMost) return TiledProduct<A, T>(product).run();
   if (rows > 2) return DotProduct<A, T, 4>(product).run();
@@ -466,9 +471,17 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
   return DotProduct<A, T, 1>(product).run();
 }
 
-#define FASTATTN_PRODUCT(A, T)                                        \
-  template void multiply<A, T>(int64_t, int64_t, int64_t, Operand<T>, \
-                               std::initializer_list<Operand<T>>, Finish<A>);
+template <class A, class T>
+void multiply(const Packed<A>& a, int64_t cols, Operand<T> weight, Finish<A> finish) {
+  if (a.rows == 0 || cols == 0) return;
+  const Product<A, T> product{a.rows, cols, a.depth, {}, {weight, weight}, 1, finish, a.data};
+  return TiledProduct<A, T>(product).run();
+}
+
+#define FASTATTN_PRODUCT(A, T)                                                \
+  template void multiply<A, T>(int64_t, int64_t, int64_t, Operand<T>,         \
+                               std::initializer_list<Operand<T>>, Finish<A>); \
+  template void multiply<A, T>(const Packed<A>&, int64_t, Operand<T>, Finish<A>);
 FASTATTN_PRODUCT(float, float)
 FASTATTN_PRODUCT(float, bf16)
 FASTATTN_PRODUCT(float, f16)

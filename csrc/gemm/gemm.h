@@ -16,6 +16,34 @@ struct Operand {
   Operand from(int64_t i, int64_t k) const { return {data + i * outer + k * inner, outer, inner}; }
 };
 
+// Activations [rows, depth] as tiles read them, so that one product can leave them for the next:
+// panels of Tile::cols rows, the last one narrower by whole vectors, over a span of depths, then
+// the panels of the next span.
+template <class A>
+struct Packed {
+  static constexpr int64_t width = Tile<A>::cols;
+  static constexpr int64_t span = FASTATTN_LANES == 8 ? 192 : 512;  // depths of a cached block
+  static constexpr int64_t share = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / share
+
+  int64_t rows, depth;
+  A* data;
+
+  // Rows of a block that fills its share of the cache, at `elements` a row: whole panels.
+  static int64_t fitting(int64_t elements) {
+    const int64_t bytes = larger(elements, 1) * static_cast<int64_t>(sizeof(A));
+    return larger(2, cache_bytes() / share / (bytes * width)) * width;
+  }
+  static Packed take(Scratch& scratch, int64_t rows, int64_t depth) {
+    return {rows, depth, scratch.take<A>(round_up(rows, lanes<A>) * depth + kSlack)};
+  }
+  int64_t width_at(int64_t row) const { return smaller(width, round_up(rows - row, lanes<A>)); }
+  // Depth k of the panel that begins with `row`.
+  A* at(int64_t row, int64_t k) const {
+    const int64_t start = k / span * span, depths = smaller(span, depth - start);
+    return data + start * round_up(rows, lanes<A>) + row * depths + (k - start) * width_at(row);
+  }
+};
+
 // What to do with a finished block of C: blocks[w][i * width + j] is element (row + i, col + j) of
 // product w for i < rows, j < cols. A reference, not a copy, of `body`, which stores it to `out`
 // and may use the blocks, up to whole vectors of whole rows, on its way there.
@@ -28,6 +56,7 @@ struct Finish {
   const void* body;
   const char* out;
   int64_t out_row, size;  // bytes of a row and of an element
+  bool turned = false;    // blocks[w][j * width + i] instead, for whole vectors of i: as in a panel
 
   template <class F, class T>
   Finish(const F& f, const T* to, int64_t to_row)
@@ -38,6 +67,11 @@ struct Finish {
         out(reinterpret_cast<const char*>(to)),
         out_row(to_row * static_cast<int64_t>(sizeof(T))),
         size(sizeof(T)) {}
+  // For what goes nowhere but into Packed activations, all rows of which are one block.
+  template <class F>
+  explicit Finish(const F& f) : Finish(f, static_cast<const A*>(nullptr), 0) {
+    turned = true;
+  }
 };
 
 // C_w[rows, cols] = a b_w^T over `depth` for one or two b of equal shape, block by block to
@@ -45,6 +79,10 @@ struct Finish {
 template <class A, class T>
 void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
               std::initializer_list<Operand<T>> weights, Finish<A> finish);
+
+// The same for packed activations of one block.
+template <class A, class T>
+void multiply(const Packed<A>& a, int64_t cols, Operand<T> weight, Finish<A> finish);
 
 namespace {
 
