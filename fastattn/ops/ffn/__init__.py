@@ -305,7 +305,9 @@ def ffn(
 
     Plain: `down(dropout(activation(up(input))))`. With `gate_weight`:
     `down(dropout(activation(gate(input)) * up(input)))`, which is SwiGLU for "silu", GeGLU for
-    "gelu" and "gelu_tanh", ReGLU for "relu" (Shazeer 2020, arXiv:2002.05202).
+    "gelu" and "gelu_tanh", ReGLU for "relu" (Shazeer 2020, arXiv:2002.05202). On the CPU, where
+    there is no dropout and nothing is kept for backward, [..., hidden] takes no memory but some
+    hundred rows of it.
 
     Args:
         input: [..., features], fp32, bf16, fp16 or fp64; products are summed in at least fp32.
