@@ -110,8 +110,9 @@ def test_a_rotation_by_no_angles_turns_nothing(interleaved: bool) -> None:
     assert turned.equal(still)
 
 
+@pytest.mark.parametrize("queries", [3, 30])
 @pytest.mark.parametrize("page", [1, 5, 16, 320])
-def test_pages_change_nothing(page: int) -> None:
+def test_pages_change_nothing(page: int, queries: int) -> None:
     batch, room, lengths = 3, 320, torch.tensor([290, 4, 131])
     key_cache, value_cache = (
         torch.randn(batch, KV_HEADS, room, DIM, dtype=torch.float32) for _ in range(2)
@@ -122,7 +123,7 @@ def test_pages_change_nothing(page: int) -> None:
     for cache in (key_cache, value_cache):
         own = cache.view(batch, KV_HEADS, columns, page, DIM).transpose(1, 2).flatten(0, 1)
         paged.append(torch.empty_like(own).index_copy_(0, table.flatten(), own))
-    query, key, value = qkv(batch, 3, torch.float32)
+    query, key, value = qkv(batch, queries, torch.float32)
     new = {"key": key, "value": value, "cache_seqlens": lengths, "causal": True}
     whole = attention_decode(query, key_cache, value_cache, **new)
     split = attention_decode(query, *paged, block_table=table.int(), **new)
@@ -132,9 +133,10 @@ def test_pages_change_nothing(page: int) -> None:
         assert own.transpose(1, 2).flatten(2, 3).equal(cache)
 
 
-def test_what_is_not_in_use_is_not_read() -> None:
+@pytest.mark.parametrize("queries", [1, 12])
+def test_what_is_not_in_use_is_not_read(queries: int) -> None:
     """Neither positions beyond a length nor entries of the table beyond the pages in use."""
-    query = torch.randn(2, HEADS, 1, DIM)
+    query = torch.randn(2, HEADS, queries, DIM)
     key_cache, value_cache = (torch.randn(6, KV_HEADS, 4, DIM) for _ in range(2))
     lengths, table = torch.tensor([5, 3]), torch.tensor([[2, 5, -1], [4, 10**6, 7]])
     out = attention_decode(query, key_cache, value_cache, cache_seqlens=lengths, block_table=table)
@@ -147,36 +149,43 @@ def test_what_is_not_in_use_is_not_read() -> None:
     torch.testing.assert_close(again, out)
 
 
-def test_a_hidden_key_does_not_leak() -> None:
+@pytest.mark.parametrize("queries", [5, 12])
+def test_a_hidden_key_does_not_leak(queries: int) -> None:
     query, key, value = qkv(1, 300, torch.float32)
     for tensor in (key, value):
         tensor[:, :, 298] = math.nan
         tensor[:, :, 10] = math.inf
-    rows = query[:, :, :5]
+    rows, before = query[:, :, :queries], slice(queries - 2)  # those that come before the NaN
     options = {"cache_seqlens": 300, "causal": True, "window": (200, None)}
     out = attention_decode(rows, key, value, **options)
-    assert out[:, :, :3].isfinite().all() and out[:, :, 3:].isnan().all()
+    assert out[:, :, before].isfinite().all() and out[:, :, queries - 2 :].isnan().all()
     clean = [tensor.nan_to_num(0, 0, 0) for tensor in (key, value)]
-    torch.testing.assert_close(out[:, :, :3], attention_decode(rows, *clean, **options)[:, :, :3])
+    expected = attention_decode(rows, *clean, **options)
+    torch.testing.assert_close(out[:, :, before], expected[:, :, before])
 
 
-def test_a_sequence_without_keys_gives_zero() -> None:
-    query, key, value = qkv(2, 8)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_a_sequence_without_keys_gives_zero(queries: int) -> None:
+    query, key, value = qkv(2, 9)
+    query = query[:, :, :queries]
     sinks = torch.randn(HEADS, dtype=torch.float64)
-    options = {"cache_seqlens": torch.tensor([0, 8]), "return_lse": True}
-    out, lse = attention_decode(query[:, :, :1], key, value, **options)
+    options = {"cache_seqlens": torch.tensor([0, 9]), "return_lse": True}
+    out, lse = attention_decode(query, key, value, **options)
     assert (out[0] == 0).all() and (lse[0] == -math.inf).all() and lse[1].isfinite().all()
-    out, lse = attention_decode(query[:, :, :1], key, value, sinks=sinks, **options)
+    out, lse = attention_decode(query, key, value, sinks=sinks, **options)
     assert (out[0] == 0).all()
-    torch.testing.assert_close(lse[0, :, 0], sinks)
+    torch.testing.assert_close(lse[0], sinks[:, None].expand(HEADS, queries))
 
 
+@pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", ["cpu"], indirect=True)
-def test_bits_depend_on_no_other_sequence_and_no_thread(kernel: str, dtype: torch.dtype) -> None:
+def test_bits_depend_on_no_other_sequence_and_no_thread(
+    kernel: str, dtype: torch.dtype, queries: int
+) -> None:
     lengths = (3000, 17, 700)
     query, key, value = qkv(3, 3000, dtype)
-    query = query[:, :, :1]
+    query = query[:, :, :queries]
     found = []
     for threads in (1, 2, 3):
         with use_threads(threads):

@@ -1,18 +1,24 @@
 // The attention kernels on the CPU: products of packed panels, softmax on blocks that stay in
 // cache.
 #include "attention/backward.h"
-#include "attention/decode.h"
-#include "attention/forward.h"
+#include "attention/cached.h"
 
 namespace fastattn::FASTATTN_ISA {
+namespace {
+
+// Whether keys are read where they lie: to pack them pays once some queries share them.
+bool few_queries(const Attention& in) {
+  constexpr int64_t few = 8;
+  return in.q_len <= few;
+}
+
+}  // namespace
 
 void attention_forward(const AttentionForward& args) {
-  // To pack keys pays once some queries share them.
-  constexpr int64_t few = 4;
   note_run(kIsa);
   with_type(args.in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (args.in.q_len <= few && args.in.sequences == nullptr && args.in.dropout_p == 0) {
+    if (few_queries(args.in) && args.in.sequences == nullptr && args.in.dropout_p == 0) {
       forward_few<T>(args);
     } else {
       forward<T>(args);
@@ -28,8 +34,14 @@ void attention_backward(const AttentionBackward& args) {
 
 void attention_decode(const AttentionDecode& args) {
   note_run(kIsa);
-  with_type(args.in.dtype,
-            [&](auto* type) { decode<std::remove_pointer_t<decltype(type)>>(args); });
+  with_type(args.in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (few_queries(args.in)) {
+      decode<T>(args);
+    } else {
+      forward_cached<T>(args);
+    }
+  });
 }
 
 void attention_append(const AttentionAppend& args) {

@@ -2,6 +2,7 @@
 // lie.
 #pragma once
 
+#include "attention/rotation.h"
 #include "attention/scores.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -25,34 +26,14 @@ void store_row(T* to, int64_t stride, const A* from, int64_t count) {
   }
 }
 
-// The cosines and sines of one position, by which rows are turned in the planes of their pairs.
-template <class A>
-class Rotation {
- public:
-  Rotation(const Rotary& rotary, Scratch& scratch, int64_t position)
-      : rotary_(rotary), cos_(scratch.take<A>(rotary.pairs)), sin_(scratch.take<A>(rotary.pairs)) {
-    with_type(rotary.dtype, [&](auto* type) {
-      using B = std::remove_pointer_t<decltype(type)>;
-      if constexpr (std::is_same_v<Acc<B>, A>) {
-        load_row(cos_, at<B>(rotary.cos, 0, position, 0), rotary.cos.stride[3], rotary.pairs);
-        load_row(sin_, at<B>(rotary.sin, 0, position, 0), rotary.sin.stride[3], rotary.pairs);
-      }
-    });
+template <class T>
+void copy_row(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count) {
+  if (to_stride == 1 && from_stride == 1) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+  } else {
+    for (int64_t c = 0; c < count; c++) to[c * to_stride] = from[c * from_stride];
   }
-  void turn(A* row) const {
-    const int64_t step = rotary_.interleaved ? 2 : 1,
-                  apart = rotary_.interleaved ? 1 : rotary_.pairs;
-    for (int64_t c = 0; c < rotary_.pairs; c++) {
-      const A x = row[c * step], y = row[c * step + apart];
-      row[c * step] = x * cos_[c] - y * sin_[c];
-      row[c * step + apart] = x * sin_[c] + y * cos_[c];
-    }
-  }
-
- private:
-  const Rotary& rotary_;
-  A *cos_, *sin_;
-};
+}
 
 // Where a sequence's positions lie in a cache, one after the other.
 template <class T>
@@ -229,9 +210,7 @@ class DecodeTask {
       const Rotation<A> rotation(args_.rotary, scratch, in_.offset + i);
       for (int64_t g = 0; g < group_; g++) {
         A* row = to + (g * in_.q_len + i) * width_;
-        load_row(row, at<T>(in_.query, key_head_ * group_ + g, i, 0), in_.query.stride[3],
-                 in_.head_dim);
-        rotation.turn(row);
+        rotation.template load<T>(row, in_.query, key_head_ * group_ + g, i, in_.head_dim);
         for (int64_t c = 0; c < in_.head_dim; c++) row[c] *= factor;
         for (int64_t c = in_.head_dim; c < width_; c++) row[c] = 0;
       }
@@ -419,18 +398,24 @@ void append(const AttentionAppend& args) {
   const int64_t step = larger(1, worth / larger(1, size));
   parallel(ceil_div(args.kv_heads, step), [&](int64_t task) {
     Scratch scratch;
-    A* row = scratch.take<A>(larger(args.head_dim, args.value_dim));
+    A* row = scratch.take<A>(args.head_dim);
     for (int64_t h = task * step; h < smaller((task + 1) * step, args.kv_heads); h++)
       for (int64_t b = 0; b < args.batch; b++) {
         Walk<T> walk(args.paging, b, args.lengths[b]);
         const Source key = sequence(args.key, b, 0), value = sequence(args.value, b, 0);
         for (int64_t j = 0; j < args.new_len; j++, walk.skip(1)) {
-          Scratch angles;
-          load_row(row, at<T>(key, h, j, 0), key.stride[3], args.head_dim);
-          Rotation<A>(args.rotary, angles, args.lengths[b] + j).turn(row);
-          store_row(walk(args.key_cache, h), args.key_cache.stride[3], row, args.head_dim);
-          load_row(row, at<T>(value, h, j, 0), value.stride[3], args.value_dim);
-          store_row(walk(args.value_cache, h), args.value_cache.stride[3], row, args.value_dim);
+          T* to = walk(args.key_cache, h);
+          if (args.rotary.pairs == 0) {
+            copy_row(to, args.key_cache.stride[3], at<T>(key, h, j, 0), key.stride[3],
+                     args.head_dim);
+          } else {
+            Scratch angles;
+            const Rotation<A> rotation(args.rotary, angles, args.lengths[b] + j);
+            rotation.template load<T>(row, key, h, j, args.head_dim);
+            store_row(to, args.key_cache.stride[3], row, args.head_dim);
+          }
+          copy_row(walk(args.value_cache, h), args.value_cache.stride[3], at<T>(value, h, j, 0),
+                   value.stride[3], args.value_dim);
         }
       }
   });

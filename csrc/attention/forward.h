@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/panels.h"
+#include "attention/rotation.h"
 #include "attention/scores.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -15,8 +16,9 @@ class ForwardTask {
   using A = Acc<T>;
 
  public:
-  ForwardTask(const AttentionForward& args, int64_t n)
+  ForwardTask(const AttentionForward& args, const Rotary& rotary, int64_t n)
       : in_(sequence(args.in, n)),
+        rotary_(rotary),
         out_(sequence(args.out, in_.index, in_.first_query)),
         lse_(static_cast<A*>(args.lse)),
         value_width_(Panels<A>::padded(in_.value_dim)) {}
@@ -117,8 +119,7 @@ class ForwardTask {
 
   void begin(Block& block, int64_t h, int64_t i, int64_t count) const {
     block.first = i, block.count = count, block.seen = visible_keys(in_, i, count);
-    pack_rows(block.query, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
-              count, in_.head_dim, Scores<A>::query_factor(in_));
+    load_queries(block.query, h, i, count);
     std::memset(block.out, 0, static_cast<size_t>(block.padded() * value_width_) * sizeof(A));
     for (int64_t r = 0; r < count; r++) {
       block.row_max[r] =
@@ -128,6 +129,21 @@ class ForwardTask {
     constexpr int64_t size = sizeof(T);
     block.written = Fetch<true>(at<T>(out_, h, i, 0), out_.stride[2] * size, count,
                                 in_.value_dim * size, block.padded() / Tile<A>::rows);
+  }
+
+  void load_queries(A* packed, int64_t h, int64_t i, int64_t count) const {
+    const A factor = Scores<A>::query_factor(in_);
+    if (rotary_.pairs == 0)
+      return pack_rows(packed, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
+                       count, in_.head_dim, factor);
+    Scratch scratch;
+    A* rows = scratch.take<A>(count * in_.head_dim);
+    for (int64_t r = 0; r < count; r++) {
+      Scratch angles;
+      const Rotation<A> rotation(rotary_, angles, in_.offset + i + r);
+      rotation.template load<T>(rows + r * in_.head_dim, in_.query, h, i + r, in_.head_dim);
+    }
+    pack_rows(packed, rows, in_.head_dim, 1, count, in_.head_dim, factor);
   }
 
   // Adds what the queries see of keys j to j + kKeys.
@@ -193,13 +209,14 @@ class ForwardTask {
   }
 
   Attention in_;
+  const Rotary& rotary_;  // of the queries
   Target out_;
   A* lse_;
   int64_t value_width_;
 };
 
 template <class T>
-void forward(const AttentionForward& args) {
+void forward(const AttentionForward& args, const Rotary& rotary = {}) {
   const Attention& in = args.in;
   const Shares share(in);
   Scratch scratch;
@@ -226,10 +243,10 @@ void forward(const AttentionForward& args) {
     if (index + thread_count() < pieces.total()) {  // most often this thread's next
       const Place next = place(index + thread_count());
       const int64_t steps = in.heads / in.kv_heads * ceil_div(end - first, Tile<Acc<T>>::rows);
-      ahead = ForwardTask<T>(args, next.sequence)
+      ahead = ForwardTask<T>(args, rotary, next.sequence)
                   .ahead(next.key_head, next.first, next.end, larger(1, steps));
     }
-    ForwardTask<T>(args, n).run(key_head, first, end, ahead);
+    ForwardTask<T>(args, rotary, n).run(key_head, first, end, ahead);
   });
 }
 

@@ -292,11 +292,12 @@ def attention_decode(
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of few queries to all keys in a cache, after the new ones are put there.
+    """`attention` of new queries to all keys in a cache, after the new ones are put there.
 
     For generating text: one call a layer and step. The keys of one head are shared out among all
-    cores (flash-decoding, Dao et al. 2023), and read once for all query heads that share them. For
-    inference only.
+    cores (flash-decoding, Dao et al. 2023), and read once for all query heads that share them. Many
+    queries, those of a prompt, take the way of `attention` on the CPU; on a GPU keys are read again
+    for every 16 queries, so that a long prompt is better served by `attention`. For inference only.
 
     Args:
         query: [B, H, Sq, D]. The last query's position is that of the last key, so that query i

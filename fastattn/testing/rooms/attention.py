@@ -206,6 +206,17 @@ def decode_cases(function: str) -> Iterator[Case]:
     yield case("paged", (70, 33, 0), (4, 2, 2, 90, 16, 16), page=16, new=3, return_lse=True)
     yield case("rotary", (40, 9), (4, 1, 3, 50, 24, 8), new=3, rotary=10, rotary_interleaved=False)
     yield case("prompt", (0, 30), (4, 2, 25, 60, 16, 16), new=25, causal=True, return_lse=True)
+    yield case(
+        "chunk",
+        (40, 3),
+        (4, 2, 12, 70, 16, 8),
+        page=8,
+        new=12,
+        rotary=6,
+        rotary_interleaved=False,
+        causal=True,
+        return_lse=True,
+    )
     yield case("window", (900, 30), (2, 1, 2, 900, 16, 16), window=(300, 0), softcap=2.0)
     yield case("odd_sizes", (37, 11), (5, 5, 3, 37, 7, 13), scale=-0.4)
     yield case(
