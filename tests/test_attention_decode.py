@@ -110,9 +110,10 @@ def test_a_rotation_by_no_angles_turns_nothing(interleaved: bool) -> None:
     assert turned.equal(still)
 
 
+@pytest.mark.parametrize("window", [None, (50, None)], ids=["all", "window"])
 @pytest.mark.parametrize("queries", [3, 30])
 @pytest.mark.parametrize("page", [1, 5, 16, 320])
-def test_pages_change_nothing(page: int, queries: int) -> None:
+def test_pages_change_nothing(page: int, queries: int, window: tuple | None) -> None:
     batch, room, lengths = 3, 320, torch.tensor([290, 4, 131])
     key_cache, value_cache = (
         torch.randn(batch, KV_HEADS, room, DIM, dtype=torch.float32) for _ in range(2)
@@ -124,7 +125,7 @@ def test_pages_change_nothing(page: int, queries: int) -> None:
         own = cache.view(batch, KV_HEADS, columns, page, DIM).transpose(1, 2).flatten(0, 1)
         paged.append(torch.empty_like(own).index_copy_(0, table.flatten(), own))
     query, key, value = qkv(batch, queries, torch.float32)
-    new = {"key": key, "value": value, "cache_seqlens": lengths, "causal": True}
+    new = {"key": key, "value": value, "cache_seqlens": lengths, "causal": True, "window": window}
     whole = attention_decode(query, key_cache, value_cache, **new)
     split = attention_decode(query, *paged, block_table=table.int(), **new)
     assert split.equal(whole)

@@ -8,7 +8,8 @@
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-// What sequences have in the pages of a cache, one behind the other: [1, Hkv, keys, cols].
+// What sequences have in the pages of a cache, one behind the other: [1, Hkv, keys, cols]. Only the
+// blocks of keys that some query sees are copied.
 template <class T>
 Source gathered(const AttentionDecode& args, const Source& cache, int64_t cols, int64_t keys,
                 const Sequence* sequences, Scratch& scratch) {
@@ -17,9 +18,11 @@ Source gathered(const AttentionDecode& args, const Source& cache, int64_t cols, 
   parallel(args.in.batch * heads, [&](int64_t task) {
     const Sequence& own = sequences[task / heads];
     const int64_t h = task % heads;
-    T* row = to + (h * keys + own.key) * cols;
-    Walk<T> walk(args.paging, own.index, 0);
-    for (int64_t j = 0; j < own.kv_len; j++, walk.skip(1), row += cols)
+    const Range seen = visible_keys(sequence(args.in, task / heads), 0, own.q_len);
+    const int64_t first = seen.first / kKeys * kKeys;
+    T* row = to + (h * keys + own.key + first) * cols;
+    Walk<T> walk(args.paging, own.index, first);
+    for (int64_t j = first; j < seen.end; j++, walk.skip(1), row += cols)
       copy_row(row, 1, walk(cache, h), cache.stride[3], cols);
   });
   return {to, {0, keys * cols, cols, 1}};
