@@ -8,7 +8,7 @@ namespace fastattn::emulator {
 namespace {
 
 constexpr uint64_t kSlice = 1 << 14;   // instructions until another warp gets its turn
-constexpr uint64_t kPolls = 1 << 10;   // polls of every warp in a row that mean nobody moves
+constexpr uint64_t kPolls = 1 << 7;    // polls of every warp in a row that mean nobody moves
 constexpr uint32_t kVisits = 1 << 10;  // jumps of a diverged group until the others get theirs
 
 uint32_t volume(const uint32_t (&size)[3]) { return size[0] * size[1] * size[2]; }

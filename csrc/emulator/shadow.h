@@ -2,6 +2,7 @@
 // anybody ever wrote them.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -121,10 +122,10 @@ class Shadow {
   // A reader whom the new one has seen needs no entry: who is ordered after the new one is
   // ordered after both.
   void note_read(Cell& cell, const Clock& clock, const Epoch& access) {
-    auto replaces = [&](const Epoch& old) {
-      return (old.agent == access.agent && old.block == access.block) || clock.knows(old);
+    auto same = [&](const Epoch& old) {
+      return old.agent == access.agent && old.block == access.block;
     };
-    if (replaces(cell.read)) {
+    if (same(cell.read) || clock.knows(cell.read)) {
       cell.read = access;
       return;
     }
@@ -133,13 +134,14 @@ class Shadow {
       cell.more_readers = static_cast<uint32_t>(readers_.size() - 1);
     }
     auto& readers = readers_[cell.more_readers];
-    for (Epoch& old : readers) {
-      if (replaces(old)) {
-        old = access;
-        return;
-      }
-    }
-    if (readers.size() < most_readers_) readers.push_back(access);
+    auto entry = std::find_if(readers.begin(), readers.end(), same);  // soon said, and the rule
+    if (entry == readers.end())
+      entry = std::find_if(readers.begin(), readers.end(),
+                           [&](const Epoch& old) { return clock.knows(old); });
+    if (entry != readers.end())
+      *entry = access;
+    else if (readers.size() < most_readers_)
+      readers.push_back(access);
   }
 
   std::unique_ptr<Cell[], Free> cells_;

@@ -17,7 +17,7 @@ from fastattn.emulator.lower import Program
 from fastattn.emulator.opcodes import BUFFER_SHIFT
 from fastattn.emulator.ptx import WIDTHS, Function, PtxModule, Variable, parse
 from fastattn.emulator.report import SPACES as SPACE_NAMES
-from fastattn.emulator.report import Counters, Finding, Place, Report, SiteCount, space_of
+from fastattn.emulator.report import Counters, Finding, Place, Report
 from fastattn.emulator.tensor_map import TensorMap
 from fastattn.emulator.translate import translate
 
@@ -315,7 +315,7 @@ class Kernel:
         return Report(
             self.name,
             [self._finding(f, grid, block, storages, schedule) for f in findings[:found]],
-            self._counters(sites),
+            Counters(program.statements, sites),
         )
 
     def check(
@@ -388,21 +388,6 @@ class Kernel:
             index(found.other_thread, block),
             found.count,
             schedule,
-        )
-
-    def _counters(self, sites: Sequence[abi.Site]) -> Counters:
-        return Counters(
-            [
-                SiteCount(
-                    Place.of(statement),
-                    space_of(statement),
-                    site.executed,
-                    site.lanes,
-                    site.transfers,
-                    site.ideal,
-                )
-                for statement, site in zip(self.program.statements, sites, strict=True)
-            ]
         )
 
 

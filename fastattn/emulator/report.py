@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastattn.emulator.abi import Site
 from fastattn.emulator.ptx import Location, Statement
 
 SPACES = {1: "global", 2: "shared", 3: "local", 4: "const"}
@@ -89,9 +92,25 @@ def space_of(statement: Statement) -> str | None:
 
 @dataclass(frozen=True)
 class Counters:
-    """Everything that was counted, by instruction."""
+    """Everything that was counted, by instruction; brought into order when first looked at."""
 
-    sites: list[SiteCount] = field(default_factory=list)
+    statements: Sequence[Statement] = field(repr=False)
+    counted: Sequence[Site] = field(repr=False)
+
+    @functools.cached_property
+    def sites(self) -> list[SiteCount]:
+        """What each instruction did, in the order of the program."""
+        return [
+            SiteCount(
+                Place.of(statement),
+                space_of(statement),
+                site.executed,
+                site.lanes,
+                site.transfers,
+                site.ideal,
+            )
+            for statement, site in zip(self.statements, self.counted, strict=True)
+        ]
 
     def mix(self) -> Counter[str]:
         """How many instructions of each opcode warps have executed."""
