@@ -131,6 +131,8 @@ void forward(const NormForward& args) {
     const int64_t begin = task * step, end = smaller((task + 1) * step, in.rows);
     if (cols > kShort)
       each_rows<2>(begin, end, normalize);
+    else if (cols > kNarrow && in.rows * cols * int64_t{sizeof(T)} >= kCached)
+      each_rows<1>(begin, end, normalize);
     else
       each_rows<together>(begin, end, normalize);
     end_stream();
@@ -196,7 +198,7 @@ void backward(const NormBackward& args) {
     RowSum<A> weight_sum(weight_parts ? weight_parts + task * cols : nullptr, scratch, cols);
     RowSum<A> bias_sum(bias_parts ? bias_parts + task * cols : nullptr, scratch, cols);
     const int64_t begin = task * in.rows / tasks, end = (task + 1) * in.rows / tasks;
-    each_rows<together>(begin, end, [&](int64_t r, auto n) {
+    const auto differentiate = [&](int64_t r, auto n) {
       constexpr int many = n;
       const A* x[many];
       A mean[many], rstd[many];
@@ -260,7 +262,11 @@ void backward(const NormBackward& args) {
         finish(std::false_type{});
       weight_sum.end_rows(many);
       bias_sum.end_rows(many);
-    });
+    };
+    if (cols > kNarrow && cols <= kShort)
+      each_rows<1>(begin, end, differentiate);
+    else
+      each_rows<together>(begin, end, differentiate);
     weight_sum.fold();
     bias_sum.fold();
     end_stream();

@@ -62,6 +62,11 @@ constexpr int64_t kChunk = 4096;
 static_assert(kChunk % kPhiloxBlock == 0);
 constexpr int64_t kShort = 1024;  // columns of a row of which four stay there
 
+// Where rows come from memory, a processor fetches a row ahead while it is read, and gives up on
+// several that are read in turns: that pays only for rows so narrow that their sums would wait.
+constexpr int64_t kNarrow = 96;                // columns
+constexpr int64_t kCached = int64_t{4} << 20;  // bytes of a tensor that is found in the caches
+
 // Where rows of results go: past the caches if they are too many to be found there. Not so in fresh
 // memory, which the kernel has just zeroed in the caches, nor where several rows are written in
 // turns and a vector is less than a line: processors that have half of many lines to combine give
