@@ -64,6 +64,15 @@ Isa current_isa() {
   return static_cast<Isa>(isa);
 }
 
+bool multiplies_pairs(Isa isa) {
+  const std::string_view name = kNames[static_cast<int>(isa)];
+#if defined(__x86_64__)
+  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512") return has_instruction;
+#endif
+  return name == "emu16";
+}
+
 void note_run(Isa isa) { last_run.store(static_cast<int>(isa), std::memory_order_relaxed); }
 
 }  // namespace fastattn

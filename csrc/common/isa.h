@@ -25,6 +25,10 @@ enum class Isa : int {
 // The ISA in use: the widest that the machine has, or FASTATTN_ISA, or what was selected last.
 Isa current_isa();
 
+// Whether the ISA's kernels add up products of bf16 in pairs here: AVX-512's do where the processor
+// has an instruction for it, and the emulated vector's do anywhere.
+bool multiplies_pairs(Isa isa);
+
 // Every kernel reports its own ISA, so that a test can prove which body ran.
 void note_run(Isa isa);
 

@@ -201,7 +201,7 @@ void feed_forward_packed(const FeedForward& args) {
   for (int64_t first = 0; first < args.rows; first += block) {
     const int64_t rows = smaller(block, args.rows - first);
     Scratch scratch;
-    const auto hidden = Packed<A>::take(scratch, rows, features);
+    const auto hidden = Packed<A>::take(scratch, rows, features, unit<T>());
     const auto open = [&](const auto& place, A* const* blocks) {
       const int64_t width = hidden.width_at(place.row), size = place.cols * width;
       const auto add = [&](A* panel, const void* bias) {
@@ -211,12 +211,19 @@ void feed_forward_packed(const FeedForward& args) {
       add(blocks[0], gated ? args.gate_bias : args.up_bias);
       if (gated) add(blocks[1], args.up_bias);
       activate_all(args.activation, blocks[0], size);
-      for (int64_t j = 0; j < place.cols; j++) {
-        A* to = hidden.at(place.row, place.col + j);
+      const auto value = [=](int64_t j, int64_t i) {
+        if (j >= place.cols) return Vec<A>{};
+        Vec<A> x = load<A>(blocks[0] + j * width + i);
+        if (gated) x *= load<A>(blocks[1] + j * width + i);
+        return rounded<T>(x);
+      };
+      for (int64_t j = 0; j < place.cols; j += hidden.unit) {
+        A* to = hidden.at(place.row, (place.col + j) / hidden.unit);
         for (int64_t i = 0; i < width; i += lanes<A>) {
-          Vec<A> x = load<A>(blocks[0] + j * width + i);
-          if (gated) x *= load<A>(blocks[1] + j * width + i);
-          store(to + i, rounded<T>(x));
+          Vec<A> x = value(j, i);
+          if constexpr (std::is_same_v<T, bf16>)
+            if (hidden.unit == 2) x = pair(x, value(j + 1, i));
+          store(to + i, x);
         }
       }
     };

@@ -4,40 +4,26 @@
 // depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
 // at a time, once for each block. So blocks are of the smaller operand, or of the one that is
 // cheaper to pack; where that is A, a tile is a piece of C^T.
-// With few rows nothing is packed: the weight's rows, or its columns, are vectors where they lie.
-#include "gemm/gemm.h"
+// With few rows nothing is packed.
+#include "gemm/few_rows.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {
 
-template <class A, class T>
-struct Product {
-  int64_t rows, cols, depth;
-  Operand<T> a;
-  Operand<T> weights[2];
-  int64_t count;  // of weights
-  Finish<A> finish;
-  A* packed = nullptr;  // `a` as panels, where it lies like that
-
-  // Tasks that are worth their start when `work` would be, and enough of them to even out threads
-  // of unequal speed.
-  static int64_t tasks(int64_t work, int64_t most) {
-    return larger(1, smaller(smaller(most, work), int64_t{32} * thread_count()));
-  }
-};
-
 // A product in tiles: one operand is packed as panels of up to Tile::vecs vectors of its rows, and
-// groups of rows of the other meet them. Tiles of C^T are turned when they are done.
-template <class A, class T>
+// groups of rows of the other meet them. Tiles of C^T are turned when they are done. An element of
+// what is packed is Unit depths.
+template <class A, class T, int Unit = 1>
 class TiledProduct {
  public:
-  explicit TiledProduct(const Product<A, T>& product) : in_(product) {
+  explicit TiledProduct(const Product<A, T>& product)
+      : in_(product), depth_(ceil_div(in_.depth, Unit)) {
     const Side activations{in_.rows, 1, {in_.a}},
         weights{in_.cols, in_.count, {in_.weights[0], in_.weights[1]}};
     // Turning a tile costs about half as much an element as packing, and rows that lie along the
     // depth are turned as they are packed.
     const auto packing = [&](const Side& side) {
-      return side.rows * side.count * in_.depth * (side.matrices[0].inner == 1 ? 2 : 1);
+      return side.rows * side.count * depth_ * (side.matrices[0].inner == 1 ? 2 : 1);
     };
     const bool alone = in_.packed != nullptr || in_.finish.turned;  // a block of all rows
     turned_ =
@@ -45,10 +31,10 @@ class TiledProduct {
     packed_ = turned_ ? activations : weights;
     placed_ = turned_ ? weights : activations;
     const int64_t fitting =
-        alone ? packed_.rows : Packed<A>::fitting(smaller(in_.depth, kSpan) * packed_.count);
+        alone ? packed_.rows : Packed<A>::fitting(smaller(depth_, kSpan) * packed_.count);
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
     blocks_ = ceil_div(packed_.rows, block_rows_);
-    spans_ = larger(1, ceil_div(in_.depth, kSpan));
+    spans_ = larger(1, ceil_div(depth_, kSpan));
     groups_ = ceil_div(placed_.rows, kGroup);
     const int64_t work = in_.rows * in_.cols * larger(in_.depth, 1) / kWorth;
     ranges_ = smaller(groups_, ceil_div(in_.tasks(work, groups_ * blocks_), blocks_));
@@ -62,7 +48,7 @@ class TiledProduct {
     Scratch shared;
     A* panels = in_.packed != nullptr
                     ? in_.packed
-                    : shared.take<A>(packed_.count * blocks_ * block_rows_ * in_.depth);
+                    : shared.take<A>(packed_.count * blocks_ * block_rows_ * depth_);
     SharedTasks* packing = shared.take<SharedTasks>(blocks_ * spans_);
     for (int64_t block = 0; block < blocks_; block++)
       for (int64_t span = 0; span < spans_; span++)
@@ -70,10 +56,10 @@ class TiledProduct {
     workers(blocks_ * ranges_ + parted_ * (kParts - 1), [&](TaskQueue& queue) {
       Scratch scratch;
       const int64_t kept = spans_ > 1 ? ceil_div(groups_, ranges_) : 1;
-      const Memory memory{
-          panels, scratch.take<A>(placed_.count * kGroup * smaller(in_.depth, kSpan) + kSlack),
-          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
-          scratch.take<A>(2 * kGroup * kWidth)};
+      const Memory memory{panels,
+                          scratch.take<A>(placed_.count * kGroup * smaller(depth_, kSpan) + kSlack),
+                          scratch.take<A>(kept * in_.count * kGroup * block_rows_),
+                          scratch.take<A>(2 * kGroup * kWidth)};
       for (int64_t next; queue.next(next);) {
         const int64_t whole = blocks_ * ranges_ - parted_, part = next - whole;
         const int64_t task = part < 0 ? next : whole + part / kParts;
@@ -119,8 +105,8 @@ class TiledProduct {
   };
   using Place = typename Finish<A>::Place;
   struct Memory {
-    A* panels;  // [matrices, blocks, spans, panels, depths of a span, kWidth], for all threads
-    A* group;   // [matrices, strips, depths of a span, kStrip]
+    A* panels;  // [matrices, blocks, spans, panels, elements of a span, kWidth], for all threads
+    A* group;   // [matrices, strips, elements of a span, kStrip]
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
@@ -129,9 +115,9 @@ class TiledProduct {
     return {block * block_rows_, smaller(block_rows_, packed_.rows - block * block_rows_)};
   }
 
-  // The depths that a block's panels are packed for at once; none past the end.
+  // The elements that a block's panels are packed for at once; none past the end.
   Block span_at(int64_t span) const {
-    return {span * kSpan, larger(0, smaller(kSpan, in_.depth - span * kSpan))};
+    return {span * kSpan, larger(0, smaller(kSpan, depth_ - span * kSpan))};
   }
 
   // A part of a block's rows, in whole panels; some may be empty.
@@ -145,8 +131,17 @@ class TiledProduct {
   }
 
   A* panel_at(const Memory& memory, int64_t matrix, Block rows, Block span, int64_t row) const {
-    return memory.panels + (matrix * blocks_ * block_rows_ + rows.first) * in_.depth +
+    return memory.panels + (matrix * blocks_ * block_rows_ + rows.first) * depth_ +
            span.first * round_up(rows.count, lanes<A>) + row * span.count;
+  }
+
+  void pack_rows(A* to, int64_t width, Operand<T> matrix, Block rows, Block span) const {
+    const Operand<T> from = matrix.from(rows.first, span.first * Unit);
+    if constexpr (Unit == 2)
+      pack_pairs(to, width, from.data, from.outer, from.inner, rows.count,
+                 smaller(span.count * Unit, in_.depth - span.first * Unit));
+    else
+      pack_panel(to, width, from.data, from.outer, from.inner, rows.count, span.count);
   }
 
   // Packs the panels of a span that no other thread packs, and waits for those of the others.
@@ -154,9 +149,8 @@ class TiledProduct {
     for (int64_t panel; panels.next(panel); panels.done())
       for (int64_t m = 0; m < packed_.count; m++) {
         const int64_t row = panel * kWidth, width = width_at(row, rows);
-        const Operand<T> from = packed_.matrices[m].from(rows.first + row, span.first);
-        pack_panel(panel_at(memory, m, rows, span, row), width, from.data, from.outer, from.inner,
-                   smaller(width, rows.count - row), span.count);
+        pack_rows(panel_at(memory, m, rows, span, row), width, packed_.matrices[m],
+                  {rows.first + row, smaller(width, rows.count - row)}, span);
       }
     panels.wait();
   }
@@ -183,21 +177,22 @@ class TiledProduct {
   // group `next` of span `then` is fetched.
   void add(const Memory& memory, Block rows, Block panels, Block others, Block span, Block next,
            Block then, A* tiles) const {
-    const bool last = span.first + span.count == in_.depth;
+    const bool last = span.first + span.count == depth_;
     for (int64_t m = 0; m < placed_.count; m++) {
-      const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
       A* to = memory.group + m * span.count * kGroup;
-      if constexpr (kStrip == kGroup)
-        pack_panel(to, kGroup, from.data, from.outer, from.inner, others.count, span.count);
-      else
+      if constexpr (kStrip == kGroup) {
+        pack_rows(to, kGroup, placed_.matrices[m], others, span);
+      } else {
+        const Operand<T> from = placed_.matrices[m].from(others.first, span.first);
         pack_strips(to, kGroup, from.data, from.outer, from.inner, others.count, span.count);
+      }
     }
     const int64_t steps =
         in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
     Fetch<false> reads[2];
     for (int64_t m = 0; m < placed_.count; m++)
-      reads[m] = fetch_group(placed_.matrices[m].from(next.first, then.first), next.count,
-                             then.count, steps * ceil_div(panels.count, kWidth));
+      reads[m] = fetch_group(placed_.matrices[m].from(next.first, then.first * Unit), next.count,
+                             then.count * Unit, steps * ceil_div(panels.count, kWidth));
     for (int64_t row = panels.first; row < panels.first + panels.count; row += kWidth) {
       const int64_t width = width_at(row, rows);
       const Place place = place_at(rows, others, row);
@@ -215,7 +210,7 @@ class TiledProduct {
             for (int64_t i = 0; i < others.count; i += count) {
               for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
               writes.step();
-              multiply_tile<A, count, vecs, 1, kStrip, true>(
+              multiply_tile<A, count, vecs, 1, kStrip, true, Unit>(
                   group + start * kStrip + (kStrip == kGroup ? i : i * span.count),
                   kStrip == kGroup ? Tile<A>::rows : kStrip * span.count, panel + start * width,
                   length, tile + i * width, width, span.first + start > 0,
@@ -249,205 +244,20 @@ class TiledProduct {
   }
 
   const Product<A, T>& in_;
+  int64_t depth_;  // in elements of what is packed
   bool turned_;
   Side packed_, placed_;
   int64_t block_rows_, blocks_, spans_, groups_, ranges_;
   int64_t parted_;  // tasks, the last, that are done in parts
 };
 
-// Few rows of A, Count at a time, against rows of a weight that are vectors along depth: the weight
-// streams through once. Rows that are read at the same time lie apart, on different pages of
-// memory: a processor fetches ahead by itself, one stream in each page, and more of several streams
-// than of one.
-template <class A, class T, int Count>
-class DotProduct {
- public:
-  static constexpr int64_t kMost = Count == 4 ? 24 : Count;  // rows of A
-
-  explicit DotProduct(const Product<A, T>& product)
-      : in_(product), rows_(round_up(in_.rows, Count)), padded_(round_up(in_.depth, lanes<A>)) {
-    groups_ = ceil_div(in_.cols, kGroup);
-    ranges_ = in_.tasks(in_.cols * in_.depth / kWorth, groups_);
-  }
-
-  void run() const {
-    workers(ranges_, [&](TaskQueue& queue) {
-      Scratch scratch;
-      A* rows = scratch.take<A>(rows_ * padded_);
-      A* block = scratch.take<A>(2 * rows_ * kGroup);
-      A* const blocks[2] = {block, block + (in_.count - 1) * rows_ * kGroup};
-      widen(rows);
-      for (int64_t task; queue.next(task);) {
-        const int64_t end = (task + 1) * groups_ / ranges_;
-        for (int64_t group = task * groups_ / ranges_; group < end; group++) {
-          const int64_t col = group * kGroup, cols = smaller(kGroup, in_.cols - col);
-          const int64_t apart = cols / kWeights;
-          for (int64_t w = 0; w < in_.count; w++) {
-            const Operand<T> weight = in_.weights[w].from(col, 0);
-            A* to = block + w * rows_ * kGroup;
-            for (int64_t j = 0; j < apart; j++)
-              dot<kWeights>(rows, weight.from(j, 0), apart, to + j);
-            for (int64_t j = apart * kWeights; j < cols; j++)
-              dot<1>(rows, weight.from(j, 0), 0, to + j);
-          }
-          in_.finish.call(in_.finish.body, {0, col, in_.rows, cols, kGroup}, blocks);
-        }
-      }
-    });
-  }
-
- private:
-  static constexpr int kWeights = Count == 1 ? 8 : Tile<A>::sums / Count;
-  static constexpr int64_t kGroup = 8 * kWeights;
-  static constexpr int64_t kChain = (FASTATTN_LANES == 1 ? 32 : 64) * lanes<A>;
-  static constexpr int64_t kWorth = 65'536;  // elements of a weight for which a thread is started
-  static_assert(kGroup % lanes<A> == 0);
-
-  void widen(A* to) const {
-    std::memset(to, 0, static_cast<size_t>(rows_ * padded_) * sizeof(A));
-    for (int64_t i = 0; i < in_.rows; i++)
-      load_row(to + i * padded_, in_.a.from(i, 0).data, in_.a.inner, in_.depth);
-  }
-
-  // to[i * kGroup + j * apart] = row i of A times row j * apart of the weight, for j < Weights.
-  // What was summed over kChain is added to the sum of the others: an error grows with a chain's
-  // length.
-  template <int Weights>
-  void dot(const A* rows, Operand<T> weight, int64_t apart, A* to) const {
-    Vec<A> total[kMost][Weights];
-    for (int64_t i = 0; i < rows_; i++)
-      for (int j = 0; j < Weights; j++) total[i][j] = Vec<A>{};
-    for (int64_t start = 0; start < in_.depth; start += kChain)
-      for (int64_t first = 0; first < rows_; first += Count) {
-        Vec<A> sums[Count][Weights] = {};
-        each_vector<A>(smaller(kChain, in_.depth - start), [&](int64_t offset, auto n) {
-          const int64_t k = start + offset;
-          Vec<A> factor[Weights];
-#pragma GCC unroll 16
-          for (int j = 0; j < Weights; j++)
-            factor[j] = load_count<A>(weight.data + j * apart * weight.outer + k, n);
-#pragma GCC unroll 16
-          for (int i = 0; i < Count; i++) {
-            const Vec<A> x = load<A>(rows + (first + i) * padded_ + k);
-#pragma GCC unroll 16
-            for (int j = 0; j < Weights; j++) sums[i][j] += factor[j] * x;
-          }
-        });
-#pragma GCC unroll 16
-        for (int i = 0; i < Count; i++)
-#pragma GCC unroll 16
-          for (int j = 0; j < Weights; j++) total[first + i][j] += sums[i][j];
-      }
-    for (int64_t i = 0; i < rows_; i++)
-      for (int j = 0; j < Weights; j++) to[i * kGroup + j * apart] = sum<A>(total[i][j]);
-  }
-
-  const Product<A, T>& in_;
-  int64_t rows_, padded_, groups_, ranges_;
-};
-
-// Few rows of A against a weight that lies transposed: C adds up lines of the weight, each times an
-// element of A. The weight streams through once, lines that lie apart at the same time, as above;
-// threads share out the lines, and the sums of all are added up at the end.
+// In pairs where the processor can: what is packed for the product by another may be so, too.
 template <class A, class T>
-class LineSum {
- public:
-  static constexpr int64_t kMost = 16;  // rows of A
-
-  explicit LineSum(const Product<A, T>& product)
-      : in_(product),
-        width_(round_up(in_.cols, lanes<A>)),
-        chains_(larger(1, ceil_div(in_.depth, kChain))) {}
-
-  void run() const {
-    Scratch shared;
-    A* sums = shared.take<A>(in_.count * chains_ * in_.rows * width_);
-    const int64_t parts = ceil_div(in_.cols, kPart);
-    share(in_.count * chains_ * parts, in_.cols * in_.depth, [&](int64_t piece, A* rows) {
-      add(piece / parts / chains_, piece / parts % chains_, piece % parts * kPart, rows, sums);
-    });
-    share(ceil_div(in_.cols, kGroup), in_.rows * in_.cols * chains_,
-          [&](int64_t group, A*) { finish(group * kGroup, sums); });
-  }
-
- private:
-  static constexpr int kLines = 8;           // read at the same time
-  static constexpr int64_t kChain = 128;     // depths that are summed in one go
-  static constexpr int64_t kPart = 4096;     // columns of a task
-  static constexpr int64_t kGroup = 256;     // columns that are finished at once
-  static constexpr int64_t kStep = 256;      // columns that meet every row while they are cached
-  static constexpr int64_t kWorth = 65'536;  // additions for which a thread is started
-
-  // Calls f(piece, scratch for A's rows) for all pieces, on as many threads as `work` is worth.
-  template <class F>
-  void share(int64_t pieces, int64_t work, const F& f) const {
-    const int64_t ranges = in_.tasks(work / kWorth, pieces);
-    workers(ranges, [&](TaskQueue& queue) {
-      Scratch scratch;
-      A* rows = scratch.take<A>(in_.rows * kChain);
-      for (int64_t task; queue.next(task);)
-        for (int64_t n = task * pieces / ranges; n < (task + 1) * pieces / ranges; n++) f(n, rows);
-    });
-  }
-
-  A* sum_of(A* sums, int64_t weight, int64_t chain, int64_t col) const {
-    return sums + (weight * chains_ + chain) * in_.rows * width_ + col;
-  }
-
-  // What the lines of a chain give, from column `col` on.
-  void add(int64_t w, int64_t chain, int64_t col, A* rows, A* sums) const {
-    const int64_t first = chain * kChain, depth = smaller(kChain, in_.depth - first);
-    const int64_t cols = smaller(kPart, in_.cols - col);
-    const Operand<T> weight = in_.weights[w].from(col, first);
-    A* to = sum_of(sums, w, chain, col);
-    for (int64_t i = 0; i < in_.rows; i++) {
-      load_row(rows + i * kChain, in_.a.from(i, first).data, in_.a.inner, depth);
-      std::memset(to + i * width_, 0, static_cast<size_t>(round_up(cols, lanes<A>)) * sizeof(A));
-    }
-    const int64_t apart = depth / kLines;
-    for (int64_t k = 0; k < apart; k++)
-      add_lines<kLines>(weight.from(0, k), apart, cols, rows + k, to);
-    for (int64_t k = apart * kLines; k < depth; k++)
-      add_lines<1>(weight.from(0, k), 0, cols, rows + k, to);
-  }
-
-  // Adds lines that lie so many depths apart.
-  template <int Lines>
-  void add_lines(Operand<T> weight, int64_t apart, int64_t cols, const A* rows, A* to) const {
-    for (int64_t col = 0; col < cols; col += kStep)
-      for (int64_t i = 0; i < in_.rows; i++) {
-        A factor[Lines];
-#pragma GCC unroll 8
-        for (int j = 0; j < Lines; j++) factor[j] = rows[i * kChain + j * apart];
-        A* sums = to + i * width_ + col;
-        each_vector<A>(smaller(kStep, cols - col), [&](int64_t c, auto n) {
-          Vec<A> sum{};
-#pragma GCC unroll 8
-          for (int j = 0; j < Lines; j++)
-            sum += factor[j] * load_count<A>(weight.data + j * apart * weight.inner + col + c, n);
-          store(sums + c, load<A>(sums + c) + sum);
-        });
-      }
-  }
-
-  void finish(int64_t col, A* sums) const {
-    const int64_t cols = smaller(kGroup, in_.cols - col), width = round_up(cols, lanes<A>);
-    A block[2][kMost * kGroup];
-    A* const blocks[2] = {block[0], block[in_.count - 1]};
-    for (int64_t w = 0; w < in_.count; w++)
-      for (int64_t i = 0; i < in_.rows; i++)
-        for (int64_t c = 0; c < cols; c += lanes<A>) {
-          Vec<A> total{};
-          for (int64_t chain = 0; chain < chains_; chain++)
-            total += load<A>(sum_of(sums, w, chain, col) + i * width_ + c);
-          store(block[w] + i * width + c, total);
-        }
-    in_.finish.call(in_.finish.body, {0, col, in_.rows, cols, width}, blocks);
-  }
-
-  const Product<A, T>& in_;
-  int64_t width_, chains_;
-};
+void multiply_in_tiles(const Product<A, T>& product) {
+  if constexpr (kPairs && std::is_same_v<T, bf16>)
+    if (unit<T>() == 2) return TiledProduct<A, T, 2>(product).run();
+  return TiledProduct<A, T>(product).run();
+}
 
 }  // namespace
 
@@ -463,9 +273,9 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, Operand<T> a,
     in_rows = in_rows && weight.inner == 1;
     in_columns = in_columns && weight.outer == 1;
   }
-  if (finish.turned) return TiledProduct<A, T>(product).run();
+  if (finish.turned) return multiply_in_tiles(product);
   if (in_columns && !in_rows && rows <= LineSum<A, T>::kMost) return LineSum<A, T>(product).run();
-  if (!in_rows || rows > DotProduct<A, T, 4>::kMost) return TiledProduct<A, T>(product).run();
+  if (!in_rows || rows > DotProduct<A, T, 4>::kMost) return multiply_in_tiles(product);
   if (rows > 2) return DotProduct<A, T, 4>(product).run();
   if (rows > 1) return DotProduct<A, T, 2>(product).run();
   return DotProduct<A, T, 1>(product).run();
@@ -475,7 +285,7 @@ template <class A, class T>
 void multiply(const Packed<A>& a, int64_t cols, Operand<T> weight, Finish<A> finish) {
   if (a.rows == 0 || cols == 0) return;
   const Product<A, T> product{a.rows, cols, a.depth, {}, {weight, weight}, 1, finish, a.data};
-  return TiledProduct<A, T>(product).run();
+  return multiply_in_tiles(product);
 }
 
 #define FASTATTN_PRODUCT(A, T)                                                \

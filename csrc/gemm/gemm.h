@@ -16,16 +16,25 @@ struct Operand {
   Operand from(int64_t i, int64_t k) const { return {data + i * outer + k * inner, outer, inner}; }
 };
 
+// How many depths of an operand are one element of what is packed.
+template <class T>
+int unit() {
+  if constexpr (kPairs && std::is_same_v<T, bf16>) return multiplies_pairs(kIsa) ? 2 : 1;
+  return 1;
+}
+
 // Activations [rows, depth] as tiles read them, so that one product can leave them for the next:
 // panels of Tile::cols rows, the last one narrower by whole vectors, over a span of depths, then
 // the panels of the next span.
 template <class A>
 struct Packed {
   static constexpr int64_t width = Tile<A>::cols;
-  static constexpr int64_t span = FASTATTN_LANES == 8 ? 192 : 512;  // depths of a cached block
-  static constexpr int64_t share = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / share
+  static constexpr int64_t span =
+      FASTATTN_LANES == 8 ? 192 : 512;  // elements of a row in a cached block
+  static constexpr int64_t share = FASTATTN_LANES == 8 ? 1 : 2;  // of the cache: 1 / share
 
   int64_t rows, depth;
+  int unit;  // depths in an element
   A* data;
 
   // Rows of a block that fills its share of the cache, at `elements` a row: whole panels.
@@ -33,14 +42,15 @@ struct Packed {
     const int64_t bytes = larger(elements, 1) * static_cast<int64_t>(sizeof(A));
     return larger(2, cache_bytes() / share / (bytes * width)) * width;
   }
-  static Packed take(Scratch& scratch, int64_t rows, int64_t depth) {
-    return {rows, depth, scratch.take<A>(round_up(rows, lanes<A>) * depth + kSlack)};
+  static Packed take(Scratch& scratch, int64_t rows, int64_t depth, int unit) {
+    const int64_t size = round_up(rows, lanes<A>) * ceil_div(depth, unit) + kSlack;
+    return {rows, depth, unit, scratch.take<A>(size)};
   }
   int64_t width_at(int64_t row) const { return smaller(width, round_up(rows - row, lanes<A>)); }
-  // Depth k of the panel that begins with `row`.
+  // Element k of the panel that begins with `row`.
   A* at(int64_t row, int64_t k) const {
-    const int64_t start = k / span * span, depths = smaller(span, depth - start);
-    return data + start * round_up(rows, lanes<A>) + row * depths + (k - start) * width_at(row);
+    const int64_t start = k / span * span, deep = smaller(span, ceil_div(depth, unit) - start);
+    return data + start * round_up(rows, lanes<A>) + row * deep + (k - start) * width_at(row);
   }
 };
 

@@ -34,6 +34,27 @@ FASTATTN_INLINE void multiply_add(Vec<A>& sum, Vec<A> factor, Vec<A> row) {
 #endif
 }
 
+// Where the processor adds up products of bf16 in pairs, two depths lie in the bits of one float,
+// the first in the lower half; the emulated vector does the same, for tests.
+#if defined(__clang__) && defined(__AVX512F__)
+constexpr bool kPairs = false;  // clang assembles no instruction that it is not to compile to
+#else
+constexpr bool kPairs = FASTATTN_LANES == 16;
+#endif
+FASTATTN_INLINE Vec<float> pair(Vec<float> first, Vec<float> second) {
+  return bits<Vec<float>>(bits<VecU>(first) >> 16 | (bits<VecU>(second) & 0xffff0000u));
+}
+FASTATTN_INLINE void multiply_add_pairs(Vec<float>& sum, Vec<float> factor, Vec<float> row) {
+#if defined(__AVX512F__) && FASTATTN_LANES == 16
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(factor), "v"(row));
+#else
+  const auto first = [](Vec<float> x) { return bits<Vec<float>>(bits<VecU>(x) << 16); };
+  const auto second = [](Vec<float> x) { return bits<Vec<float>>(bits<VecU>(x) & 0xffff0000u); };
+  sum += second(factor) * second(row);
+  sum += first(factor) * first(row);
+#endif
+}
+
 // Elements of the next panel that a tile fetches while it goes through a panel of `depth`: whole
 // lines, one or more a round, so that eight tiles which meet the same panel fetch all of the next.
 constexpr int kRound = 8;  // depths; few enough are left over that a processor foresees the last
@@ -48,8 +69,8 @@ constexpr int64_t fetched(int64_t depth) {
 // lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its own first: an
 // error grows with the length of a chain of additions, so that partial sums of blocks round less
 // than one long chain. Meanwhile it fetches its part of the panel at `next`, if Ahead: worth it
-// where panels come from beyond the second-level cache.
-template <class A, int Count, int Vecs, int Row, int Step, bool Ahead = false>
+// where panels come from beyond the second-level cache. With Unit = 2 an element is a pair.
+template <class A, int Count, int Vecs, int Row, int Step, bool Ahead = false, int Unit = 1>
 __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A* b, int64_t depth,
                                              A* c, int64_t c_row, bool add,
                                              const A* next = nullptr) {
@@ -71,7 +92,11 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
     for (int i = 0; i < Count; i++) {
       const Vec<A> factor = set<A>(base[i / high][i % high * Row + at * Step]);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vecs; j++) multiply_add<A>(sum[i][j], factor, row[j]);
+      for (int j = 0; j < Vecs; j++)
+        if constexpr (Unit == 2)
+          multiply_add_pairs(sum[i][j], factor, row[j]);
+        else
+          multiply_add<A>(sum[i][j], factor, row[j]);
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
@@ -305,6 +330,46 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
     for (; k < depth; k++)
       for (int64_t j = i; j < smaller(i + lanes<A>, width); j++)
         to[k * width + j] = j < count ? load_one<A>(from + j * outer + k * inner) : A{0};
+  }
+}
+
+// The same with pairs of depths as elements; the last of an odd depth has a zero.
+template <class T>
+__attribute__((noinline)) void pack_pairs(float* to, int64_t width, const T* from, int64_t outer,
+                                          int64_t inner, int64_t count, int64_t depth) {
+  constexpr int n = lanes<float>;
+  const auto one = [=](int64_t i, int64_t k) {
+    return i < count && k < depth ? bits<uint16_t>(from[i * outer + k * inner]) : uint16_t{0};
+  };
+  const auto each = [=](int64_t k, int64_t i) {
+    return bits<float>(static_cast<uint32_t>(one(i, 2 * k)) | uint32_t{one(i, 2 * k + 1)} << 16);
+  };
+  const int64_t pairs = ceil_div(depth, 2), whole = depth / 2;
+  if (outer == 1) {
+    for (int64_t k = 0; k < pairs; k++) {
+      const T* source = from + 2 * k * inner;
+      for (int ahead : {8, 9}) __builtin_prefetch(source + ahead * inner);  // as above
+      int64_t i = 0;
+      for (; k < whole && i + n <= count; i += n)
+        store(to + k * width + i, pair(load<float>(source + i), load<float>(source + inner + i)));
+      for (; i < width; i++) to[k * width + i] = each(k, i);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < width; i += n) {
+    int64_t k = 0;
+    if (inner == 1 && i + n <= count)
+      for (; k + n <= whole; k += n) {
+        Vec<float> block[n];
+#pragma GCC unroll 16
+        for (int j = 0; j < n; j++)
+          std::memcpy(&block[j], from + (i + j) * outer + 2 * k, sizeof(block[j]));
+        transpose(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < n; j++) store(to + (k + j) * width + i, block[j]);
+      }
+    for (; k < pairs; k++)
+      for (int64_t j = i; j < smaller(i + n, width); j++) to[k * width + j] = each(k, j);
   }
 }
 
