@@ -6,6 +6,7 @@ Eager is PyTorch's own functions called one after the other, as a model's author
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -205,27 +206,36 @@ def varlen(case: Varlen) -> Recipe:
 
 
 def decode(case: Decode) -> Recipe:
-    """query (B, H, 1, D), and keys and values (B, Hkv, S, D), which fill a cache."""
+    """query (B, H, Q, D), and keys and values (B, Hkv, S, D), which fill a cache; the last Q keys
+    are the queries' own, which see no later one.
+    """
     cache = (case.batch, case.kv_heads, case.seq, case.head_dim)
     inputs = {
-        "query": torch.randn(case.batch, case.heads, 1, case.head_dim),
+        "query": torch.randn(case.batch, case.heads, case.queries, case.head_dim),
         "key": torch.randn(cache),
         "value": torch.randn(cache),
     }
     lengths = torch.full((case.batch,), case.seq)
+    causal = case.queries > 1
+    seen = torch.ones(case.queries, case.seq, dtype=torch.bool).tril(case.seq - case.queries)
 
     def fused(query, key, value):
         if case.cached:
-            return fastattn.attention_decode(query, key, value, cache_seqlens=lengths)
-        return fastattn.attention(query, key, value)
+            return fastattn.attention_decode(
+                query, key, value, cache_seqlens=lengths, causal=causal
+            )
+        return fastattn.attention(query, key, value, causal=causal)
 
     def eager(query, key, value):
         key, value = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (key, value))
-        scores = query @ key.transpose(-1, -2) * case.head_dim**-0.5  # [B, H, 1, S]
+        scores = query @ key.transpose(-1, -2) * case.head_dim**-0.5  # [B, H, Q, S]
+        if causal:
+            scores = scores.masked_fill(~seen, -math.inf)
         return scores.softmax(-1) @ value
 
     def sdpa(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        mask = seen if causal else None
+        return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
     return Recipe(inputs, {"fused": fused, "eager": eager, "sdpa": sdpa}, eager)
 

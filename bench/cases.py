@@ -161,17 +161,18 @@ class Varlen(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Case):
-    """One query a sequence against seq keys, whose heads several queries share."""
+    """One query a sequence, or the last of several, against seq keys, whose heads queries share."""
 
     batch: int
     heads: int
     kv_heads: int
     seq: int
     head_dim: int
+    queries: int = 1
     cached: bool = True  # False: by `attention`, as across to an encoder or by a patched model
 
     group: ClassVar[str] = "attention"
-    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 16}
+    tiny: ClassVar[dict[str, int]] = {"batch": 1, "seq": 256}
 
     @property
     def title(self) -> str:
@@ -179,16 +180,25 @@ class Decode(Case):
 
     @property
     def shape(self) -> str:
-        return f"B{self.batch} H{self.heads}/{self.kv_heads} S{self.seq} D{self.head_dim}"
+        length = f"{self.seq}" if self.queries == 1 else f"{self.queries}/{self.seq}"
+        return f"B{self.batch} H{self.heads}/{self.kv_heads} S{length} D{self.head_dim}"
+
+    @property
+    def flops(self) -> float:
+        hidden = self.queries * (self.queries - 1) // 2
+        pairs = self.queries * self.seq - hidden if self.queries > 1 else 0
+        return 4.0 * self.batch * self.heads * self.head_dim * pairs
 
     @property
     def traffic(self) -> float:
+        if not self.reads:
+            return 0.0
         size = 4.0 if self.dtype == "float32" else 2.0
         return 2 * self.batch * self.kv_heads * self.seq * self.head_dim * size
 
     @property
     def reads(self) -> bool:
-        return True
+        return self.queries == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,6 +493,8 @@ CASES: tuple[Case, ...] = (
     Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128),
     Decode(batch=8, heads=32, kv_heads=8, seq=16384, head_dim=128),
     Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128, dtype="bfloat16"),
+    Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, queries=5),
+    Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, queries=256),
     Decode(batch=1, heads=6, kv_heads=6, seq=1500, head_dim=64, cached=False),
     Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, cached=False),
     # attention forward and backward
