@@ -348,7 +348,8 @@ __attribute__((noinline)) void pack_pairs(float* to, int64_t width, const T* fro
   if (outer == 1) {
     for (int64_t k = 0; k < pairs; k++) {
       const T* source = from + 2 * k * inner;
-      for (int ahead : {8, 9}) __builtin_prefetch(source + ahead * inner);  // as above
+      __builtin_prefetch(source + 8 * inner);  // as above
+      __builtin_prefetch(source + 9 * inner);
       int64_t i = 0;
       for (; k < whole && i + n <= count; i += n)
         store(to + k * width + i, pair(load<float>(source + i), load<float>(source + inner + i)));
