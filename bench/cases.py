@@ -185,8 +185,9 @@ class Decode(Case):
 
     @property
     def flops(self) -> float:
-        hidden = self.queries * (self.queries - 1) // 2
-        pairs = self.queries * self.seq - hidden if self.queries > 1 else 0
+        if self.reads:
+            return 0.0
+        pairs = self.queries * self.seq - self.queries * (self.queries - 1) // 2
         return 4.0 * self.batch * self.heads * self.head_dim * pairs
 
     @property

@@ -134,7 +134,8 @@ class Shadow {
       cell.more_readers = static_cast<uint32_t>(readers_.size() - 1);
     }
     auto& readers = readers_[cell.more_readers];
-    auto entry = std::find_if(readers.begin(), readers.end(), same);  // soon said, and the rule
+    // Who reads again, as those who poll do, is found without asking a clock about all others.
+    auto entry = std::find_if(readers.begin(), readers.end(), same);
     if (entry == readers.end())
       entry = std::find_if(readers.begin(), readers.end(),
                            [&](const Epoch& old) { return clock.knows(old); });
