@@ -1,6 +1,6 @@
 // Additive attention on the CPU: panels of keys whose features stay in cache, an online softmax.
 #include "additive_attention/additive_attention.h"
-#include "simd/tile.h"
+#include "simd/pack.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

@@ -27,7 +27,7 @@ inline AttentionBackward sequence(const AttentionBackward& args, int64_t n) {
 // The backward pass of a run of keys. Every task owns its keys' gradients and, where bias
 // broadcasts over batch or heads, all that share one slice of its gradient; the gradient of the
 // queries is a partial sum per run, added up in order afterwards.
-template <class T>
+template <class T, int Unit>
 class BackwardTask {
   using A = Acc<T>;
 
@@ -40,8 +40,8 @@ class BackwardTask {
         grad_bias_(grad_bias),
         fresh_bias_(fresh_bias),
         partial_queries_(partial_queries),
-        query_width_(Panels<A>::padded(in_.head_dim)),
-        value_width_(Panels<A>::padded(in_.value_dim)) {
+        query_width_(Panels<A, Unit>::padded(in_.head_dim)),
+        value_width_(Panels<A, Unit>::padded(in_.value_dim)) {
     int64_t stride = 1;
     for (int dim = 3; dim >= 0; dim--) {
       bias_stride_[dim] = args.bias_sizes[dim] == 1 ? 0 : stride;
@@ -53,16 +53,17 @@ class BackwardTask {
   void run(int64_t key_head, int64_t first, int64_t end, int64_t part) const {
     const int64_t keys = end - first;
     Scratch scratch;
-    Keys block{scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.head_dim + kSlack),
-               scratch.take<A>(key_panels<A>(keys) * Tile<A>::cols * in_.value_dim + kSlack),
-               Panels<A>::take(scratch, keys, in_.head_dim),
+    Keys block{scratch.take<A>(packed_key_size<A, Unit>(keys, in_.head_dim)),
+               scratch.take<A>(packed_key_size<A, Unit>(keys, in_.value_dim)),
+               Panels<A, Unit>::take(scratch, keys, in_.head_dim),
                scratch.take<A>(round_up(keys, kKeys) * query_width_),
                scratch.take<A>(round_up(keys, kKeys) * value_width_),
                true};
     const T* key = at<T>(in_.key, key_head, first, 0);
     const T* value = at<T>(in_.value, key_head, first, 0);
-    pack_keys(block.keys, key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
-    pack_keys(block.values, value, in_.value.stride[2], in_.value.stride[3], keys, in_.value_dim);
+    pack_keys<Unit>(block.keys, key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
+    pack_keys<Unit>(block.values, value, in_.value.stride[2], in_.value.stride[3], keys,
+                    in_.value_dim);
     block.key_rows.pack(key, in_.key.stride[2], in_.key.stride[3], keys);
     block.finite = !can_hide(in_) ||
                    all_finite<A>(key, in_.key.stride[2], in_.key.stride[3], keys, in_.head_dim);
@@ -72,11 +73,12 @@ class BackwardTask {
                 static_cast<size_t>(round_up(keys, kKeys) * value_width_) * sizeof(A));
     Queries queries{scratch.take<A>(kBackwardQueries * in_.head_dim + kSlack),
                     scratch.take<A>(kBackwardQueries * in_.value_dim + kSlack),
-                    Panels<A>::take(scratch, kBackwardQueries, in_.head_dim),
-                    Panels<A>::take(scratch, kBackwardQueries, in_.value_dim),
+                    Panels<A, Unit>::take(scratch, kBackwardQueries, in_.head_dim),
+                    Panels<A, Unit>::take(scratch, kBackwardQueries, in_.value_dim),
                     scratch.take<A>(kBackwardQueries * query_width_),
                     scratch.take<A>(kBackwardQueries * kKeys),
                     scratch.take<A>(kBackwardQueries * kKeys),
+                    scratch.take<A>(Unit == 1 ? 0 : kBackwardQueries * kKeys / Unit),
                     scratch.take<A>(kKeys),
                     scratch.take<A>(kKeys),
                     scratch.take<A>(kBackwardQueries + kKeys),
@@ -103,16 +105,17 @@ class BackwardTask {
 
  private:
   struct Keys {
-    A *keys, *values;    // B operands of products over head_dim and value_dim
-    Panels<A> key_rows;  // B operand of products over keys
+    A *keys, *values;          // B operands of products over head_dim and value_dim
+    Panels<A, Unit> key_rows;  // B operand of products over keys
     A *grad_key, *grad_value;
     bool finite;
   };
   struct Queries {
-    A *query, *grad_out;                  // A operands of products over head_dim and value_dim
-    Panels<A> query_rows, grad_out_rows;  // B operands of products over queries
+    A *query, *grad_out;  // A operands of products over head_dim and value_dim
+    Panels<A, Unit> query_rows, grad_out_rows;  // B operands of products over queries
     A* grad_query;
     A *weights, *grads;  // [kBackwardQueries, kKeys]
+    A* paired_grads;     // [kBackwardQueries, kKeys / Unit], where they lie in pairs along a row
     A *factors, *cap_slope;
     A* diagonals;  // sums of grads, one for each distance of key and query
     bool finite;
@@ -130,9 +133,9 @@ class BackwardTask {
       const T* grad_out = at<T>(args_.grad_out, h, i, 0);
       const int64_t* q = in_.query.stride;
       const int64_t* g = args_.grad_out.stride;
-      pack_rows(queries.query, query, q[2], q[3], count, in_.head_dim,
-                Scores<A>::query_factor(in_));
-      pack_rows(queries.grad_out, grad_out, g[2], g[3], count, in_.value_dim, A{1});
+      pack_rows<Unit>(queries.query, query, q[2], q[3], count, in_.head_dim,
+                      Scores<A>::query_factor(in_));
+      pack_rows<Unit>(queries.grad_out, grad_out, g[2], g[3], count, in_.value_dim, A{1});
       queries.query_rows.pack(query, q[2], q[3], count);
       queries.grad_out_rows.pack(grad_out, g[2], g[3], count);
       queries.finite =
@@ -153,10 +156,12 @@ class BackwardTask {
   void key_block(const Keys& keys, const Queries& queries, const Scores<A>& scores, int64_t h,
                  int64_t i, int64_t count, int64_t first, int64_t j, int64_t key_count) const {
     const int64_t at_key = j - first;
-    multiply_block(in_, queries.query, keys.keys + at_key * in_.head_dim, in_.head_dim, i, count, j,
-                   key_count, queries.weights);
-    multiply_block(in_, queries.grad_out, keys.values + at_key * in_.value_dim, in_.value_dim, i,
-                   count, j, key_count, queries.grads);
+    multiply_block<A, Unit>(in_, queries.query, keys.keys + at_key * ceil_div(in_.head_dim, Unit),
+                            in_.head_dim, i, count, j, key_count, queries.weights,
+                            Scores<A>::query_factor(in_));
+    multiply_block<A, Unit>(in_, queries.grad_out,
+                            keys.values + at_key * ceil_div(in_.value_dim, Unit), in_.value_dim, i,
+                            count, j, key_count, queries.grads, A{1});
     const int64_t width = round_up(key_count, kKeyStep);
     const int64_t row0 = row_number(in_, h, i);
     const auto* lse = static_cast<const A*>(args_.lse) + row0;
@@ -179,25 +184,45 @@ class BackwardTask {
           const Vec<A> grad = load<A>(grads + c);
           store(grads + c, grad == 0 ? grad : grad * load<A>(queries.cap_slope + c));
         }
+      if constexpr (Unit == 2) {
+        if (r % 2 == 1 || r + 1 == count) make_pairs(queries, r / 2 * 2, count, width);
+      }
     }
     if (sums_diagonals)
       add(bias_gradient(h) + j - (i + count - 1) + in_.q_len - 1, queries.diagonals,
           count + key_count - 1);
     const int64_t rows = round_up(count, Tile<A>::rows);
     const int64_t key_rows = round_up(key_count, Tile<A>::rows);
-    std::memset(queries.grads + count * kKeys, 0,  // the last tile reads rows past the end
-                static_cast<size_t>((rows - count) * kKeys) * sizeof(A));
-    const auto of_queries =
-        keys.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
-    of_queries(queries.grads, rows, keys.key_rows, at_key,
-               Depths<A>::seen(in_, i, count, j, key_count), queries.grad_query, query_width_);
-    const auto of_keys =
-        queries.finite ? &multiply_panels<A, 1, kKeys> : &multiply_visible<A, 1, kKeys>;
+    constexpr int64_t row_size = kKeys / Unit;
+    A* of_rows = Unit == 1 ? queries.grads : queries.paired_grads;
+    std::memset(of_rows + count * row_size, 0,  // the last tile reads rows past the end
+                static_cast<size_t>((rows - count) * row_size) * sizeof(A));
+    const auto of_queries = keys.finite ? &multiply_panels<A, Unit, row_size, 1>
+                                        : &multiply_visible<A, Unit, row_size, 1>;
+    of_queries(of_rows, rows, keys.key_rows, at_key, Depths<A>::seen(in_, i, count, j, key_count),
+               queries.grad_query, query_width_);
+    const auto of_keys = queries.finite ? &multiply_panels<A, Unit, 1, kKeys * Unit>
+                                        : &multiply_visible<A, Unit, 1, kKeys * Unit>;
     const auto seeing = Depths<A>::seeing(in_, i, count, j, key_count);
     of_keys(queries.grads, key_rows, queries.query_rows, 0, seeing,
             keys.grad_key + at_key * query_width_, query_width_);
     of_keys(queries.weights, key_rows, queries.grad_out_rows, 0, seeing,
             keys.grad_value + at_key * value_width_, value_width_);
+  }
+
+  // Rows r and r + 1 of weights and gradients as operands: pairs along the rows, for the gradients
+  // of queries, and pairs of rows in the place of the first, for those of keys and values.
+  static void make_pairs(const Queries& queries, int64_t r, int64_t count, int64_t width) {
+    for (A* rows : {queries.weights, queries.grads}) {
+      A *first = rows + r * kKeys, *second = first + kKeys;
+      if (r + 1 == count) std::memset(second, 0, static_cast<size_t>(width) * sizeof(A));
+      if (rows == queries.grads) {
+        round_row(first, width, queries.paired_grads + r * kKeys / 2);
+        round_row(second, width, queries.paired_grads + (r + 1) * kKeys / 2);
+      }
+      for (int64_t c = 0; c < width; c += lanes<A>)
+        store(first + c, round_pairs(load<A>(first + c), load<A>(second + c)));
+    }
   }
 
   // One row: logits become the weights that met the values, and gradients of weights those of
@@ -358,14 +383,14 @@ struct BiasGradient {
   }
 };
 
-template <class T>
-void backward(const AttentionBackward& args) {
+template <class T, int Unit>
+void backward_in(const AttentionBackward& args) {
   using A = Acc<T>;
   const Attention& in = args.in;
   const bool bias = args.grad_bias != nullptr;
   const int64_t batches = bias && args.bias_sizes[0] == 1 ? 1 : in.batch;
   const int64_t heads = bias && args.bias_sizes[1] == 1 ? 1 : in.kv_heads;
-  const int64_t query_width = Panels<A>::padded(in.head_dim);
+  const int64_t query_width = Panels<A, Unit>::padded(in.head_dim);
 
   Scratch scratch;
   // The runs of keys depend on the shape alone, so that sums do not depend on the threads.
@@ -391,8 +416,8 @@ void backward(const AttentionBackward& args) {
     const int64_t first = part * blocks / runs * kKeys;
     const int64_t end = smaller((part + 1) * blocks / runs * kKeys, kv_len);
     for (int64_t n = batch; n < in.batch; n += batches) {
-      const BackwardTask<T> task(args, n, delta, grad_bias.of_run(part),
-                                 grad_bias.fresh && n == batch, runs > 1 ? partial : nullptr);
+      const BackwardTask<T, Unit> task(args, n, delta, grad_bias.of_run(part),
+                                       grad_bias.fresh && n == batch, runs > 1 ? partial : nullptr);
       for (int64_t h = piece / runs; h < in.kv_heads; h += heads) task.run(h, first, end, part);
     }
   });
@@ -410,10 +435,15 @@ void backward(const AttentionBackward& args) {
                          width);
         });
       }
-      BackwardTask<T>::write(own.grad_query, h, 0, own.in.q_len, in.head_dim, to, query_width,
-                             static_cast<A>(in.scale));
+      BackwardTask<T, Unit>::write(own.grad_query, h, 0, own.in.q_len, in.head_dim, to, query_width,
+                                   static_cast<A>(in.scale));
     });
   grad_bias.write(args);
+}
+
+template <class T>
+void backward(const AttentionBackward& args) {
+  with_unit<T>([&](auto unit) { backward_in<T, unit>(args); });
 }
 
 }  // namespace

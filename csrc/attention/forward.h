@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kQueries = 48;  // queries in a block
 static_assert(kQueries % Tile<float>::rows == 0);
 
-template <class T>
+template <class T, int Unit>
 class ForwardTask {
   using A = Acc<T>;
 
@@ -21,7 +21,7 @@ class ForwardTask {
         rotary_(rotary),
         out_(sequence(args.out, in_.index, in_.first_query)),
         lse_(static_cast<A*>(args.lse)),
-        value_width_(Panels<A>::padded(in_.value_dim)) {}
+        value_width_(Panels<A, Unit>::padded(in_.value_dim)) {}
 
   // The rows that another task will read, fetched in `steps` while this one computes: rows far
   // apart are slow to come.
@@ -56,12 +56,11 @@ class ForwardTask {
     const int64_t start = keys.first / kKeys * kKeys;
     const int64_t key_count = larger(0, keys.end - start);
     Scratch scratch;
-    A* packed_keys =
-        scratch.take<A>(key_panels<A>(key_count) * Tile<A>::cols * in_.head_dim + kSlack);
-    const Panels<A> values = Panels<A>::take(scratch, key_count, in_.value_dim);
+    A* packed_keys = scratch.take<A>(packed_key_size<A, Unit>(key_count, in_.head_dim));
+    const auto values = Panels<A, Unit>::take(scratch, key_count, in_.value_dim);
     const T* value = at<T>(in_.value, key_head, start, 0);
-    pack_keys(packed_keys, at<T>(in_.key, key_head, start, 0), in_.key.stride[2], in_.key.stride[3],
-              key_count, in_.head_dim);
+    pack_keys<Unit>(packed_keys, at<T>(in_.key, key_head, start, 0), in_.key.stride[2],
+                    in_.key.stride[3], key_count, in_.head_dim);
     values.pack(value, in_.value.stride[2], in_.value.stride[3], key_count);
     const bool finite =
         !can_hide(in_) ||
@@ -70,7 +69,7 @@ class ForwardTask {
         packed_keys,           values, finite, start, scratch.take<A>(kQueries * kKeys),
         scratch.take<A>(kKeys)};
     // Keys that are far from any core are read once for several blocks of queries.
-    const int64_t bytes = key_count * (in_.head_dim + value_width_) * int64_t{sizeof(A)};
+    const int64_t bytes = key_count * (in_.head_dim + value_width_) * int64_t{sizeof(A)} / Unit;
     const int64_t together = bytes > kFar ? kTogether : 1;
     Block blocks[kTogether];
     for (int64_t b = 0; b < together; b++) blocks[b] = Block(*this, scratch);
@@ -95,7 +94,7 @@ class ForwardTask {
   // Keys and values of a task, and where the weights that a block of queries gives some are made.
   struct Keys {
     const A* keys;
-    const Panels<A>& values;
+    const Panels<A, Unit>& values;
     bool finite;
     int64_t start;
     A *weights, *factors;
@@ -133,9 +132,9 @@ class ForwardTask {
 
   void load_queries(A* packed, int64_t h, int64_t i, int64_t count) const {
     const A factor = Scores<A>::query_factor(in_);
-    if (rotary_.pairs == 0)
-      return pack_rows(packed, at<T>(in_.query, h, i, 0), in_.query.stride[2], in_.query.stride[3],
-                       count, in_.head_dim, factor);
+    if (Unit == 2 || rotary_.pairs == 0)
+      return pack_rows<Unit>(packed, at<T>(in_.query, h, i, 0), in_.query.stride[2],
+                             in_.query.stride[3], count, in_.head_dim, factor);
     Scratch scratch;
     A* rows = scratch.take<A>(count * in_.head_dim);
     for (int64_t r = 0; r < count; r++) {
@@ -143,7 +142,7 @@ class ForwardTask {
       const Rotation<A> rotation(rotary_, angles, in_.offset + i + r);
       rotation.template load<T>(rows + r * in_.head_dim, in_.query, h, i + r, in_.head_dim);
     }
-    pack_rows(packed, rows, in_.head_dim, 1, count, in_.head_dim, factor);
+    pack_rows<1>(packed, rows, in_.head_dim, 1, count, in_.head_dim, factor);
   }
 
   // Adds what the queries see of keys j to j + kKeys.
@@ -152,8 +151,9 @@ class ForwardTask {
     const auto [first, end] = block.seen;
     if (j >= end || j + kKeys <= first) return;
     const int64_t i = block.first, key_count = smaller(kKeys, end - j), at_key = j - from.start;
-    multiply_block(in_, block.query, from.keys + at_key * in_.head_dim, in_.head_dim, i,
-                   block.count, j, key_count, from.weights);
+    multiply_block<A, Unit>(in_, block.query, from.keys + at_key * ceil_div(in_.head_dim, Unit),
+                            in_.head_dim, i, block.count, j, key_count, from.weights,
+                            Scores<A>::query_factor(in_));
     for (int64_t r = 0; r < block.count; r++) {
       if (r % Tile<A>::rows == 0) {
         ahead.step();
@@ -162,7 +162,7 @@ class ForwardTask {
       soften(block, from, scores, r, j, key_count);
     }
     const auto multiply =
-        from.finite ? &multiply_panels<A, kKeys, 1> : &multiply_visible<A, kKeys, 1>;
+        from.finite ? &multiply_panels<A, Unit, kKeys, 1> : &multiply_visible<A, Unit, kKeys, 1>;
     multiply(from.weights, block.padded(), from.values, at_key,
              Depths<A>::seen(in_, i, block.count, j, key_count), block.out, value_width_);
   }
@@ -206,6 +206,7 @@ class ForwardTask {
       for (int64_t c = 0; c < width; c += lanes<A>)
         store(row + c, load<A>(row + c) * load<A>(from.factors + c));
     }
+    if constexpr (Unit == 2) round_row(row, width, row);
   }
 
   Attention in_;
@@ -215,8 +216,8 @@ class ForwardTask {
   int64_t value_width_;
 };
 
-template <class T>
-void forward(const AttentionForward& args, const Rotary& rotary = {}) {
+template <class T, int Unit>
+void forward_in(const AttentionForward& args, const Rotary& rotary) {
   const Attention& in = args.in;
   const Shares share(in);
   Scratch scratch;
@@ -239,15 +240,21 @@ void forward(const AttentionForward& args, const Rotary& rotary = {}) {
   };
   parallel(pieces.total(), [&](int64_t index) {
     const auto [n, key_head, first, end] = place(index);
-    typename ForwardTask<T>::Ahead ahead;
+    typename ForwardTask<T, Unit>::Ahead ahead;
     if (index + thread_count() < pieces.total()) {  // most often this thread's next
       const Place next = place(index + thread_count());
       const int64_t steps = in.heads / in.kv_heads * ceil_div(end - first, Tile<Acc<T>>::rows);
-      ahead = ForwardTask<T>(args, rotary, next.sequence)
+      ahead = ForwardTask<T, Unit>(args, rotary, next.sequence)
                   .ahead(next.key_head, next.first, next.end, larger(1, steps));
     }
-    ForwardTask<T>(args, rotary, n).run(key_head, first, end, ahead);
+    ForwardTask<T, Unit>(args, rotary, n).run(key_head, first, end, ahead);
   });
+}
+
+template <class T>
+void forward(const AttentionForward& args, const Rotary& rotary = {}) {
+  if (rotary.pairs > 0) return forward_in<T, 1>(args, rotary);  // pairs would round what is turned
+  with_unit<T>([&](auto unit) { forward_in<T, unit>(args, rotary); });
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "simd/pack.h"
 #include "simd/philox.h"
-#include "simd/tile.h"
 
 namespace fastattn::FASTATTN_ISA {
 namespace {

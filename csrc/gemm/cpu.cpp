@@ -137,11 +137,8 @@ class TiledProduct {
 
   void pack_rows(A* to, int64_t width, Operand<T> matrix, Block rows, Block span) const {
     const Operand<T> from = matrix.from(rows.first, span.first * Unit);
-    if constexpr (Unit == 2)
-      pack_pairs(to, width, from.data, from.outer, from.inner, rows.count,
-                 smaller(span.count * Unit, in_.depth - span.first * Unit));
-    else
-      pack_panel(to, width, from.data, from.outer, from.inner, rows.count, span.count);
+    pack_units<Unit>(to, width, from.data, from.outer, from.inner, rows.count,
+                     smaller(span.count * Unit, in_.depth - span.first * Unit));
   }
 
   // Packs the panels of a span that no other thread packs, and waits for those of the others.
@@ -254,9 +251,7 @@ class TiledProduct {
 // In pairs where the processor can: what is packed for the product by another may be so, too.
 template <class A, class T>
 void multiply_in_tiles(const Product<A, T>& product) {
-  if constexpr (kPairs && std::is_same_v<T, bf16>)
-    if (unit<T>() == 2) return TiledProduct<A, T, 2>(product).run();
-  return TiledProduct<A, T>(product).run();
+  with_unit<T>([&](auto unit) { TiledProduct<A, T, unit>(product).run(); });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "simd/tile.h"
+#include "simd/pack.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -15,13 +15,6 @@ struct Operand {
 
   Operand from(int64_t i, int64_t k) const { return {data + i * outer + k * inner, outer, inner}; }
 };
-
-// How many depths of an operand are one element of what is packed.
-template <class T>
-int unit() {
-  if constexpr (kPairs && std::is_same_v<T, bf16>) return multiplies_pairs(kIsa) ? 2 : 1;
-  return 1;
-}
 
 // Activations [rows, depth] as tiles read them, so that one product can leave them for the next:
 // panels of Tile::cols rows, the last one narrower by whole vectors, over a span of depths, then

@@ -64,6 +64,16 @@ FASTATTN_INLINE Vec<A> set(A value) {
   return value - Vec<A>{};  // which is `value`, a zero's sign too
 }
 
+// The elements of two vectors, in the order that a pattern of indices gives.
+template <class V, size_t... I, class Pattern>
+FASTATTN_INLINE V shuffle(V a, V b, std::index_sequence<I...>, Pattern pattern) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, pattern(static_cast<int>(I))...);
+#else
+  return __builtin_shuffle(a, b, decltype(a == b){pattern(static_cast<int>(I))...});
+#endif
+}
+
 // fp16 <-> fp32 in integers (IEEE 754 binary16), for ISAs without an instruction for it.
 FASTATTN_INLINE Vec<float> widen_f16(VecH half) {
 #if defined(__AVX512F__) && FASTATTN_LANES == 16
