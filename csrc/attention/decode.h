@@ -2,6 +2,7 @@
 // lie.
 #pragma once
 
+#include "attention/decode_tile.h"
 #include "attention/rotation.h"
 #include "attention/scores.h"
 
@@ -11,10 +12,7 @@ namespace {
 // Keys of a task. It depends on nothing, so that a sequence's sums depend on no other sequence and
 // on no number of threads.
 constexpr int64_t kSplit = 256;
-// Vectors of sums in registers, of which there are some twice as many, and keys of a tile.
-constexpr int kTile = FASTATTN_LANES == 8 ? 8 : 16;
-constexpr int kTileRows = 4;  // that share a load of a key or value
-static_assert(kSplit % kTile == 0 && kTile % lanes<float> == 0);
+static_assert(kSplit % kTile == 0);
 
 template <class A, class T>
 void store_row(T* to, int64_t stride, const A* from, int64_t count) {
@@ -77,9 +75,10 @@ struct Part {
 // t + n, t + 2 n ... A processor fetches ahead by itself what is read in order, as long as it is
 // read at one place of a page of memory and not at several that lie next to each other; and of
 // several such streams, each on pages of its own, it fetches more than of one.
-template <class T>
+template <class T, int Unit>
 class DecodeTask {
   using A = Acc<T>;
+  using Own = DecodeTile<T, Unit>;
 
  public:
   DecodeTask(const AttentionDecode& args, int64_t n, int64_t key_head)
@@ -102,31 +101,39 @@ class DecodeTask {
     const int64_t first = larger(seen_.first, block), end = smaller(seen_.end, block + kSplit);
     const int64_t count = end - first, tiles = ceil_div(count, kTile);
     Scratch scratch;
-    const T** keys = scratch.take<const T*>(kSplit);
-    const T** values = scratch.take<const T*>(kSplit);
+    const T** keys = scratch.take<const T*>(2 * kSplit + kTile);
+    const T** values = keys + tiles * kTile;
     T* zeros = scratch.take<T>(larger(width_, value_width_));
     std::memset(static_cast<void*>(zeros), 0,
                 static_cast<size_t>(larger(width_, value_width_)) * sizeof(T));
     find(scratch, args_.key_cache, in_.head_dim, first, count, zeros, keys);
     find(scratch, args_.value_cache, in_.value_dim, first, count, zeros, values);
+    for (int k = 0; k < kTile; k++) values[tiles * kTile + k] = zeros;  // what is fetched last
     A* query = scratch.take<A>(rows_ * width_);
     load_queries(scratch, query);
-    A* weights = scratch.take<A>(rows_ * kSplit);
+    A* weights = scratch.take<A>(rows_ * kSplit);  // in the order of tiles
+    A* row = scratch.take<A>(kSplit);              // in that of keys
+    const int64_t width = tiles * kTile;
     for (int64_t t = 0; t < tiles; t++)
       each_rows([&](int64_t r, auto rows) {
         constexpr int together = rows < 2 ? 1 : 2, count = kTile / together;
         for (int k = 0; k < kTile; k += count)
-          for (int i = 0; i < rows; i += together)
-            dots<together, count>(query + (r + i) * width_, keys + t * kTile + k,
-                                  weights + (r + i) * kSplit + k * tiles + t, tiles);
+          for (int i = 0; i < rows; i += together) {
+            const T** key = keys + t * kTile + k;
+            const auto dots = rows > 1 && r + i == 0 ? &Own::template dots<together, count, true>
+                                                     : &Own::template dots<together, count, false>;
+            dots(query + (r + i) * width_, width_, key, key + kTile,
+                 weights + (r + i) * kSplit + t * kTile + k, kSplit);
+          }
       });
     for (int64_t r = 0; r < rows_; r++) {
-      A* row = weights + r * kSplit;
-      const int64_t width = round_up(tiles * kTile, lanes<A>);
+      A* tile_order = weights + r * kSplit;
+      reorder(tile_order, tiles, kTile, row);
       const Scores<A> scores(in_, head(r));
       scores.finish(row, r % in_.q_len, first, count, width, nullptr);
       part.row_max[r] = minus_infinity<A>;
       part.row_sum[r] = weigh(row, width, part.row_max[r]);
+      reorder(row, kTile, tiles, tile_order);
     }
     std::memset(part.out, 0, static_cast<size_t>(rows_ * value_width_) * sizeof(A));
     // Where not every row sees every key, a weight of zero hides a value, which may be NaN.
@@ -137,16 +144,18 @@ class DecodeTask {
       const int64_t last = t + (count - 1 - t) / tiles * tiles;
       const bool shared = bare && t >= shared_first && last < shared_end;
       each_rows([&](int64_t r, auto rows) {
-        const A* weight = weights + r * kSplit + t;
+        const A* weight = weights + r * kSplit + t * kTile;
         const T* const* value = values + t * kTile;
         A* out = part.out + r * value_width_;
+        const auto add = rows > 1 && r == 0 ? &Own::template add_values<rows, true>
+                                            : &Own::template add_values<rows, false>;
         const T* own[kTile];
         if (shared) {
-          add_values<rows>(weight, tiles, value, out);
-        } else if (seen_alike<rows>(weight, tiles, value, zeros, own)) {
-          add_values<rows>(weight, tiles, own, out);
+          add(weight, kSplit, value, value + kTile, out, value_width_);
+        } else if (Own::template seen_alike<rows>(weight, kSplit, value, zeros, own)) {
+          add(weight, kSplit, own, value + kTile, out, value_width_);
         } else {
-          add_seen_values<rows>(weight, tiles, value, out);
+          Own::template add_seen_values<rows>(weight, kSplit, value, out, value_width_);
         }
       });
     }
@@ -204,6 +213,14 @@ class DecodeTask {
     if (r < rows_) call(std::integral_constant<int, 1>{});
   }
 
+  // to[j, i] = from[i, j] for i < rows, j < cols.
+  static void reorder(const A* from, int64_t rows, int64_t cols, A* to) {
+    if (rows % lanes<A> == 0 && cols % lanes<A> == 0)
+      return transpose_tile(from, cols, rows, cols, to, rows);
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < cols; j++) to[j * rows + i] = from[i * cols + j];
+  }
+
   void load_queries(Scratch& scratch, A* to) const {
     const A factor = Scores<A>::query_factor(in_);
     for (int64_t i = 0; i < in_.q_len; i++) {
@@ -213,6 +230,7 @@ class DecodeTask {
         rotation.template load<T>(row, in_.query, key_head_ * group_ + g, i, in_.head_dim);
         for (int64_t c = 0; c < in_.head_dim; c++) row[c] *= factor;
         for (int64_t c = in_.head_dim; c < width_; c++) row[c] = 0;
+        Own::lay_query(row, width_);
       }
     }
   }
@@ -252,105 +270,19 @@ class DecodeTask {
     put(zeros, 0, tiles * kTile - count);
   }
 
-  // The products with some keys of a tile, which are to lie `apart`.
-  template <int Rows, int Keys>
-  void dots(const A* query, const T* const* keys, A* to, int64_t apart) const {
-    static_assert(Rows * Keys == kTile);
-    const int64_t width = width_;
-    Vec<A> sums[kTile] = {};
-    for (int64_t d = 0; d < width; d += lanes<A>) {
-      Vec<A> row[Rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; r++) row[r] = load<A>(query + r * width + d);
-#pragma GCC unroll 16
-      for (int k = 0; k < Keys; k++) {
-        const Vec<A> key = load<A>(keys[k] + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) sums[r * Keys + k] += row[r] * key;
-      }
-    }
-    A totals[kTile];
-    sum_each(sums, totals);
-    for (int r = 0; r < Rows; r++)
-      for (int k = 0; k < Keys; k++) to[r * kSplit + k * apart] = totals[r * Keys + k];
-  }
-
-  // Adds the values of a tile, whose weights lie `apart`.
-  template <int Rows>
-  void add_values(const A* weights, int64_t apart, const T* const* values, A* out) const {
-    constexpr int vecs = kTile / (Rows == 1 ? 4 : Rows);
-    A weight[Rows][kTile];
-    for (int r = 0; r < Rows; r++)
-      for (int k = 0; k < kTile; k++) weight[r][k] = weights[r * kSplit + k * apart];
-    int64_t d = 0;
-    for (; d + vecs * lanes<A> <= value_width_; d += vecs * lanes<A>)
-      add_columns<Rows, vecs>(weight, values, d, out + d);
-    for (; d < value_width_; d += lanes<A>) add_columns<Rows, 1>(weight, values, d, out + d);
-  }
-  template <int Rows, int Vecs>
-  FASTATTN_INLINE void add_columns(const A (&weight)[Rows][kTile], const T* const* values,
-                                   int64_t d, A* out) const {
-    const int64_t width = value_width_;
-    Vec<A> sums[Rows][Vecs];
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 8
-      for (int v = 0; v < Vecs; v++) sums[r][v] = load<A>(out + r * width + v * lanes<A>);
-#pragma GCC unroll 16
-    for (int k = 0; k < kTile; k++)
-#pragma GCC unroll 8
-      for (int v = 0; v < Vecs; v++) {
-        const Vec<A> value = load<A>(values[k] + d + v * lanes<A>);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++) sums[r][v] += weight[r][k] * value;
-      }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 8
-      for (int v = 0; v < Vecs; v++) store(out + r * width + v * lanes<A>, sums[r][v]);
-  }
-
-  // Whether each value of a tile is seen by all of the rows or by none, to whom it is zeros.
-  template <int Rows>
-  bool seen_alike(const A* weights, int64_t apart, const T* const* values, const T* zeros,
-                  const T** own) const {
-    bool alike = true;
-    for (int k = 0; k < kTile; k++) {
-      int seeing = 0;
-      for (int r = 0; r < Rows; r++) seeing += weights[r * kSplit + k * apart] != 0;
-      own[k] = seeing > 0 ? values[k] : zeros;
-      alike = alike && (seeing == 0 || seeing == Rows);
-    }
-    return alike;
-  }
-
-  // Adds the values of a tile to those rows which see them.
-  template <int Rows>
-  void add_seen_values(const A* weights, int64_t apart, const T* const* values, A* out) const {
-    for (int r = 0; r < Rows; r++)
-      for (int k = 0; k < kTile; k++) {
-        const A weight = weights[r * kSplit + k * apart];
-        if (weight == 0) continue;
-        for (int64_t d = 0; d < value_width_; d += lanes<A>) {
-          A* to = out + r * value_width_ + d;
-          store(to, load<A>(to) + weight * load<A>(values[k] + d));
-        }
-      }
-  }
-
   const AttentionDecode& args_;
   Attention in_;
   int64_t key_head_, group_, rows_, width_, value_width_;
   Range seen_;
 };
 
-template <class T>
-void decode(const AttentionDecode& args) {
+template <class T, int Unit>
+void decode_in(const AttentionDecode& args) {
   using A = Acc<T>;
   const Attention& in = args.in;
   Scratch scratch;
   const Pieces pieces(scratch, in.batch, [&](int64_t n) {
-    return in.kv_heads * DecodeTask<T>::splits(sequence(in, n));
+    return in.kv_heads * DecodeTask<T, Unit>::splits(sequence(in, n));
   });
   const int64_t rows = in.heads / in.kv_heads * in.q_len;
   const int64_t width = round_up(in.value_dim, lanes<A>), size = Part<A>::size(rows, width);
@@ -361,12 +293,23 @@ void decode(const AttentionDecode& args) {
     const int64_t split = piece / in.kv_heads, h = piece % in.kv_heads,
                   splits = count / in.kv_heads;
     A* part = parts + (pieces.first(n) + h * splits + split) * size;
-    DecodeTask<T>(args, n, h).run(split, Part<A>(part, rows, width));
+    DecodeTask<T, Unit>(args, n, h).run(split, Part<A>(part, rows, width));
   });
   parallel(in.batch * in.kv_heads, [&](int64_t index) {
     const int64_t n = index / in.kv_heads, h = index % in.kv_heads;
     const int64_t splits = pieces.count(n) / in.kv_heads;
-    DecodeTask<T>(args, n, h).combine(parts + (pieces.first(n) + h * splits) * size, splits);
+    DecodeTask<T, Unit>(args, n, h).combine(parts + (pieces.first(n) + h * splits) * size, splits);
+  });
+}
+
+template <class T>
+void decode(const AttentionDecode& args) {
+  with_unit<T>([&](auto unit) {
+    constexpr int64_t wide = unit * lanes<Acc<T>>;
+    if (args.in.head_dim % wide == 0 && args.in.value_dim % wide == 0)
+      decode_in<T, unit>(args);
+    else
+      decode_in<T, 1>(args);
   });
 }
 
