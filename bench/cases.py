@@ -457,13 +457,16 @@ CASES: tuple[Case, ...] = (
     Model(weights="minilm", batch=32),
     Model(weights="minilm", batch=1, seq=512),
     Model(weights="minilm", batch=4, seq=128, backward=True, dropout=0.1, quick=True),
+    Model(weights="minilm", batch=4, seq=128, backward=True, dropout=0.1, dtype="bfloat16"),
     Model(weights="bert-base", batch=1, seq=128),
+    Model(weights="bert-base", batch=1, seq=128, dtype="bfloat16"),
     Model(weights="bert-base", batch=8, seq=128),
     Model(weights="bert-base", batch=1, seq=512),
     Model(weights="bert-base", batch=8, seq=128, backward=True, dropout=0.1),
     Model(weights="bert-base", batch=2, seq=512, backward=True, dropout=0.1),
     Generation(task="prefill", batch=1, seq=512),
     Generation(task="decode", batch=1, seq=512),
+    Generation(task="decode", batch=1, seq=512, dtype="bfloat16"),
     # the lengths of T5's own pre-training (arXiv:1910.10683): a text, and what was cut out of it
     Generation(task="training", batch=2, seq=512, written=114, backward=True, dropout=0.1),
     # attention forward
@@ -488,7 +491,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dtype="float16"),
     Varlen(batch=8, heads=12, seq=512, head_dim=64),
     Varlen(batch=8, heads=12, seq=512, head_dim=64, causal=True),
-    # attention of one query
+    # attention of few queries
     Decode(batch=1, heads=32, kv_heads=8, seq=4096, head_dim=128, quick=True),
     Decode(batch=8, heads=32, kv_heads=8, seq=4096, head_dim=128),
     Decode(batch=1, heads=32, kv_heads=8, seq=16384, head_dim=128),
@@ -503,6 +506,7 @@ CASES: tuple[Case, ...] = (
     Attention(batch=1, heads=12, seq=512, head_dim=64, causal=True, backward=True),
     Attention(batch=1, heads=12, seq=2048, head_dim=64, backward=True),
     Attention(batch=1, heads=12, seq=2048, head_dim=64, causal=True, backward=True),
+    Attention(batch=1, heads=12, seq=1024, head_dim=64, backward=True, dtype="bfloat16"),
     Attention(batch=8, heads=12, seq=128, head_dim=64, padding=True, backward=True),
     Attention(batch=1, heads=12, seq=512, head_dim=64, dropout=0.1, backward=True, quick=True),
     Attention(batch=1, heads=12, seq=1024, head_dim=64, dropout=0.1, backward=True),

@@ -132,7 +132,7 @@ class DecodeTask {
       const Scores<A> scores(in_, head(r));
       scores.finish(row, r % in_.q_len, first, count, width, nullptr);
       part.row_max[r] = minus_infinity<A>;
-      part.row_sum[r] = weigh(row, width, part.row_max[r]);
+      weigh(row, width, 1, width, part.row_max + r, part.row_sum + r);
       reorder(row, kTile, tiles, tile_order);
     }
     std::memset(part.out, 0, static_cast<size_t>(rows_ * value_width_) * sizeof(A));

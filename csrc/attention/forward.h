@@ -154,13 +154,8 @@ class ForwardTask {
     multiply_block<A, Unit>(in_, block.query, from.keys + at_key * ceil_div(in_.head_dim, Unit),
                             in_.head_dim, i, block.count, j, key_count, from.weights,
                             Scores<A>::query_factor(in_));
-    for (int64_t r = 0; r < block.count; r++) {
-      if (r % Tile<A>::rows == 0) {
-        ahead.step();
-        block.written.step();
-      }
-      soften(block, from, scores, r, j, key_count);
-    }
+    for (int64_t r = 0; r < block.count; r += lanes<A>)
+      soften(block, from, scores, r, smaller(lanes<A>, block.count - r), j, key_count, ahead);
     const auto multiply =
         from.finite ? &multiply_panels<A, Unit, kKeys, 1> : &multiply_visible<A, Unit, kKeys, 1>;
     multiply(from.weights, block.padded(), from.values, at_key,
@@ -183,30 +178,40 @@ class ForwardTask {
     }
   }
 
-  // One row of one block: logits to weights relative to the highest logit so far, with what was
+  // Some rows of a block: logits to weights relative to the highest logit so far, with what was
   // summed before rescaled to it.
-  void soften(const Block& block, const Keys& from, const Scores<A>& scores, int64_t r, int64_t j,
-              int64_t key_count) const {
-    A* row = from.weights + r * kKeys;
-    const int64_t i = block.first + r, width = round_up(key_count, lanes<A>);
-    scores.finish(row, i, j, key_count, width, nullptr);
-    const A before = block.row_max[r], total = weigh(row, width, block.row_max[r]);
-    const A now = block.row_max[r];
-    if (before != now && before != minus_infinity<A>) {
-      const A rescale = std::exp2(before - now);
-      block.row_sum[r] *= rescale;
-      for (int64_t c = 0; c < value_width_; c += lanes<A>) {
-        A* out = block.out + r * value_width_ + c;
-        store(out, load<A>(out) * rescale);
+  void soften(Block& block, const Keys& from, const Scores<A>& scores, int64_t first, int64_t count,
+              int64_t j, int64_t key_count, Ahead& ahead) const {
+    const int64_t i = block.first, width = round_up(key_count, lanes<A>);
+    for (int64_t r = first; r < first + count; r++) {
+      if (r % Tile<A>::rows == 0) {
+        ahead.step();
+        block.written.step();
       }
+      scores.finish(from.weights + r * kKeys, i + r, j, key_count, width, nullptr);
     }
-    block.row_sum[r] += total;
-    if (in_.dropout_p > 0) {
-      scores.dropout(i, j, width, from.factors);
-      for (int64_t c = 0; c < width; c += lanes<A>)
-        store(row + c, load<A>(row + c) * load<A>(from.factors + c));
+    A before[lanes<A>], totals[lanes<A>];
+    std::memcpy(before, block.row_max + first, static_cast<size_t>(count) * sizeof(A));
+    weigh(from.weights + first * kKeys, kKeys, count, width, block.row_max + first, totals);
+    for (int64_t r = first; r < first + count; r++) {
+      A* row = from.weights + r * kKeys;
+      const A old = before[r - first], now = block.row_max[r];
+      if (old != now && old != minus_infinity<A>) {
+        const A rescale = std::exp2(old - now);
+        block.row_sum[r] *= rescale;
+        for (int64_t c = 0; c < value_width_; c += lanes<A>) {
+          A* out = block.out + r * value_width_ + c;
+          store(out, load<A>(out) * rescale);
+        }
+      }
+      block.row_sum[r] += totals[r - first];
+      if (in_.dropout_p > 0) {
+        scores.dropout(i + r, j, width, from.factors);
+        for (int64_t c = 0; c < width; c += lanes<A>)
+          store(row + c, load<A>(row + c) * load<A>(from.factors + c));
+      }
+      if constexpr (Unit == 2) round_row(row, width, row);
     }
-    if constexpr (Unit == 2) round_row(row, width, row);
   }
 
   Attention in_;

@@ -199,27 +199,12 @@ class Scores {
   Dropout<A> dropout_;
 };
 
-// Logits become weights relative to the highest of them and of `top`, which rises to it. Returns
-// the sum of the weights.
+// Logits become weights relative to `top`, which none exceeds. Returns sums of them.
 template <class A>
-A weigh(A* row, int64_t width, A& top) {
-  Vec<A> highest_of_all = set<A>(top);
-  for (int64_t c = 0; c < width; c += lanes<A>)
-    highest_of_all = max(highest_of_all, load<A>(row + c));
-  A now = highest<A>(highest_of_all);
-  if (now == minus_infinity<A>) {
-    // Nothing is visible, unless it is NaN, which no comparison finds.
-    now = 0;
-    for (int64_t c = 0; c < width; c++)
-      if (row[c] != row[c]) now = row[c];
-    if (now == 0) {
-      std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
-      return 0;
-    }
-  }
+FASTATTN_INLINE Vec<A> weights_below(A* row, int64_t width, A top) {
   Vec<A> sums[4] = {};  // short chains, for their error as for their overlap
   const auto one = [&](int64_t c, Vec<A>& total) {
-    const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - now);
+    const Vec<A> weight = exp2_nonpositive(load<A>(row + c) - top);
     total += weight;
     store(row + c, weight);
   };
@@ -228,8 +213,39 @@ A weigh(A* row, int64_t width, A& top) {
 #pragma GCC unroll 4
     for (int part = 0; part < 4; part++) one(done + part * lanes<A>, sums[part]);
   for (; done < width; done += lanes<A>) one(done, sums[0]);
-  top = now;
-  return sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The same for rows `stride` apart, no more than lanes<A>: relative to the highest logit of a row
+// and of its `top`, which rises to it. `totals` receives the sums of weights.
+template <class A>
+void weigh(A* rows, int64_t stride, int64_t count, int64_t width, A* tops, A* totals) {
+  Vec<A> each[lanes<A>] = {};
+  for (int64_t r = 0; r < count; r++) {
+    each[r] = set<A>(tops[r]);
+    for (int64_t c = 0; c < width; c += lanes<A>)
+      each[r] = max(each[r], load<A>(rows + r * stride + c));
+  }
+  A now[lanes<A>];
+  highest_each(each, now);
+  for (int64_t r = 0; r < count; r++) {
+    A* row = rows + r * stride;
+    if (now[r] ==
+        minus_infinity<A>)  // nothing is visible, unless it is NaN: no comparison finds it
+      for (int64_t c = 0; c < width; c++)
+        if (row[c] != row[c]) now[r] = row[c];
+    if (now[r] == minus_infinity<A>) {
+      std::memset(row, 0, static_cast<size_t>(width) * sizeof(A));
+      each[r] = Vec<A>{};
+    } else {
+      each[r] = weights_below(row, width, now[r]);
+    }
+    tops[r] = now[r];
+  }
+  for (int64_t r = count; r < lanes<A>; r++) each[r] = Vec<A>{};
+  A sums[lanes<A>];
+  sum_each(each, sums);
+  std::memcpy(totals, sums, static_cast<size_t>(count) * sizeof(A));
 }
 
 // Whether something can be invisible, so that what is hidden must be kept from leaking.

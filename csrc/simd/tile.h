@@ -117,28 +117,36 @@ FASTATTN_INLINE void with_vecs(int64_t width, F&& f) {
   f(std::integral_constant<int, Vecs>{});
 }
 
-// Folds n vectors of n lanes onto each other until lane i holds the sum of vector i.
-template <int Half>
-FASTATTN_INLINE void fold_pairs(Vec<float>* v) {
+// Folds n vectors of n lanes onto each other until lane i holds what `join` makes of vector i.
+template <int Half, class Join>
+FASTATTN_INLINE void fold_pairs(Vec<float>* v, Join join) {
   constexpr int n = lanes<float>;
   constexpr auto index = std::make_index_sequence<n>{};
   if constexpr (Half > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < Half; i++) {
       const Vec<float> a = v[i], b = v[i + Half];
-      v[i] = shuffle(a, b, index, [](int j) constexpr { return (j & Half) ? j + n : j; }) +
-             shuffle(a, b, index,
-                     [](int j) constexpr { return (j & Half) ? (j ^ Half) + n : j ^ Half; });
+      v[i] = join(shuffle(a, b, index, [](int j) constexpr { return (j & Half) ? j + n : j; }),
+                  shuffle(a, b, index,
+                          [](int j) constexpr { return (j & Half) ? (j ^ Half) + n : j ^ Half; }));
     }
-    fold_pairs<Half / 2>(v);
+    fold_pairs<Half / 2>(v, join);
   }
 }
-// to[i] = the sum of the lanes of v[i].
+// to[i] = the sum, or the highest, of the lanes of v[i].
 template <int Count>
 FASTATTN_INLINE void sum_each(Vec<float> (&v)[Count], float* to) {
 #pragma GCC unroll 16
   for (int i = 0; i < Count; i += lanes<float>) {
-    fold_pairs<lanes<float> / 2>(v + i);
+    fold_pairs<lanes<float> / 2>(v + i, [](Vec<float> a, Vec<float> b) { return a + b; });
+    store(to + i, v[i]);
+  }
+}
+template <int Count>
+FASTATTN_INLINE void highest_each(Vec<float> (&v)[Count], float* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i += lanes<float>) {
+    fold_pairs<lanes<float> / 2>(v + i, [](Vec<float> a, Vec<float> b) { return max(a, b); });
     store(to + i, v[i]);
   }
 }
@@ -146,6 +154,11 @@ template <int Count>
 FASTATTN_INLINE void sum_each(Vec<double> (&v)[Count], double* to) {
 #pragma GCC unroll 16
   for (int i = 0; i < Count; i++) to[i] = sum<double>(v[i]);
+}
+template <int Count>
+FASTATTN_INLINE void highest_each(Vec<double> (&v)[Count], double* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; i++) to[i] = highest<double>(v[i]);
 }
 
 // Fetches rows of memory into the cache before they are needed, a little at each of `steps` steps:
