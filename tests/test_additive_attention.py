@@ -15,6 +15,8 @@ from fastattn.testing import DTYPES, assert_close_to_oracle
 
 KERNELS = ("cpu", "reference")
 B, H, SQ, SK, D, DV = 2, 3, 40, 70, 24, 16
+# Of few queries keys are read row by row, of many in panels.
+few_and_many = pytest.mark.parametrize("queries", [2, SQ])
 
 
 @pytest.fixture(params=KERNELS, autouse=True)
@@ -23,9 +25,9 @@ def kernel(request: pytest.FixtureRequest):
         yield request.param
 
 
-def drawn(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def drawn(dtype: torch.dtype = torch.float32, queries: int = SQ) -> tuple[Tensor, ...]:
     """query, key, value, weight."""
-    shapes = (B, H, SQ, D), (B, H, SK, D), (B, H, SK, DV), (H, D)
+    shapes = (B, H, queries, D), (B, H, SK, D), (B, H, SK, DV), (H, D)
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
@@ -58,20 +60,22 @@ def check(function: Callable, formula: Callable, tensors: tuple[Tensor, ...]) ->
         assert_close_to_oracle(found[i], eager[i], exact[i], 2 if i == 0 else 3, name)
 
 
+@few_and_many
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_the_formula(dtype: torch.dtype) -> None:
-    mask = torch.rand(B, 1, SQ, SK) < 0.7
-    check(fastattn.additive_attention, plain, drawn(dtype))
+def test_is_the_formula(dtype: torch.dtype, queries: int) -> None:
+    mask = torch.rand(B, 1, queries, SK) < 0.7
+    check(fastattn.additive_attention, plain, drawn(dtype, queries))
     check(
         lambda *tensors: fastattn.additive_attention(*tensors, mask=mask),
         lambda *tensors: plain(*tensors, mask),
-        drawn(dtype),
+        drawn(dtype, queries),
     )
 
 
-def test_causal_is_a_mask_aligned_to_the_last_key() -> None:
-    triangle = torch.ones(SQ, SK, dtype=torch.bool).tril(SK - SQ)
-    tensors = drawn()
+@few_and_many
+def test_causal_is_a_mask_aligned_to_the_last_key(queries: int) -> None:
+    triangle = torch.ones(queries, SK, dtype=torch.bool).tril(SK - queries)
+    tensors = drawn(queries=queries)
     causal = with_gradients(lambda *t: fastattn.additive_attention(*t, causal=True), tensors)
     masked = with_gradients(lambda *t: fastattn.additive_attention(*t, mask=triangle), tensors)
     for found, expected in zip(causal, masked, strict=True):
@@ -96,11 +100,12 @@ def test_a_weight_for_all_heads() -> None:
     assert fastattn.additive_attention(query, key, value, weight[0]).equal(each)
 
 
+@few_and_many
 @pytest.mark.parametrize("strange", [math.nan, math.inf])
-def test_what_is_not_seen_does_not_leak(strange: float) -> None:
+def test_what_is_not_seen_does_not_leak(strange: float, queries: int) -> None:
     mask = torch.ones(SK, dtype=torch.bool)
     mask[5::7] = False
-    tensors = drawn()
+    tensors = drawn(queries=queries)
     clean = with_gradients(lambda *t: fastattn.additive_attention(*t, mask=mask), tensors)
     for tensor in tensors[1:3]:
         tensor[:, :, ~mask] = strange
@@ -112,44 +117,53 @@ def test_what_is_not_seen_does_not_leak(strange: float) -> None:
     assert not fastattn.additive_attention(*tensors).isfinite().any()
 
 
-def test_a_nan_query_spoils_what_it_sees() -> None:
-    mask = torch.rand(B, H, SQ, SK) < 0.7
-    tensors = drawn()
-    tensors[0][:, :, 7] = math.nan
+@few_and_many
+def test_a_nan_query_spoils_what_it_sees(queries: int) -> None:
+    mask = torch.rand(B, H, queries, SK) < 0.7
+    tensors = drawn(queries=queries)
+    tensors[0][:, :, 1] = math.nan
     out, _, key, value, _ = with_gradients(
         lambda *t: fastattn.additive_attention(*t, mask=mask), tensors
     )
-    assert out[:, :, 7].isnan().all() and out[:, :, :7].isfinite().all()
+    assert out[:, :, 1].isnan().all() and out[:, :, :1].isfinite().all()
     for grad in key, value:
-        assert grad.isnan().any(-1).equal(mask[:, :, 7])
+        assert grad.isnan().any(-1).equal(mask[:, :, 1])
 
 
-def test_a_row_that_sees_nothing_gives_zero() -> None:
-    mask = torch.ones(B, 1, SQ, SK, dtype=torch.bool)
-    mask[:, :, 3] = False
-    tensors = drawn()
+@few_and_many
+def test_a_row_that_sees_nothing_gives_zero(queries: int) -> None:
+    mask = torch.ones(B, 1, queries, SK, dtype=torch.bool)
+    mask[:, :, 1] = False
+    tensors = drawn(queries=queries)
     out, query, *rest = with_gradients(
         lambda *t: fastattn.additive_attention(*t, mask=mask), tensors
     )
-    assert not out[:, :, 3].any() and not query[:, :, 3].any()
+    assert not out[:, :, 1].any() and not query[:, :, 1].any()
     assert all(tensor.isfinite().all() for tensor in rest)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 1), (SK, SQ)])
+def test_the_first_of_more_queries_than_keys_see_nothing(queries: int, keys: int) -> None:
+    query, key, value, weight = drawn(queries=queries)
     tall = fastattn.additive_attention(
-        tensors[1], tensors[0], tensors[2][:, :, :SQ], tensors[3], causal=True
+        query, key[:, :, :keys], value[:, :, :keys], weight, causal=True
     )
-    assert not tall[:, :, : SK - SQ].any() and tall[:, :, SK - SQ].any()
+    assert not tall[:, :, : queries - keys].any() and tall[:, :, queries - keys].any()
 
 
+@few_and_many
 @pytest.mark.parametrize("size", [15.0, 21.0, 60.0])
-def test_large_features(size: float) -> None:
+def test_large_features(size: float, queries: int) -> None:
     """Those that cancel and those that saturate tanh, past the range of their exponentials."""
-    query, key, value, weight = drawn()
+    query, key, value, weight = drawn(queries=queries)
     shift = size * torch.randn(D).sign()
     check(fastattn.additive_attention, plain, (query + shift, key - shift, value, weight))
     check(fastattn.additive_attention, plain, (size * query, size * key, value, weight))
 
 
-def test_infinite_features_saturate() -> None:
-    query, key, value, weight = drawn()
+@few_and_many
+def test_infinite_features_saturate(queries: int) -> None:
+    query, key, value, weight = drawn(queries=queries)
     query[:, :, 0] = math.inf
     found = fastattn.additive_attention(query, key, value, weight)
     torch.testing.assert_close(found, plain(query, key, value, weight))

@@ -35,6 +35,8 @@ def additive_attention_cases(function: str) -> Iterator[Case]:
 
     yield case("plain", (2, 2, 70, 130, 32, 24))
     yield case("one_row", (3, 1, 1, 50, 64, 80))
+    yield case("few_rows", (2, 3, 2, 300, 20, 12), mask=(2, 1, 2, 300))
+    yield case("few_rows_causal", (2, 2, 2, 37, 7, 5), causal=True)
     yield case("one_key", (2, 2, 65, 1, 16, 24), vanishing=("query", "key", "weight"))
     yield case("odd_sizes", (3, 5, 13, 37, 7, 5), weight=(7,))
     yield case("one_feature", (2, 2, 33, 40, 1, 1))
