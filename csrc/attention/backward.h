@@ -409,7 +409,7 @@ void backward_in(const AttentionBackward& args) {
   const BiasGradient<A> grad_bias(args, most_runs, scratch);
   row_deltas<T>(args, delta);
   if (args.grad_sinks != nullptr) sink_gradients<T>(args, delta);
-  parallel(pieces.total(), [&](int64_t index) {
+  parallel_in_order(pieces.total(), [&](int64_t index) {
     const auto [batch, piece, count] = pieces[index];
     const int64_t runs = count / heads, part = piece % runs;
     const int64_t kv_len = sequence(in, batch).kv_len, blocks = ceil_div(kv_len, kKeys);

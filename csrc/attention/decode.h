@@ -287,7 +287,7 @@ void decode_in(const AttentionDecode& args) {
   const int64_t rows = in.heads / in.kv_heads * in.q_len;
   const int64_t width = round_up(in.value_dim, lanes<A>), size = Part<A>::size(rows, width);
   A* parts = scratch.take<A>(pieces.total() * size);
-  parallel(pieces.total(), [&](int64_t index) {
+  parallel_in_order(pieces.total(), [&](int64_t index) {
     const auto [n, piece, count] = pieces[index];
     // All heads of a split come one after the other, for they may share pages of memory.
     const int64_t split = piece / in.kv_heads, h = piece % in.kv_heads,

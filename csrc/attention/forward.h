@@ -243,7 +243,7 @@ void forward_in(const AttentionForward& args, const Rotary& rotary) {
     return {n, piece / splits, split * blocks / splits * kQueries,                    // first
             smaller((split + 1) * blocks / splits * kQueries, q_len)};
   };
-  parallel(pieces.total(), [&](int64_t index) {
+  parallel_in_order(pieces.total(), [&](int64_t index) {
     const auto [n, key_head, first, end] = place(index);
     typename ForwardTask<T, Unit>::Ahead ahead;
     if (index + thread_count() < pieces.total()) {  // most often this thread's next

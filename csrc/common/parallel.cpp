@@ -60,24 +60,42 @@ char* allocate(size_t size) {
   return static_cast<char*>(memory);
 }
 
-struct Run {
-  TaskQueue queue;
-  void (*body)(TaskQueue&, const void*);
-  const void* context;
-  std::atomic<bool> out_of_memory{false};
-  // Two, or a worker that has ended would seem to come before one that starts later.
-  Order start{}, end{};
+// Calls body(worker) on `threads` threads at once. Rethrows a failed allocation.
+template <class Body>
+void run_on_threads(int64_t threads, const Body& body) {
+  struct Run {
+    const Body& body;
+    std::atomic<bool> out_of_memory{false};
+    // Two, or a worker that has ended would seem to come before one that starts later.
+    Order start{}, end{};
 
-  void work() {
-    start.after();
-    try {
-      body(queue, context);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
+    void work(int64_t worker) {
+      start.after();
+      try {
+        body(worker);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+      }
+      end.before();
     }
-    end.before();
-  }
+  } run{body};
+  run.start.before();
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+      0, threads, 1,
+      [](int64_t begin, int64_t end, void* shared) {
+        for (; begin < end; begin++) static_cast<Run*>(shared)->work(begin);
+      },
+      &run));
+  run.end.after();
+  if (run.out_of_memory) throw std::bad_alloc();
+}
+
+// A part of the tasks, on a line of its own: threads count without waiting for each other.
+struct alignas(kAlign) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
 };
+constexpr int64_t kMostShares = 64;
 
 }  // namespace
 
@@ -105,23 +123,35 @@ void SharedTasks::wait() {
     if (spins > 1000) std::this_thread::yield();
 }
 
-void run_workers(int64_t tasks, void (*body)(TaskQueue&, const void*), const void* context) {
-  if (tasks <= 0) return;
-  Run run{TaskQueue(tasks), body, context};
+void run_workers(int64_t tasks, void (*body)(TaskQueue& queue, const void* context),
+                 const void* context) {
+  const int64_t threads = std::min<int64_t>(tasks, thread_count());
+  if (threads <= 0) return;
+  TaskQueue queue(tasks);
+  if (threads == 1) return body(queue, context);
+  run_on_threads(threads, [&](int64_t) { body(queue, context); });
+}
+
+void run_shares(int64_t tasks, void (*body)(int64_t task, const void* context),
+                const void* context) {
   const int64_t threads = std::min<int64_t>(tasks, thread_count());
   if (threads <= 1) {
-    run.work();
-  } else {
-    run.start.before();
-    TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-        0, threads, 1,
-        [](int64_t begin, int64_t end, void* shared) {
-          for (; begin < end; begin++) static_cast<Run*>(shared)->work();
-        },
-        &run));
-    run.end.after();
+    for (int64_t task = 0; task < tasks; task++) body(task, context);
+    return;
   }
-  if (run.out_of_memory) throw std::bad_alloc();
+  const int64_t count = std::min(threads, kMostShares);
+  Share shares[kMostShares];
+  for (int64_t i = 0; i < count; i++) {
+    shares[i].next.store(i * tasks / count, std::memory_order_relaxed);
+    shares[i].end = (i + 1) * tasks / count;
+  }
+  run_on_threads(threads, [&](int64_t worker) {
+    for (int64_t i = 0; i < count; i++) {
+      Share& share = shares[(worker + i) % count];
+      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        body(task, context);
+    }
+  });
 }
 
 int64_t cache_bytes() {

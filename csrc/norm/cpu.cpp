@@ -150,25 +150,29 @@ int64_t partial_sums(int64_t rows, int64_t cols) {
 template <class A>
 void add_parts(void* grad, Dtype dtype, const double* parts, int64_t tasks, int64_t cols) {
   if (grad == nullptr) return;
-  Scratch scratch;
-  A* rounded = scratch.take<A>(cols);
-  each_vector<A>(cols, [=](int64_t c, auto n) {
-    double total[lanes<A>];
-    for (int64_t i = 0; i < n; i++) total[i] = 0;
-    for (int64_t task = 0; task < tasks; task++)
-      for (int64_t i = 0; i < n; i++) total[i] += parts[task * cols + c + i];
-    for (int64_t i = 0; i < n; i++) rounded[c + i] = static_cast<A>(total[i]);
-  });
-  with_type(dtype, [&](auto* type) {
-    using W = std::remove_pointer_t<decltype(type)>;
-    auto* to = static_cast<W*>(grad);
-    if constexpr (std::is_same_v<Acc<W>, A>) {
-      each_vector<A>(cols, [&](int64_t c, auto n) {
-        store_count<A>(to + c, load_count<A>(rounded + c, n), n);
-      });
-    } else if constexpr (std::is_same_v<W, float>) {  // fp32 parameters of an fp64 input
-      for (int64_t c = 0; c < cols; c++) to[c] = static_cast<float>(rounded[c]);
-    }
+  constexpr int64_t share = 4096;  // columns that are worth a thread
+  parallel(ceil_div(cols, share), [&](int64_t n) {
+    const int64_t first = n * share, count = smaller(share, cols - first);
+    Scratch scratch;
+    A* rounded = scratch.take<A>(count);
+    each_vector<A>(count, [=](int64_t c, auto n) {
+      double total[lanes<A>];
+      for (int64_t i = 0; i < n; i++) total[i] = 0;
+      for (int64_t task = 0; task < tasks; task++)
+        for (int64_t i = 0; i < n; i++) total[i] += parts[task * cols + first + c + i];
+      for (int64_t i = 0; i < n; i++) rounded[c + i] = static_cast<A>(total[i]);
+    });
+    with_type(dtype, [&](auto* type) {
+      using W = std::remove_pointer_t<decltype(type)>;
+      auto* to = static_cast<W*>(grad) + first;
+      if constexpr (std::is_same_v<Acc<W>, A>) {
+        each_vector<A>(count, [&](int64_t c, auto n) {
+          store_count<A>(to + c, load_count<A>(rounded + c, n), n);
+        });
+      } else if constexpr (std::is_same_v<W, float>) {  // fp32 parameters of an fp64 input
+        for (int64_t c = 0; c < count; c++) to[c] = static_cast<float>(rounded[c]);
+      }
+    });
   });
 }
 

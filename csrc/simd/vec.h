@@ -422,9 +422,16 @@ void workers(int64_t tasks, const F& f) {
       tasks, [](TaskQueue& queue, const void* body) { (*static_cast<const F*>(body))(queue); }, &f);
 }
 
-// Runs f(task) for every task in [0, tasks) on torch's threads.
+// Runs f(task) for every task in [0, tasks) on torch's threads, those next to each other on one.
 template <class F>
 void parallel(int64_t tasks, const F& f) {
+  run_shares(
+      tasks, [](int64_t task, const void* body) { (*static_cast<const F*>(body))(task); }, &f);
+}
+
+// The same in order, each on the thread that is free: for tasks of unequal length.
+template <class F>
+void parallel_in_order(int64_t tasks, const F& f) {
   workers(tasks, [&](TaskQueue& queue) {
     for (int64_t task; queue.next(task);) f(task);
   });
