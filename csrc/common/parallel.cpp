@@ -90,10 +90,19 @@ void run_on_threads(int64_t threads, const Body& body) {
   if (run.out_of_memory) throw std::bad_alloc();
 }
 
-// A part of the tasks, on a line of its own: threads count without waiting for each other.
+// Tasks [first, first + count) of a thread, which takes them from the front; others help from the
+// back, so that most tasks stay with their thread. On a line of its own: threads count without
+// waiting for each other.
 struct alignas(kAlign) Share {
-  std::atomic<int64_t> next;
-  int64_t end;
+  int64_t first = 0, count = 0;
+  std::atomic<int64_t> taken{0}, from_front{0}, from_back{0};
+
+  bool next(bool own, int64_t& task) {
+    if (taken.fetch_add(1, std::memory_order_relaxed) >= count) return false;
+    task = own ? first + from_front.fetch_add(1, std::memory_order_relaxed)
+               : first + count - 1 - from_back.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  }
 };
 constexpr int64_t kMostShares = 64;
 
@@ -142,15 +151,12 @@ void run_shares(int64_t tasks, void (*body)(int64_t task, const void* context),
   const int64_t count = std::min(threads, kMostShares);
   Share shares[kMostShares];
   for (int64_t i = 0; i < count; i++) {
-    shares[i].next.store(i * tasks / count, std::memory_order_relaxed);
-    shares[i].end = (i + 1) * tasks / count;
+    shares[i].first = i * tasks / count;
+    shares[i].count = (i + 1) * tasks / count - shares[i].first;
   }
   run_on_threads(threads, [&](int64_t worker) {
-    for (int64_t i = 0; i < count; i++) {
-      Share& share = shares[(worker + i) % count];
-      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-        body(task, context);
-    }
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t task; shares[(worker + i) % count].next(i == 0, task);) body(task, context);
   });
 }
 

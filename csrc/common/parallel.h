@@ -41,9 +41,9 @@ class SharedTasks {
 void run_workers(int64_t tasks, void (*body)(TaskQueue& queue, const void* context),
                  const void* context);
 
-// Runs body(task, context) once for each task. A thread does its own share of them in order, the
-// same in each call with as many, so that it finds in its caches what it left there; then it helps
-// with the shares of others. Rethrows a failed allocation.
+// Runs body(task, context) once for each task. A thread has a share of them, the same in each call
+// with as many tasks, so that it finds in its caches what it left there; when its own are done, it
+// helps others with their last. Rethrows a failed allocation.
 void run_shares(int64_t tasks, void (*body)(int64_t task, const void* context),
                 const void* context);
 
