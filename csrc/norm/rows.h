@@ -133,7 +133,30 @@ class Rows {
 
   // Columns [first, first + count) of row r, the i-th held; `first` is a multiple of kChunk. Writes
   // a sum that it computes to row 0 of `summed`, if that is wanted.
-  const A* load(int i, int64_t r, int64_t first, int64_t count, SumWriter summed = {}) {
+  FASTATTN_INLINE const A* load(int i, int64_t r, int64_t first, int64_t count,
+                                SumWriter summed = {}) {
+    if constexpr (std::is_same_v<R, A>)  // in line, for short rows
+      if (in_place_ && factors_ == nullptr) {
+        const int64_t start = r * in_.cols + first;
+        if (summed_ != nullptr) return summed_ + start;
+        if constexpr (std::is_same_v<T, A>) return static_cast<const A*>(in_.input) + start;
+      }
+    return compute(i, r, first, count, summed);
+  }
+
+  // The factors of dropout of the i-th row, null without it.
+  const A* factors(int i) const { return factors_ == nullptr ? nullptr : factors_ + i * width_; }
+
+  // Dropout of what stands in column c.
+  template <class Count>
+  static FASTATTN_INLINE Vec<A> dropped(const A* factors, Vec<A> x, int64_t c, Count n) {
+    if (factors == nullptr) return x;
+    const Vec<A> factor = load_count<A>(factors + c, n);
+    return factor == A{0} ? Vec<A>{} : x * factor;
+  }
+
+ private:
+  const A* compute(int i, int64_t r, int64_t first, int64_t count, SumWriter summed) {
     const int64_t start = r * in_.cols + first;
     const T* input = static_cast<const T*>(in_.input) + start;
     A* to = rows_ + i * width_ + first;
@@ -156,18 +179,6 @@ class Rows {
     return to;
   }
 
-  // The factors of dropout of the i-th row, null without it.
-  const A* factors(int i) const { return factors_ == nullptr ? nullptr : factors_ + i * width_; }
-
-  // Dropout of what stands in column c.
-  template <class Count>
-  static FASTATTN_INLINE Vec<A> dropped(const A* factors, Vec<A> x, int64_t c, Count n) {
-    if (factors == nullptr) return x;
-    const Vec<A> factor = load_count<A>(factors + c, n);
-    return factor == A{0} ? Vec<A>{} : x * factor;
-  }
-
- private:
   template <class S>
   const A* widened(const S* from, A* to, int64_t count) {
     if constexpr (std::is_same_v<S, A>)
