@@ -19,18 +19,23 @@ class DecodeTile {
   using A = Acc<T>;
 
  public:
-  // Rows of queries as `dots` reads them: in pairs as two numbers of bf16 whose sum is the query.
+  // Rows of queries as `dots` reads them: in pairs as two numbers of bf16 whose sum is the query,
+  // or the first of which is infinite.
   static void lay_query(A* row, int64_t width) {
-    if constexpr (Unit == 2)
-      for (int64_t d = 0; d < width; d += 2 * lanes<A>) {
-        const Vec<A> first = load<A>(row + d), second = load<A>(row + d + lanes<A>);
+    if constexpr (Unit == 2) {
+      const auto rest = [](Vec<A> x, const bf16* rounded) {
+        const Vec<A> difference = x - load<A>(rounded);
+        return difference == difference ? difference : Vec<A>{};
+      };
+      for (int64_t d = 0; d < width; d += 2 * n) {
+        const Vec<A> first = load<A>(row + d), second = load<A>(row + d + n);
         const Vec<A> high = round_neighbours(first, second);
-        bf16 rounded[2 * lanes<A>];
+        bf16 rounded[2 * n];
         std::memcpy(rounded, &high, sizeof(high));
         store(row + d, high);
-        store(row + d + lanes<A>,
-              round_neighbours(first - load<A>(rounded), second - load<A>(rounded + lanes<A>)));
+        store(row + d + n, round_neighbours(rest(first, rounded), rest(second, rounded + n)));
       }
+    }
   }
 
   // The products with some keys of a tile. Fetches the keys `next` meanwhile, if Ahead.
