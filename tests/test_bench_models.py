@@ -29,15 +29,18 @@ transformers = pytest.mark.skipif(
 
 
 @transformers
-@pytest.mark.parametrize("case", GENERATION, ids=lambda case: case.task)
+@pytest.mark.parametrize("case", GENERATION, ids=lambda case: case.name)
 def test_models_that_write_match_each_time(monkeypatch, case):
     monkeypatch.setitem(gpt2.SIZES, "gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 32})
     small = {"num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 64}
     monkeypatch.setitem(t5.SIZES, "t5-small", small)
-    made = baselines.build(dataclasses.replace(case, **case.tiny))
+    made, dtype = (
+        baselines.build(dataclasses.replace(case, **case.tiny)),
+        getattr(torch, case.dtype),
+    )
     for provider in ("fused", "eager", "sdpa"):
         for _ in range(2):  # a cache must be as before
-            verdict = parity.judge(made, provider, parity.run(made, provider), torch.float32)
+            verdict = parity.judge(made, provider, parity.run(made, provider), dtype)
             assert verdict.matches, (provider, verdict)
     assert (made.flops is None) != (made.traffic is None)
 
