@@ -115,7 +115,7 @@ class Scores {
         plain_(in.softcap == 0 && in.bias.data == nullptr && in.alibi_slopes == nullptr),
         dropout_(in.dropout_p, in.seed) {}
 
-  // The factor by which a query is multiplied before the product.
+  // The factor of a query, or of its products.
   static A query_factor(const Attention& in) {
     return static_cast<A>(in.softcap == 0 ? in.scale * kLog2e : in.scale / in.softcap);
   }
@@ -230,8 +230,8 @@ void weigh(A* rows, int64_t stride, int64_t count, int64_t width, A* tops, A* to
   highest_each(each, now);
   for (int64_t r = 0; r < count; r++) {
     A* row = rows + r * stride;
-    if (now[r] ==
-        minus_infinity<A>)  // nothing is visible, unless it is NaN: no comparison finds it
+    if (now[r] == minus_infinity<A>)
+      // Nothing is visible, unless it is NaN, which no comparison finds.
       for (int64_t c = 0; c < width; c++)
         if (row[c] != row[c]) now[r] = row[c];
     if (now[r] == minus_infinity<A>) {
