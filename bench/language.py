@@ -39,7 +39,7 @@ def build(case: Generation, *, compiled: bool = False) -> Work:
         compiled=compiled,
         **measures(made["fused"], case),
     )
-    if compiled and alone is not None:
+    if compiled and alone is not None and case.dtype == "float32":
         runtimes = models.exported(*alone(made["sdpa"], ids))
         work.calls.update({name: lambda run=run: (run(),) for name, run in runtimes.items()})
     return work

@@ -45,6 +45,13 @@ def test_models_that_write_match_each_time(monkeypatch, case):
     assert (made.flops is None) != (made.traffic is None)
 
 
+@transformers
+def test_runtimes_race_in_fp32_alone(monkeypatch):
+    monkeypatch.setitem(gpt2.SIZES, "gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 32})
+    case = Generation(task="decode", batch=1, seq=16, dtype="bfloat16")
+    assert list(baselines.build(case, compiled=True).calls) == ["fused", "eager", "sdpa", "compile"]
+
+
 def exported(case: cases.Case, runtime: str) -> parity.Verdict:
     """What becomes of the output of a case's model in a runtime for exported models."""
     for package in RUNTIMES[runtime]:
