@@ -63,6 +63,8 @@ def race(
         work = baselines.build(case, compiled=settings.compiled)
     except UnavailableError as missing:
         return [row("fused", rows.LEFT_OUT, str(missing))]
+    except Exception as error:  # the other cases are raced all the same
+        return [row("fused", rows.FAILED, first_line(error))]
     left_out = dict(work.left_out)
     if case.eager_bytes > 0.7 * memory.available():
         left_out["eager"] = f"needs {case.eager_bytes / 1e9:.0f} GB of memory"
