@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import rows as results
-from bench.cases import CASES, DTYPES, Case, select
+from bench.cases import CASES, select
+from bench.kinds import DTYPES, Case
 from bench.rows import DATA, FAILED, GPU_TABLE, MISMATCH, Row
 from bench.terminal import Console, Progress, Table, console, progress_bar, shown, what_to_run
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from bench.cases import (
+from bench.kinds import (
     AdditiveAttention,
     Attention,
     Case,

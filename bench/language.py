@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import models
-from bench.cases import Generation
+from bench.kinds import Generation
 from bench.work import SEED, UnavailableError, Work
 from fastattn.models import LanguageModel, gpt2, kv_cache, t5
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from bench.cases import Case
+from bench.kinds import Case
 
 TIMEOUT = 300.0  # seconds
 PRELOAD = ["bench.baselines", "bench.models", "transformers.models.bert.modeling_bert"]

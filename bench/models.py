@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
-from bench.cases import Case, Model
+from bench.kinds import Case, Model
 from bench.work import SEED, UnavailableError, Work
 from fastattn.models import bert
 

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import DTYPES
+from bench.kinds import DTYPES
 from bench.rows import FAILED, LEFT_OUT, MISMATCH, OK, Race, Row, races
 from bench.work import PROVIDERS
 

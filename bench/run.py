@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import baselines, measure, memory, parity, rows
-from bench.cases import Case
+from bench.kinds import Case
 from bench.machine import Machine, probe
 from bench.parity import Verdict
 from bench.rows import Row

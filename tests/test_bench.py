@@ -28,7 +28,7 @@ from bench import (
     run,
 )
 from bench import rows as results
-from bench.cases import (
+from bench.kinds import (
     AdditiveAttention,
     Attention,
     Decode,

@@ -14,11 +14,11 @@ import torch
 
 import fastattn
 from bench import rows as results
-from bench.cases import Attention, CrossEntropy, Linear, Norm
 from bench.gpu import __main__ as cli
 from bench.gpu import ahead, clock, machine, race, report
 from bench.gpu.cases import CALLS, GROUPS, bf16, trained
 from bench.gpu.rows import KERNELS, Row, races
+from bench.kinds import Attention, CrossEntropy, Linear, Norm
 from fastattn import _library, dispatch
 
 CASES = [case for group in GROUPS.values() for case in group]

@@ -13,7 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import baselines, cases, models, parity, report
-from bench.cases import Generation, Model
+from bench.kinds import Case, Generation, Model
 from bench.rows import Row
 from fastattn.models import gpt2, t5
 
@@ -52,7 +52,7 @@ def test_runtimes_race_in_fp32_alone(monkeypatch):
     assert list(baselines.build(case, compiled=True).calls) == ["fused", "eager", "sdpa", "compile"]
 
 
-def exported(case: cases.Case, runtime: str) -> parity.Verdict:
+def exported(case: Case, runtime: str) -> parity.Verdict:
     """What becomes of the output of a case's model in a runtime for exported models."""
     for package in RUNTIMES[runtime]:
         pytest.importorskip(package, reason=f"pip install {' '.join(RUNTIMES[runtime])}")

@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import rows as results
-from bench.cases import Case, select
+from bench.cases import select
 from bench.gpu import report
 from bench.gpu.cases import CALLS, GROUPS
 from bench.gpu.rows import KERNELS, Row
+from bench.kinds import Case
 from bench.rows import GPU_TABLE, MISMATCH
 from bench.terminal import Console, Table, console, progress_bar, shown, what_to_run
 

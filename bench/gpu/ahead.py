@@ -14,8 +14,8 @@ from contextlib import suppress
 
 import torch
 
-from bench.cases import Case
 from bench.gpu import providers
+from bench.kinds import Case
 
 PROCESSES = 12  # of half a gigabyte of GPU memory each, beside what a case needs
 

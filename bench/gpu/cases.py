@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.cases import Attention, Case, CrossEntropy, Decode, FeedForward, Linear, Norm, Varlen
+from bench.kinds import Attention, Case, CrossEntropy, Decode, FeedForward, Linear, Norm, Varlen
 
 CALLS = "A call from Python"
 

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from bench import baselines
-from bench.cases import Attention, Case
 from bench.gpu.rows import KERNELS
+from bench.kinds import Attention, Case
 from bench.work import Work
 
 

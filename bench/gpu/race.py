@@ -17,11 +17,11 @@ from torch import Tensor
 
 import fastattn
 from bench import parity
-from bench.cases import Case
 from bench.gpu import clock, providers
 from bench.gpu.clock import Lane
 from bench.gpu.machine import Machine
 from bench.gpu.rows import KERNELS, Row
+from bench.kinds import Case
 from bench.parity import Verdict
 from bench.rows import FAILED, LEFT_OUT, MISMATCH, OK
 from bench.run import first_line

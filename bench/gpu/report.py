@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import DTYPES
 from bench.gpu.rows import EVENTS, GRAPH, HEADINGS, PYTHON, Race, Row, races
+from bench.kinds import DTYPES
 from bench.report import STYLES, significant, spread
 from bench.rows import FAILED, LEFT_OUT, MISMATCH, OK
 
