@@ -112,8 +112,8 @@ class DecodeTask {
     A* query = scratch.take<A>(rows_ * width_);
     load_queries(scratch, query);
     A* weights = scratch.take<A>(rows_ * kSplit);  // in the order of tiles
-    A* row = scratch.take<A>(kSplit);              // in that of keys
-    const int64_t width = tiles * kTile;
+    const int64_t some = smaller(rows_, lanes<A>), width = tiles * kTile;
+    A* ordered = scratch.take<A>(some * kSplit);  // of some rows, in that of keys
     for (int64_t t = 0; t < tiles; t++)
       each_rows([&](int64_t r, auto rows) {
         constexpr int together = rows < 2 ? 1 : 2, count = kTile / together;
@@ -126,14 +126,18 @@ class DecodeTask {
                  weights + (r + i) * kSplit + t * kTile + k, kSplit);
           }
       });
-    for (int64_t r = 0; r < rows_; r++) {
-      A* tile_order = weights + r * kSplit;
-      reorder(tile_order, tiles, kTile, row);
-      const Scores<A> scores(in_, head(r));
-      scores.finish(row, r % in_.q_len, first, count, width, nullptr);
-      part.row_max[r] = minus_infinity<A>;
-      weigh(row, width, 1, width, part.row_max + r, part.row_sum + r);
-      reorder(row, kTile, tiles, tile_order);
+    for (int64_t r = 0; r < rows_; r += some) {
+      const int64_t together = smaller(some, rows_ - r);
+      for (int64_t i = 0; i < together; i++) {
+        A* row = ordered + i * kSplit;
+        reorder(weights + (r + i) * kSplit, tiles, kTile, row);
+        const Scores<A> scores(in_, head(r + i));
+        scores.finish(row, (r + i) % in_.q_len, first, count, width, nullptr);
+        part.row_max[r + i] = minus_infinity<A>;
+      }
+      weigh(ordered, kSplit, together, width, part.row_max + r, part.row_sum + r);
+      for (int64_t i = 0; i < together; i++)
+        reorder(ordered + i * kSplit, kTile, tiles, weights + (r + i) * kSplit);
     }
     std::memset(part.out, 0, static_cast<size_t>(rows_ * value_width_) * sizeof(A));
     // Where not every row sees every key, a weight of zero hides a value, which may be NaN.

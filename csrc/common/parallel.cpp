@@ -104,7 +104,6 @@ struct alignas(kAlign) Share {
     return true;
   }
 };
-constexpr int64_t kMostShares = 64;
 
 }  // namespace
 
@@ -148,15 +147,17 @@ void run_shares(int64_t tasks, void (*body)(int64_t task, const void* context),
     for (int64_t task = 0; task < tasks; task++) body(task, context);
     return;
   }
-  const int64_t count = std::min(threads, kMostShares);
-  Share shares[kMostShares];
-  for (int64_t i = 0; i < count; i++) {
-    shares[i].first = i * tasks / count;
-    shares[i].count = (i + 1) * tasks / count - shares[i].first;
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; i++) {
+    Share& own = shares[static_cast<size_t>(i)];
+    own.first = i * tasks / threads;
+    own.count = (i + 1) * tasks / threads - own.first;
   }
   run_on_threads(threads, [&](int64_t worker) {
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t task; shares[(worker + i) % count].next(i == 0, task);) body(task, context);
+    for (int64_t i = 0; i < threads; i++) {
+      Share& share = shares[static_cast<size_t>((worker + i) % threads)];
+      for (int64_t task; share.next(i == 0, task);) body(task, context);
+    }
   });
 }
 

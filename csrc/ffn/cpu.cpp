@@ -215,15 +215,17 @@ void feed_forward_packed(const FeedForward& args) {
         if (j >= place.cols) return Vec<A>{};
         Vec<A> x = load<A>(blocks[0] + j * width + i);
         if (gated) x *= load<A>(blocks[1] + j * width + i);
-        return rounded<T>(x);
+        return x;
       };
       for (int64_t j = 0; j < place.cols; j += hidden.unit) {
         A* to = hidden.at(place.row, (place.col + j) / hidden.unit);
         for (int64_t i = 0; i < width; i += lanes<A>) {
-          Vec<A> x = value(j, i);
           if constexpr (std::is_same_v<T, bf16>)
-            if (hidden.unit == 2) x = pair(x, value(j + 1, i));
-          store(to + i, x);
+            if (hidden.unit == 2) {
+              store(to + i, round_pairs(value(j, i), value(j + 1, i)));
+              continue;
+            }
+          store(to + i, rounded<T>(value(j, i)));
         }
       }
     };

@@ -175,7 +175,7 @@ __attribute__((noinline)) void pack_pairs(float* to, int64_t width, const T* fro
   }
 }
 
-// The one or the other.
+// The one or the other, by the depths in an element.
 template <int Unit, class A, class T>
 FASTATTN_INLINE void pack_units(A* to, int64_t width, const T* from, int64_t outer, int64_t inner,
                                 int64_t count, int64_t depth) {
