@@ -1,9 +1,9 @@
 // The blocked matrix products of all rooms, compiled once for each ISA and type.
 //
-// A tile reads vectors of one operand and single elements of the other. Both are packed, depth by
-// depth: blocks of the one, which stay in the second-level cache, and of the other a group of rows
-// at a time, once for each block. So blocks are of the smaller operand, or of the one that is
-// cheaper to pack; where that is A, a tile is a piece of C^T.
+// A tile reads vectors of one operand and single elements of the other. The one is packed, depth by
+// depth, in blocks that stay in the second-level cache. Of the other, groups of rows meet them one
+// by one: read where they lie, or packed as well, once for each block. So blocks are of the smaller
+// operand, or of the one that is cheaper to pack; where that is A, a tile is a piece of C^T.
 // With few rows nothing is packed.
 #include "gemm/few_rows.h"
 
@@ -30,6 +30,8 @@ class TiledProduct {
         alone || packing(activations) + in_.rows * weights.rows * in_.count / 2 <= packing(weights);
     packed_ = turned_ ? activations : weights;
     placed_ = turned_ ? weights : activations;
+    in_place_ = kInPlace && lies_as_read(placed_.matrices[0]) &&
+                lies_as_read(placed_.matrices[placed_.count - 1]);
     const int64_t fitting =
         alone ? packed_.rows : Packed<A>::fitting(smaller(depth_, kSpan) * packed_.count);
     block_rows_ = round_up(ceil_div(packed_.rows, ceil_div(packed_.rows, fitting)), kWidth);
@@ -88,6 +90,9 @@ class TiledProduct {
   // Rows of a group that lie together at each depth: a tile's own, where a panel would else be
   // pushed out of the first-level cache by rows between.
   static constexpr int64_t kStrip = FASTATTN_LANES == 8 ? Tile<A>::rows : kGroup;
+  // Whether elements are read where they lie, if they lie well: where six rows that begin at the
+  // same place of a page leave room for a panel in the first-level cache.
+  static constexpr bool kInPlace = kStrip == kGroup && (std::is_same_v<T, A> || Unit == 2);
   static constexpr int64_t kDepth = FASTATTN_LANES == 8 ? 192 : 64;  // no chain of sums is longer
   static constexpr int64_t kSpan = Packed<A>::span;
   static constexpr int64_t kMostGroups = 4;   // whose sums are kept from span to span
@@ -106,7 +111,7 @@ class TiledProduct {
   using Place = typename Finish<A>::Place;
   struct Memory {
     A* panels;  // [matrices, blocks, spans, panels, elements of a span, kWidth], for all threads
-    A* group;   // [matrices, strips, elements of a span, kStrip]
+    A* group;   // [matrices, strips, elements of a span, kStrip], unless read in place
     A* tiles;   // [groups, products, panels, kGroup, kWidth]
     A* block;   // [2, kWidth, kGroup] of C where it is turned
   };
@@ -133,6 +138,11 @@ class TiledProduct {
   A* panel_at(const Memory& memory, int64_t matrix, Block rows, Block span, int64_t row) const {
     return memory.panels + (matrix * blocks_ * block_rows_ + rows.first) * depth_ +
            span.first * round_up(rows.count, lanes<A>) + row * span.count;
+  }
+
+  bool lies_as_read(const Operand<T>& matrix) const {
+    return matrix.inner == 1 && matrix.outer % Unit == 0 && in_.depth % Unit == 0 &&
+           reinterpret_cast<uintptr_t>(matrix.data) % sizeof(A) == 0;
   }
 
   void pack_rows(A* to, int64_t width, Operand<T> matrix, Block rows, Block span) const {
@@ -169,12 +179,8 @@ class TiledProduct {
     return {group * kGroup, smaller(kGroup, placed_.rows - group * kGroup)};
   }
 
-  // Adds what a span of depths gives to the tiles of a group, for `panels` of a block's rows, one
-  // by one; after the last span a panel's sums are finished while they are in the cache. Meanwhile
-  // group `next` of span `then` is fetched.
-  void add(const Memory& memory, Block rows, Block panels, Block others, Block span, Block next,
-           Block then, A* tiles) const {
-    const bool last = span.first + span.count == depth_;
+  // Packs a group's rows, up to whole tiles.
+  void pack_group(const Memory& memory, Block others, Block span) const {
     for (int64_t m = 0; m < placed_.count; m++) {
       A* to = memory.group + m * span.count * kGroup;
       if constexpr (kStrip == kGroup) {
@@ -184,6 +190,16 @@ class TiledProduct {
         pack_strips(to, kGroup, from.data, from.outer, from.inner, others.count, span.count);
       }
     }
+  }
+
+  // Adds what a span of depths gives to the tiles of a group, for `panels` of a block's rows, one
+  // by one; after the last span a panel's sums are finished while they are in the cache. Meanwhile
+  // group `next` of span `then` is fetched.
+  void add(const Memory& memory, Block rows, Block panels, Block others, Block span, Block next,
+           Block then, A* tiles) const {
+    const bool last = span.first + span.count == depth_;
+    const bool in_place = in_place_ && others.count == kGroup;
+    if (!in_place) pack_group(memory, others, span);
     const int64_t steps =
         in_.count * ceil_div(larger(span.count, 1), kDepth) * ceil_div(others.count, Tile<A>::rows);
     Fetch<false> reads[2];
@@ -199,19 +215,31 @@ class TiledProduct {
       with_vecs<A, Tile<A>::vecs>(width, [&](auto vecs) {
         constexpr int count = Tile<A>::rows_of(vecs);
         for (int64_t w = 0; w < in_.count; w++) {
+          const int64_t m = turned_ ? w : 0;
           const A* panel = panel_at(memory, turned_ ? 0 : w, rows, span, row);
-          const A* group = memory.group + (turned_ ? w : 0) * span.count * kGroup;
+          const A* group = memory.group + m * span.count * kGroup;
+          const Operand<T> lying = placed_.matrices[m].from(others.first, span.first * Unit);
           A* tile = to + w * block_rows_ * kGroup;
           for (int64_t start = 0; start == 0 || start < span.count; start += kDepth) {
             const int64_t length = smaller(kDepth, span.count - start);
             for (int64_t i = 0; i < others.count; i += count) {
-              for (int64_t m = 0; m < placed_.count; m++) reads[m].step();
+              for (int64_t n = 0; n < placed_.count; n++) reads[n].step();
               writes.step();
+              const A* next_panel =
+                  panel + (start + length) * width + i / count * fetched<A, vecs>(length);
+              const bool more = span.first + start > 0;
+              if constexpr (kInPlace)
+                if (in_place) {
+                  multiply_tile<A, count, vecs, kApart, 1, true, Unit>(
+                      reinterpret_cast<const A*>(lying.from(i, start * Unit).data),
+                      lying.outer / Unit, panel + start * width, length, tile + i * width, width,
+                      more, next_panel);
+                  continue;
+                }
               multiply_tile<A, count, vecs, 1, kStrip, true, Unit>(
                   group + start * kStrip + (kStrip == kGroup ? i : i * span.count),
                   kStrip == kGroup ? Tile<A>::rows : kStrip * span.count, panel + start * width,
-                  length, tile + i * width, width, span.first + start > 0,
-                  panel + (start + length) * width + i / count * fetched<A, vecs>(length));
+                  length, tile + i * width, width, more, next_panel);
             }
           }
         }
@@ -243,6 +271,7 @@ class TiledProduct {
   const Product<A, T>& in_;
   int64_t depth_;  // in elements of what is packed
   bool turned_;
+  bool in_place_;  // whole groups are not packed
   Side packed_, placed_;
   int64_t block_rows_, blocks_, spans_, groups_, ranges_;
   int64_t parted_;  // tasks, the last, that are done in parts

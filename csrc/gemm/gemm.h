@@ -22,7 +22,7 @@ struct Operand {
 template <class A>
 struct Packed {
   static constexpr int64_t width = Tile<A>::cols;
-  static constexpr int64_t span = FASTATTN_LANES == 8 ? 192 : 512;  // elements of a row at once
+  static constexpr int64_t span = FASTATTN_LANES == 8 ? 192 : 256;  // elements of a row at once
   static constexpr int64_t share = FASTATTN_LANES == 8 ? 1 : 2;     // of the cache: 1 / share
 
   int64_t rows, depth;

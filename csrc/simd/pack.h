@@ -113,6 +113,9 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
 #pragma GCC unroll 16
           for (int j = 0; j < n; j++)
             block[j] = j < rows ? load<float>(from + (i + j) * outer + k) : Vec<float>{};
+#pragma GCC unroll 16
+          for (int j = 0; j < n; j++)
+            if (j < rows) __builtin_prefetch(from + (i + j) * outer + k + 8 * n);
           transpose(block);
 #pragma GCC unroll 16
           for (int j = 0; j < n; j++) store(to + (k + j) * width + i, block[j]);

@@ -43,17 +43,19 @@ constexpr int64_t fetched(int64_t depth) {
 }
 
 // C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Element (i, k)
-// of A is a[i / Tile::rows * strip + i % Tile::rows * Row + k * Step], row k of B is b[k * Vecs *
-// lanes ...], row i of C is c[i * c_row ...]. What is added to C is summed on its own first: an
-// error grows with the length of a chain of additions, so that partial sums of blocks round less
-// than one long chain. Meanwhile it fetches its part of the panel at `next`, if Ahead: worth it
-// where panels come from beyond the second-level cache. With Unit = 2 an element is a pair, and
-// what is summed is multiplied by `factor`.
+// of A is a[i / Tile::rows * strip + i % Tile::rows * Row + k * Step], or a[i * strip + k * Step]
+// if Row is kApart, row k of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is
+// added to C is summed on its own first: an error grows with the length of a chain of additions, so
+// that partial sums of blocks round less than one long chain. Meanwhile it fetches its part of the
+// panel at `next`, if Ahead: worth it where panels come from beyond the second-level cache. With
+// Unit = 2 an element is a pair, and what is summed is multiplied by `factor`.
+constexpr int kApart = 0;
 template <class A, int Count, int Vecs, int Row, int Step, bool Ahead = false, int Unit = 1>
 __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A* b, int64_t depth,
                                              A* c, int64_t c_row, bool add, const A* next = nullptr,
                                              [[maybe_unused]] A factor = 1) {
-  constexpr int width = lanes<A>, high = Tile<A>::rows, strips = (Count + high - 1) / high;
+  constexpr int width = lanes<A>, high = Row == kApart ? 1 : Tile<A>::rows;
+  constexpr int strips = (Count + high - 1) / high;
   [[maybe_unused]] constexpr int64_t fetch = fetched<A, Vecs>(kRound);
   Vec<A> sum[Count][Vecs];
 #pragma GCC unroll 24
@@ -61,7 +63,7 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; j++) sum[i][j] = Vec<A>{};
   const A* base[strips];
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int i = 0; i < strips; i++) base[i] = a + i * strip;
   const auto step = [&](int at) __attribute__((always_inline)) {
     Vec<A> row[Vecs];
@@ -79,7 +81,7 @@ __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A*
     }
   };
   const auto advance = [&](int steps) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int i = 0; i < strips; i++) base[i] += steps * Step;
     b += steps * Vecs * width;
   };
