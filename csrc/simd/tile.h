@@ -182,7 +182,7 @@ class Fetch {
       if constexpr (write) {
         __builtin_prefetch(row_ + at_, 1, 3);
       } else {
-        __builtin_prefetch(row_ + at_, 0, 2);
+        __builtin_prefetch(row_ + at_, 0, 3);
       }
       at_ += kLine;
       if (at_ < bytes_) continue;
