@@ -16,7 +16,7 @@ from bench.kinds import Case
 from bench.machine import Machine, probe
 from bench.parity import Verdict
 from bench.rows import Row
-from bench.work import COMPILED, UnavailableError, Work, kernels_used
+from bench.work import COMPILED, OWN_THREADS, UnavailableError, Work, kernels_used
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def race(
         timed,
         seconds=settings.seconds,
         rounds=(settings.rounds, 1000),
-        rest=measure.REST if any(p in COMPILED for p in timed) else 0.0,
+        rest=measure.REST if any(p in OWN_THREADS for p in timed) else 0.0,
         tick=between,
     )
     tick(0.8)

@@ -23,6 +23,7 @@ PROVIDERS = {
     "openvino": "OpenVINO",
 }
 COMPILED = {"compile", "onnxruntime", "openvino"}  # take part if asked for, and if they can
+OWN_THREADS = {"onnxruntime", "openvino"}  # torch.compile takes PyTorch's
 
 
 class UnavailableError(RuntimeError):
