@@ -53,6 +53,29 @@ def test_isas_keep_the_error_rule(dtype: torch.dtype, isa: str) -> None:
             testing.assert_results_close_to_oracle(case, inputs, found, *baseline(i, dtype))
 
 
+# Products read whole groups of rows where they lie, if they lie well, and pack the others.
+@pytest.mark.parametrize("depth", [64, 65, 300])
+@pytest.mark.parametrize(("rows", "cols"), [(130, 200), (500, 70)])
+@pytest.mark.parametrize(("dtype", "isa"), list(product(testing.DTYPES, RUNNABLE)), ids=str)
+def test_operands_may_begin_anywhere(
+    dtype: torch.dtype, isa: str, rows: int, cols: int, depth: int
+) -> None:
+    operands = [torch.randn(count, depth).to(dtype) for count in (rows, cols)]
+
+    def placed(matrix: torch.Tensor, at: int) -> torch.Tensor:
+        """The same amid NaN, `at` elements from where an allocation begins."""
+        memory = torch.full((matrix.numel() + 4,), float("nan"), dtype=dtype)
+        own = memory[at : at + matrix.numel()].view_as(matrix)
+        return own.copy_(matrix)
+
+    with testing.use_isa(isa):
+        found = [fastattn.linear(*(placed(x, at) for x in operands)) for at in range(3)]
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    oracle = torch.nn.functional.linear(*(x.double() for x in operands))
+    eager = torch.nn.functional.linear(*operands)
+    testing.assert_close_to_oracle(found[0], eager, oracle)
+
+
 @pytest.mark.parametrize("isa", RUNNABLE)
 def test_environment_forces_an_isa(isa: str, python) -> None:
     code = (

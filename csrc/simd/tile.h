@@ -42,6 +42,8 @@ constexpr int64_t fetched(int64_t depth) {
   return depth / kRound * round_up(share, line);
 }
 
+constexpr int kApart = 0;  // the distance of rows, where only the caller knows it
+
 // C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Element (i, k)
 // of A is a[i / Tile::rows * strip + i % Tile::rows * Row + k * Step], or a[i * strip + k * Step]
 // if Row is kApart, row k of B is b[k * Vecs * lanes ...], row i of C is c[i * c_row ...]. What is
@@ -49,7 +51,6 @@ constexpr int64_t fetched(int64_t depth) {
 // that partial sums of blocks round less than one long chain. Meanwhile it fetches its part of the
 // panel at `next`, if Ahead: worth it where panels come from beyond the second-level cache. With
 // Unit = 2 an element is a pair, and what is summed is multiplied by `factor`.
-constexpr int kApart = 0;
 template <class A, int Count, int Vecs, int Row, int Step, bool Ahead = false, int Unit = 1>
 __attribute__((noinline)) void multiply_tile(const A* a, int64_t strip, const A* b, int64_t depth,
                                              A* c, int64_t c_row, bool add, const A* next = nullptr,
