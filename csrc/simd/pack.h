@@ -114,7 +114,7 @@ __attribute__((noinline)) void pack_panel(A* to, int64_t width, const T* from, i
           for (int j = 0; j < n; j++)
             block[j] = j < rows ? load<float>(from + (i + j) * outer + k) : Vec<float>{};
 #pragma GCC unroll 16
-          for (int j = 0; j < n; j++)
+          for (int j = 0; j < n; j++)  // each row is a stream of its own, too many to be foreseen
             if (j < rows) __builtin_prefetch(from + (i + j) * outer + k + 8 * n);
           transpose(block);
 #pragma GCC unroll 16
