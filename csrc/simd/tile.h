@@ -42,7 +42,7 @@ constexpr int64_t fetched(int64_t depth) {
   return depth / kRound * round_up(share, line);
 }
 
-constexpr int kApart = 0;  // the distance of rows, where only the caller knows it
+constexpr int kApart = 0;  // as Row: rows lie apart by what is known at run time alone
 
 // C tile = Count rows of A * B panel over `depth`, added to what C holds if `add`. Element (i, k)
 // of A is a[i / Tile::rows * strip + i % Tile::rows * Row + k * Step], or a[i * strip + k * Step]
