@@ -22,8 +22,8 @@ PROVIDERS = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
-COMPILED = {"compile", "onnxruntime", "openvino"}  # take part if asked for, and if they can
 OWN_THREADS = {"onnxruntime", "openvino"}  # torch.compile takes PyTorch's
+COMPILED = {"compile", *OWN_THREADS}  # take part if asked for, and if they can
 
 
 class UnavailableError(RuntimeError):

@@ -180,11 +180,7 @@ class Fetch {
 
   void step() {
     for (due_ += lines_; due_ > 0 && rows_ > 0; due_ -= steps_) {
-      if constexpr (write) {
-        __builtin_prefetch(row_ + at_, 1, 3);
-      } else {
-        __builtin_prefetch(row_ + at_, 0, 3);
-      }
+      __builtin_prefetch(row_ + at_, write ? 1 : 0, 3);
       at_ += kLine;
       if (at_ < bytes_) continue;
       at_ = 0;
