@@ -140,7 +140,7 @@ class TiledProduct {
            span.first * round_up(rows.count, lanes<A>) + row * span.count;
   }
 
-  // Whether the elements of a row, pairs too, are whole and follow each other, as a tile reads them.
+  // Whether a row's elements, pairs too, are whole and follow each other, as a tile reads them.
   bool lies_as_read(const Operand<T>& matrix) const {
     return matrix.inner == 1 && matrix.outer % Unit == 0 && in_.depth % Unit == 0 &&
            reinterpret_cast<uintptr_t>(matrix.data) % sizeof(A) == 0;
